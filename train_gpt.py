@@ -1,0 +1,2519 @@
+#!/usr/bin/env python3
+"""Parameter Golf in one file: train a language model, quantise it, score the artifact in bits per byte.
+
+The task (OpenAI's Parameter Golf): the best language model whose code and compressed weights together fit in
+16,000,000 bytes, trained in 600 s on 8xH100, scored in another 600 s on the FineWeb validation documents.
+
+    ./run.sh                                                        everything, on whatever this machine has
+    SEED=42 torchrun --standalone --nproc_per_node=8 train_gpt.py   the full-size system on eight GPUs
+    STAGES=evaluate RUN_ID=my-run python train_gpt.py               score an artifact that exists already
+    STAGES=describe python train_gpt.py                             sizes, FLOPs and artifact forecast; needs no data
+
+Every setting is an environment variable (section CONFIG); precedence is default < PRESET < environment.
+
+The file is read once, from top to bottom, in the order in which the data moves:
+
+    CONFIG    environment -> one immutable Config
+    RUN       processes, devices, logging, containers on disk
+    DATA      uint16 shards -> packed rows of documents
+    MODEL     tokens -> nats per token: ONE forward pass for training, scoring, calibration and adaptation
+    OPTIMIZER summed gradients -> updated weights (Muon for matrices, AdamW for the rest)
+    TRAIN     the timed loop, the moving average, the calibration statistics
+    COMPRESS  weights + Hessians -> int6 codes -> artifact file -> weights again
+    SCORE     artifact -> nats, tokens, bytes: every target exactly once
+    ADAPT     the same, learning from what is already scored (test-time training)
+    MAIN      stages, report, exit status
+
+Dimensions: B rows, T time, D model_dim, H query heads, K key/value heads, d head_dim, F mlp width, V vocabulary,
+L physical layers, R LoRA rank. Linear maps are y = x W^T with W of shape (out, in).
+"""
+
+import ast
+import base64
+import dataclasses
+import hashlib
+import json
+import lzma
+import math
+import os
+import platform
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ARTIFACT_LIMIT_BYTES = 16_000_000  # decimal megabytes: compressed weights + counted code (challenge README)
+TIME_LIMIT_S = 600.0  # for training, and again for evaluation, on 8xH100
+BOS_ID = 1  # begin-of-document token of every tokenizer of the challenge; there is no end token
+NORM_EPS = 2.0**-23  # explicit, because torch's default changed between releases and differs for bfloat16
+SEGMENT_BUCKET = 256  # segment tables are padded to a multiple of this, so that few shapes are compiled
+TTT_TRACKS = 8  # test-time training is dealt to this many tracks, whatever the number of ranks
+
+
+class UserError(ValueError):
+    """A mistake in the settings or files of a run. Its message is one line: what, where, found, and the fix."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# CONFIG
+#
+# A Config is made once, from a mapping (normally os.environ), checked as a whole, and never changes. Field names
+# are the published environment names in lower case. Nothing below reads the environment again.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def setting(default: Any, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
+    """A Config field with its default and its allowed range (inclusive) or choices."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All settings of a run. The defaults are PR #1941 plus the BOS-masked SmearGate of PR #1855."""
+
+    # run
+    preset: str = "default"  # which row of PRESETS the values come from
+    run_id: str = setting("")  # folder under runs_dir; empty: made from the time and the seed
+    runs_dir: str = setting("runs")  # everything that a run writes goes to runs_dir/run_id
+    stages: str = setting("train,quantize,evaluate")  # comma list, in this order; or "describe"
+    seed: int = setting(1337, 0)  # initial weights and adapters; the data order never depends on it
+    compile: str = setting("auto", choices=("auto", "0", "1"))  # torch.compile; auto: on a GPU only
+    attn_backend: str = setting("auto", choices=("auto", "fa3", "varlen", "sdpa"))  # auto: the first that imports
+    checkpoint_seconds: float = setting(0.0, 0)  # save the training state this often; 0: never (timed record runs)
+
+    # data
+    data_dir: str = setting("./data/")  # holds datasets/ and tokenizers/
+    data_path: str = setting("")  # dataset folder; empty: data_dir/datasets/fineweb10B_sp{vocab_size}
+    tokenizer_path: str = setting("")  # SentencePiece model; empty: data_dir/tokenizers/fineweb_{vocab_size}_bpe.model
+    vocab_size: int = setting(8192, 8, 65536)  # must equal the tokenizer's size
+    train_batch_tokens: int = setting(786_432, 1)  # targets per optimizer step, over all ranks
+    row_tokens: int = setting(0, 0)  # length of one packed row (the micro-batch); 0: train_batch_tokens / 8
+    train_seq_len: int = setting(2048, 2)  # longest attention segment in training
+    val_batch_tokens: int = setting(524_288, 1)  # targets per scoring step over 8 ranks; one row holds an eighth
+    eval_seq_len: int = setting(2048, 2)  # longest context in scoring
+
+    # schedule (progress runs from 0 to 1 over the time budget, or over iterations where there is none)
+    iterations: int = setting(20_000, 1)  # hard limit of optimizer steps
+    max_wallclock_seconds: float = setting(600.0, 0)  # training budget; 0: no clock, the schedule runs by steps
+    gptq_reserve_seconds: float = setting(8.0, 0)  # part of the budget kept for the calibration pass (#1868)
+    warmup_steps: int = setting(20, 0)  # throw-away steps that only compile; everything they change is undone
+    warmdown_frac: float = setting(0.75, 0, 1)  # last fraction of progress in which the learning rate falls
+    min_lr: float = setting(0.10, 0, 1)  # floor of the learning-rate multiplier
+    train_log_every: int = setting(500, 1)  # steps between loss lines
+    val_loss_every: int = setting(0, 0)  # steps between validations; 0: only at the end. Not counted as training time
+
+    # model
+    num_layers: int = setting(11, 2)
+    model_dim: int = setting(512, 2)
+    num_heads: int = setting(8, 1)
+    num_kv_heads: int = setting(4, 1)
+    mlp_mult: float = setting(4.0, 0.1)  # hidden width = int(mlp_mult * model_dim)
+    qk_gain_init: float = setting(5.0)  # initial query gain of each head, after the q/k norm
+    rope_dims: int = setting(16, 0)  # rotated channels of each head; the others carry no position
+    rope_base: float = setting(1e4, 1)
+    xsa_last_n: int = setting(11, 0)  # exclusive self-attention on the last n layers
+    gated_attn_init_std: float = setting(0.005, 0)  # initial spread of the attention output gates
+    gate_window: int = setting(12, 1)  # channels that the MLP output gate and the SmearGate look at
+    mlp_gate_bias: float = setting(5.0)  # sigmoid(5) = 0.993: the MLP output gate starts almost open (#1941)
+    smear_gate_enabled: bool = setting(True)  # mix the previous token's embedding in (#1667, BOS mask of #1855)
+    num_loops: int = setting(2, 0)  # extra passes over layers loop_start..loop_end
+    loop_start: int = setting(3, 0)
+    loop_end: int = setting(5, 0)  # inclusive
+    enable_looping_at: float = setting(0.35, 0, 1)  # progress at which the extra passes begin
+    parallel_start_layer: int = setting(8, 0)  # first layer with separate attention and MLP lanes; 0: none
+    tied_embed_init_std: float = setting(0.005, 0)
+    logit_softcap: float = setting(30.0, 1e-3)
+
+    # optimizer
+    matrix_lr: float = setting(0.026, 0)  # Muon
+    scalar_lr: float = setting(0.02, 0)  # AdamW, everything that is neither a matrix nor the embedding
+    tied_embed_lr: float = setting(0.03, 0)  # AdamW, the tied embedding
+    muon_momentum: float = setting(0.97, 0, 1)
+    muon_momentum_warmup_start: float = setting(0.92, 0, 1)
+    muon_momentum_warmup_steps: int = setting(1500, 0)
+    muon_backend_steps: int = setting(5, 1, 5)  # Newton-Schulz iterations with the Polar Express coefficients
+    beta1: float = setting(0.9, 0, 0.9999)
+    beta2: float = setting(0.95, 0, 0.99999)
+    adam_eps: float = setting(1e-8, 0)
+    muon_wd: float = setting(0.095, 0)  # decoupled weight decay: per step w *= 1 - lr * wd
+    adam_wd: float = setting(0.02, 0)
+    embed_wd: float = setting(0.085, 0)
+    grad_clip_norm: float = setting(0.3, 0)  # global norm of the gradient averaged over all ranks; 0: off
+    ema_decay: float = setting(0.9965, 0, 0.999999)  # the moving average of the weights is what gets quantised
+
+    # quantisation
+    matrix_bits: int = setting(6, 2, 8)
+    embed_bits: int = setting(7, 2, 8)
+    attn_clip_sigmas: float = setting(13.0, 1)  # row scale = clip * std(row) / (2^(bits-1) - 1)
+    mlp_clip_sigmas: float = setting(12.0, 1)
+    embed_clip_sigmas: float = setting(15.0, 1)
+    gptq_calibration_batches: int = setting(16, 1)  # training rows behind the Hessians, over all ranks
+
+    # scoring and test-time training (the last enabled one of plain, sliding, TTT is the submitted score)
+    sliding_window_enabled: bool = setting(False)
+    eval_stride: int = setting(64, 1)  # new targets per sliding window
+    ttt_enabled: bool = setting(True)
+    ttt_chunk_size: int = setting(48, 1)  # targets scored between two adapter updates
+    ttt_eval_seq_len: int = setting(2048, 2)
+    ttt_batch_size: int = setting(64, 1)  # documents adapted side by side
+    ttt_lora_rank: int = setting(128, 1)
+    ttt_lora_alpha: float = setting(144.0, 0)  # the low-rank product is scaled by alpha / rank
+    ttt_lora_lr: float = setting(1e-4, 0)
+    ttt_beta1: float = setting(0.0, 0, 0.9999)
+    ttt_beta2: float = setting(0.999, 0, 0.99999)
+    ttt_weight_decay: float = setting(2.0, 0)
+    phased_ttt_prefix_docs: int = setting(2000, 0)  # scored documents after which the last global update happens
+    phased_ttt_num_phases: int = setting(3, 1)
+    global_ttt_lr: float = setting(1e-3, 0)
+    global_ttt_momentum: float = setting(0.9, 0, 0.9999)
+    global_ttt_chunk_tokens: int = setting(32_768, 2)  # targets per global SGD step
+    global_ttt_grad_clip: float = setting(1.0, 0)
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def train_row_tokens(self) -> int:
+        return self.row_tokens or self.train_batch_tokens // 8
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.train_batch_tokens // self.train_row_tokens
+
+    @property
+    def score_row_tokens(self) -> int:
+        return max(self.val_batch_tokens // 8, self.eval_seq_len)
+
+    @property
+    def dataset_dir(self) -> Path:
+        return Path(self.data_path or f"{self.data_dir}/datasets/fineweb10B_sp{self.vocab_size}")
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return Path(self.tokenizer_path or f"{self.data_dir}/tokenizers/fineweb_{self.vocab_size}_bpe.model")
+
+    @property
+    def stage_list(self) -> list[str]:
+        return [stage for stage in self.stages.replace(" ", "").split(",") if stage]
+
+    @property
+    def train_seconds(self) -> float:
+        """Length of the training loop in seconds; infinite where the schedule runs by steps."""
+        budget = self.max_wallclock_seconds
+        return budget - self.gptq_reserve_seconds if budget else math.inf
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config) if field.name != "preset"}
+
+PRESETS: dict[str, dict[str, Any]] = {"default": {}}
+PRESETS["pr1941"] = PRESETS["default"] | dict(smear_gate_enabled=False)
+# The whole system at a size that two CPU cores train in minutes, on the corpus of data/embedded.py. Its own values
+# where the published ones assume thousands of steps: the average spans 6 % of the steps, the momentum ramp 30 %.
+PRESETS["tiny"] = PRESETS["default"] | dict(
+    data_path="./data/datasets/embedded_sp1024",
+    tokenizer_path="./data/tokenizers/embedded_1024_bpe.model",
+    vocab_size=1024,
+    model_dim=128,
+    num_heads=4,
+    num_kv_heads=2,
+    train_batch_tokens=4096,
+    row_tokens=2048,
+    train_seq_len=256,
+    eval_seq_len=256,
+    val_batch_tokens=65_536,
+    iterations=200,
+    max_wallclock_seconds=0.0,
+    warmup_steps=0,
+    train_log_every=10,
+    muon_momentum_warmup_steps=60,
+    ema_decay=0.92,
+    gptq_calibration_batches=16,
+    sliding_window_enabled=True,
+    ttt_eval_seq_len=256,
+    ttt_chunk_size=64,
+    ttt_batch_size=8,
+    ttt_lora_rank=16,
+    ttt_lora_alpha=18.0,
+    ttt_lora_lr=1e-3,
+    phased_ttt_prefix_docs=16,
+    phased_ttt_num_phases=2,
+    global_ttt_lr=1e-2,
+    global_ttt_chunk_tokens=4096,
+)
+
+# Published names that are no longer a choice: the value that is built in (anything else is refused), or None where
+# the name never had an effect, or only on speed. They are accepted so that published commands run as they are.
+RETIRED: dict[str, str | None] = {
+    "ATTN_OUT_GATE_ENABLED": "0",
+    "COMPRESSOR": "brotli",
+    "CONTROL_TENSOR_NAME_PATTERNS": None,
+    "EMBED_LR": None,
+    "FUSED_CE_ENABLED": None,
+    "GATED_ATTN_ENABLED": "1",
+    "GLOBAL_TTT_BATCH_SEQS": None,
+    "GLOBAL_TTT_EPOCHS": "1",
+    "GLOBAL_TTT_RESPECT_DOC_BOUNDARIES": "1",
+    "GLOBAL_TTT_WARMUP_CHUNKS": "0",
+    "GLOBAL_TTT_WARMUP_START_LR": None,
+    "LN_SCALE": "1",
+    "LQER_ENABLED": "0",
+    "MATRIX_CLIP_SIGMAS": None,
+    "MUON_ROW_NORMALIZE": "1",
+    "PARALLEL_FINAL_LANE": "mean",
+    "PHASED_TTT_ENABLED": None,
+    "POLAR_EXPRESS_NS": "1",
+    "ROPE_TRAIN_SEQ_LEN": None,
+    "ROPE_YARN": "0",
+    "SKIP_GATES_ENABLED": "1",
+    "SPARSE_ATTN_GATE_ENABLED": "0",
+    "TIE_EMBEDDINGS": "1",
+    "TTT_EVAL_BATCHES": "",
+    "TTT_GRAD_STEPS": "1",
+    "TTT_K_LORA": "1",
+    "TTT_MLP_LORA": "1",
+    "TTT_O_LORA": "1",
+    "TTT_OPTIMIZER": "adam",
+    "TTT_WARM_START_A": "1",
+    "VAL_DOC_FRACTION": "1",
+}
+
+
+def load_config(env: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
+    """The configuration that `env` asks for, and the origin of every value that is not a default.
+
+    Raises UserError for an unknown preset, a value that does not parse or is out of range, a retired name with
+    another value than the built-in one, and a name that is one typo away from a real one.
+    """
+    preset = env.get("PRESET", "default")
+    if preset not in PRESETS:
+        raise UserError(f"PRESET={preset}: unknown; choose one of {', '.join(PRESETS)}")
+    values = dict(PRESETS[preset])
+    origins = {name: f"preset {preset}" for name in values}
+    known = {name.upper() for name in FIELDS} | RETIRED.keys() | {"PRESET"}
+    for key, text in env.items():
+        if key in RETIRED:
+            check_retired(key, text)
+            origins[key] = f"environment, without effect here (value {text!r})"
+        elif key.lower() in FIELDS and key.isupper():
+            values[key.lower()] = parse_value(key, text)
+            origins[key.lower()] = "environment"
+        elif key not in known:
+            near = next((name for name in sorted(known) if one_typo_apart(key, name)), None)
+            if near:
+                raise UserError(f"{key}={text}: no such setting; did you mean {near}? Rename or unset it")
+    config = Config(preset=preset, **values)
+    validate(config)
+    return config, origins
+
+
+def parse_value(key: str, text: str) -> Any:
+    """The text of one environment variable as the type of its Config field, inside its range."""
+    field = FIELDS[key.lower()]
+    try:
+        if field.type is bool:
+            value = {"0": False, "1": True}[text.strip()]
+        else:
+            value = field.type(text)
+    except (ValueError, KeyError):
+        wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[field.type]
+        raise UserError(f"{key}={text}: not {wanted}; for example {key}={int(field.default)}") from None
+    low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}={text}: must be finite; the default is {field.default}")
+    if low is not None and value < low:
+        raise UserError(f"{key}={text}: must be at least {low}; the default is {field.default}")
+    if high is not None and value > high:
+        raise UserError(f"{key}={text}: must be at most {high}; the default is {field.default}")
+    if choices and value not in choices:
+        raise UserError(f"{key}={text}: unknown; choose one of {', '.join(choices)}")
+    return value
+
+
+def check_retired(key: str, text: str) -> None:
+    built_in = RETIRED[key]
+    same = text == built_in
+    try:
+        same = same or float(text) == float(built_in)
+    except (TypeError, ValueError):
+        pass  # not numbers: only the exact text counts
+    if built_in is not None and not same:
+        raise UserError(f"{key}={text}: this script has {key}={built_in or 'empty'} built in; unset it")
+
+
+def one_typo_apart(a: str, b: str) -> bool:
+    """True when one inserted, missing, replaced or swapped character turns `a` into `b`."""
+    if a == b or abs(len(a) - len(b)) > 1 or min(len(a), len(b)) < 4:
+        return False
+    first = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    swapped = a[first + 1 : first + 2] + a[first : first + 1] + a[first + 2 :]
+    return a[first + 1 :] == b[first:] or a[first:] == b[first + 1 :] or a[first + 1 :] == b[first + 1 :] or swapped == b[first:]
+
+
+def validate(config: Config) -> None:
+    """Checks what involves several settings. Raises UserError with the keys, the values and the fix."""
+    c = config
+
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(message)
+
+    need(c.model_dim % c.num_heads == 0, f"MODEL_DIM={c.model_dim}: not divisible by NUM_HEADS={c.num_heads}; change one")
+    need(
+        c.num_heads % c.num_kv_heads == 0,
+        f"NUM_HEADS={c.num_heads}: not divisible by NUM_KV_HEADS={c.num_kv_heads}; change one",
+    )
+    need(
+        c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim,
+        f"ROPE_DIMS={c.rope_dims}: must be even and at most MODEL_DIM / NUM_HEADS = {c.head_dim}",
+    )
+    need(c.gate_window <= c.model_dim, f"GATE_WINDOW={c.gate_window}: larger than MODEL_DIM={c.model_dim}; lower it")
+    need(
+        c.row_tokens or c.train_batch_tokens % 8 == 0,
+        f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: not divisible by 8; change it or set ROW_TOKENS",
+    )
+    need(
+        c.train_row_tokens > 0 and c.train_batch_tokens % c.train_row_tokens == 0,
+        f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: not a multiple of ROW_TOKENS={c.train_row_tokens}; change one",
+    )
+    need(
+        c.train_seq_len <= c.train_row_tokens,
+        f"TRAIN_SEQ_LEN={c.train_seq_len}: longer than one row, ROW_TOKENS={c.train_row_tokens}; lower it",
+    )
+    need(c.eval_stride <= c.eval_seq_len, f"EVAL_STRIDE={c.eval_stride}: larger than EVAL_SEQ_LEN={c.eval_seq_len}; lower it")
+    need(
+        c.ttt_chunk_size <= c.ttt_eval_seq_len,
+        f"TTT_CHUNK_SIZE={c.ttt_chunk_size}: larger than TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}; lower it",
+    )
+    need(
+        not c.num_loops or c.loop_start <= c.loop_end < c.num_layers,
+        f"LOOP_START={c.loop_start}, LOOP_END={c.loop_end}: need LOOP_START <= LOOP_END < NUM_LAYERS={c.num_layers}",
+    )
+    need(
+        not c.max_wallclock_seconds or c.gptq_reserve_seconds < c.max_wallclock_seconds,
+        f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g}: leaves nothing of MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}",
+    )
+    stages = ["train", "quantize", "evaluate"]
+    picked = c.stage_list
+    need(
+        picked == ["describe"] or (picked and picked == [stage for stage in stages if stage in picked]),
+        f"STAGES={c.stages}: give a comma list of {', '.join(stages)} in this order, or describe",
+    )
+    need(
+        picked == ["describe"] or "train" in picked or bool(c.run_id),
+        f"STAGES={c.stages}: without train it needs RUN_ID, the run whose files it continues from",
+    )
+    need(Path(c.run_id).name == c.run_id, f"RUN_ID={c.run_id}: must be a plain folder name")
+    for looping in (False, True):
+        kinds = [visit.wiring for visit in layer_plan(c, looping)]
+        pushing = [visit.wiring for visit in layer_plan(c, looping) if visit.push]
+        need(
+            kinds == sorted(kinds) and "two_lane" not in pushing,
+            f"PARALLEL_START_LAYER={c.parallel_start_layer}: layers with lanes must come last, after every looped"
+            f" layer and every layer of the first half of NUM_LAYERS={c.num_layers}",
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# RUN
+#
+# What surrounds the model: the processes of a run and how they exchange tensors, the log, and the one container
+# format for everything on disk. One process is the same code without communication.
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """This process among its peers. Collective methods must be called by every rank, in the same order."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Activations, gradient exchange and Muon: bfloat16 on a GPU, float32 on a CPU. Weights are float32."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """`tensor` summed over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_shards(self, full: Tensor) -> Tensor:
+        """The sum of `full` (n, ...) over ranks, of which each rank gets its own n / world_size rows."""
+        if self.world_size == 1:
+            return full
+        shard = full.new_empty((len(full) // self.world_size, *full.shape[1:]))
+        dist.reduce_scatter_tensor(shard, full)
+        return shard
+
+    def gather_shards(self, shard: Tensor) -> tuple[Tensor, Any]:
+        """All ranks' shards stacked, as (full tensor, handle); wait() for the handle before reading, if not None."""
+        if self.world_size == 1:
+            return shard, None
+        full = shard.new_empty((len(shard) * self.world_size, *shard.shape[1:]))
+        return full, dist.all_gather_into_tensor(full, shard.contiguous(), async_op=True)
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Rank 0's `tensor` on every rank, in place."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def synchronize(self) -> None:
+        """Waits for the device, so that a clock read next is honest."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def start_run(env: Mapping[str, str]) -> Run:
+    """Joins the process group that torchrun's variables describe; without them, a run of one process."""
+    rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(env.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if world_size > 1:
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return Run(rank, world_size, device)
+
+
+class Log:
+    """Writes lines `event key:value ...` to the console and to a file, on the main rank only."""
+
+    def __init__(self, path: Path | None):
+        self.file = open(path, "a", encoding="utf-8") if path else None
+
+    def __call__(self, event: str, **values: Any) -> None:
+        self.text(" ".join([event, *(f"{key}:{self.show(key, value)}" for key, value in values.items())]))
+
+    def text(self, text: str, console: bool = True) -> None:
+        if not self.file:
+            return
+        if console:
+            print(text, flush=True)
+        self.file.write(text + "\n")
+        self.file.flush()
+
+    @staticmethod
+    def show(key: str, value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.8f}" if key.endswith("bpb") else f"{value:.6g}"
+        return str(value).replace(" ", "")
+
+    def bar(self, items: list, label: str) -> Iterator:
+        """Passes `items` through: a progress bar on a terminal, a line every 20 seconds in a log."""
+        from tqdm import tqdm
+
+        terminal = self.file is not None and sys.stderr.isatty()
+        start = last = time.monotonic()
+        for done, item in enumerate(tqdm(items, label, leave=False, disable=not terminal)):
+            if not terminal and time.monotonic() - last > 20:
+                last = time.monotonic()
+                self(label, done=f"{done}/{len(items)}", seconds=round(last - start))
+            yield item
+
+
+CONTAINER_MAGIC = b"PGOLF001"
+
+
+def write_container(path: Path, meta: dict, blobs: list[bytes | memoryview]) -> int:
+    """Writes blobs behind a JSON header with their lengths and SHA-256; returns the size of the file in bytes.
+
+    Layout: 8 bytes magic, uint32 header length (little-endian), header, blobs back to back. The file appears
+    under its name only when complete. Raises UserError when the disk refuses.
+    """
+    table = [{"bytes": len(blob), "sha256": hashlib.sha256(blob).hexdigest()} for blob in blobs]
+    header = json.dumps({"meta": meta, "blobs": table}, separators=(",", ":")).encode()
+    size = 12 + len(header) + sum(len(blob) for blob in blobs)
+    partial = path.with_name(path.name + ".part")
+    try:
+        with open(partial, "wb") as file:
+            file.write(CONTAINER_MAGIC + len(header).to_bytes(4, "little") + header)
+            for blob in blobs:
+                file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot write {size} bytes ({error.strerror}); free space or set RUNS_DIR") from None
+    return size
+
+
+def read_container(path: Path) -> tuple[dict, list[bytes]]:
+    """The header's meta and the blobs of a container. Raises UserError when anything does not add up."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror}); run the stage before, or set RUN_ID") from None
+    try:
+        if data[:8] != CONTAINER_MAGIC:
+            raise ValueError(f"starts with {data[:8]!r}")
+        start = 12 + int.from_bytes(data[8:12], "little")
+        header = json.loads(data[12:start])
+        blobs = []
+        for entry in header["blobs"]:
+            blob = data[start : start + entry["bytes"]]
+            if len(blob) != entry["bytes"] or hashlib.sha256(blob).hexdigest() != entry["sha256"]:
+                raise ValueError(f"blob {len(blobs)} is cut short or changed")
+            start += len(blob)
+            blobs.append(blob)
+        if start != len(data) or not isinstance(header["meta"], dict):
+            raise ValueError(f"{len(data) - start} bytes left over")
+        return header["meta"], blobs
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not a container of this script ({error}); write it again") from None
+
+
+def save_arrays(path: Path, meta: dict, arrays: dict[str, np.ndarray]) -> None:
+    """Writes named arrays, uncompressed."""
+    table = {name: [array.dtype.str, list(array.shape)] for name, array in arrays.items()}
+    blobs = [memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)) for array in arrays.values()]
+    write_container(path, meta | {"arrays": table}, blobs)
+
+
+def load_arrays(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """What `save_arrays` wrote. Raises UserError for a file whose table does not fit its bytes."""
+    meta, blobs = read_container(path)
+    try:
+        table = meta.pop("arrays")
+        if len(table) != len(blobs) or not all(dtype in ("<f4", "<f8", "<i8") for dtype, _ in table.values()):
+            raise ValueError("odd table of arrays")
+        arrays = {n: np.frombuffer(b, t).reshape(shape) for (n, (t, shape)), b in zip(table.items(), blobs)}
+        return meta, arrays
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged header ({error}); write it again") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# DATA
+#
+# Shards of uint16 ids become packed rows: fixed stretches of the token stream with a table of the document
+# segments inside. A row is a pure function of its number, so it does not matter which rank asks for it.
+# ------------------------------------------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+
+
+def read_shard(path: Path, vocab_size: int) -> np.ndarray:
+    """The uint16 ids of one shard, memory-mapped. Raises UserError for anything but a whole, valid shard."""
+    size = path.stat().st_size
+    header = np.fromfile(path, "<i4", 256) if size >= SHARD_HEADER_BYTES else np.zeros(256, "<i4")
+    fix = "fetch or export this shard again"
+    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(
+            f"{path}: header magic, version = {header[0]}, {header[1]}, expected {SHARD_MAGIC}, {SHARD_VERSION}; {fix}"
+        )
+    count = int(header[2])
+    if count < 1 or size != SHARD_HEADER_BYTES + 2 * count:
+        raise UserError(f"{path}: {size} bytes, but its header announces {count} tokens; {fix}")
+    tokens = np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (count,))
+    for part in (tokens[:1_000_000], tokens[-1_000_000:]):  # whole small shards, the ends of large ones
+        check_ids(part, vocab_size, path)
+    return tokens
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int, where: Any) -> None:
+    top = int(tokens.max())
+    if top >= vocab_size:
+        raise UserError(f"{where}: token id {top}, but VOCAB_SIZE={vocab_size}; set VOCAB_SIZE or DATA_PATH to match")
+
+
+class TokenStream:
+    """All shards of one split as one circular stream of ids, read where needed and never held as a whole."""
+
+    def __init__(self, folder: Path, kind: str, vocab_size: int):
+        paths = sorted(folder.glob(f"fineweb_{kind}_[0-9]*.bin"))
+        if not paths:
+            raise UserError(f"{folder}: no fineweb_{kind}_*.bin shards; prepare the data or set DATA_PATH")
+        self.folder, self.vocab_size = folder, vocab_size
+        self.shards = [read_shard(path, vocab_size) for path in paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, begin: int, count: int) -> np.ndarray:
+        """`count` ids (int64) from position `begin`; behind the last shard follows the first one again."""
+        parts = []
+        while count > 0:
+            begin %= len(self)
+            shard = int(np.searchsorted(self.ends, begin, side="right"))
+            offset = begin - int(self.ends[shard] - len(self.shards[shard]))
+            parts.append(self.shards[shard][offset : offset + count])
+            begin, count = begin + len(parts[-1]), count - len(parts[-1])
+        tokens = np.concatenate(parts).astype(np.int64)
+        check_ids(tokens, self.vocab_size, self.folder)
+        return tokens
+
+
+class Docs(NamedTuple):
+    """The segments of one packed row of T tokens; attention never leaves a segment."""
+
+    cu_seqlens: Tensor  # (S + 1,) int32: where segments begin, then T, repeated up to a multiple of SEGMENT_BUCKET
+    max_seqlen: int  # upper bound of the segment length, a constant per stage so that nothing recompiles
+    positions: Tensor  # (T,) int64: distance from the start of the segment
+    gather: tuple[Tensor, ...]  # for the sdpa back-end: segments of similar length as (segments, length) indices
+    scatter: Tensor  # (T,) int64: where each token's output lies in the concatenation of those batches
+
+
+def pack_segments(lengths: np.ndarray, max_seqlen: int, device: torch.device) -> Docs:
+    """The segment table of a row made of segments of these lengths (all in 1..max_seqlen)."""
+    total = int(lengths.sum())
+    begins = np.cumsum(lengths) - lengths
+    padding = -(len(lengths) + 1) % SEGMENT_BUCKET
+    cu_seqlens = np.concatenate([begins, np.full(1 + padding, total)]).astype(np.int32)
+    positions = np.arange(total) - np.repeat(begins, lengths)
+    gather, scatter, used = [], np.empty(total, np.int64), 0
+    if device.type == "cpu":
+        # Batches of similar length waste little padding. A padded query repeats token 0 of the row: it lies behind
+        # the real ones of its segment, which causal attention never looks at, and its output is dropped.
+        rounded = np.minimum(1 << np.ceil(np.log2(np.maximum(lengths, 16))).astype(int), max_seqlen)
+        for width in np.unique(rounded):
+            members = np.flatnonzero(rounded == width)
+            columns = np.arange(width)
+            index = begins[members, None] + columns
+            inside = columns < lengths[members, None]
+            scatter[index[inside]] = used + np.flatnonzero(inside)
+            used += inside.size
+            gather.append(torch.from_numpy(np.where(inside, index, 0)))
+    return Docs(
+        move(torch.from_numpy(cu_seqlens), device),
+        max_seqlen,
+        move(torch.from_numpy(positions), device),
+        tuple(gather),
+        torch.from_numpy(scatter),
+    )
+
+
+def move(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on the device, without waiting for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+class Row(NamedTuple):
+    """One packed row: token t of `inputs` predicts token t of `targets`."""
+
+    inputs: Tensor  # (1, T) int64
+    targets: Tensor  # (1, T) int64
+    docs: Docs
+
+
+def training_row(stream: TokenStream, number: int, config: Config, device: torch.device) -> Row:
+    """Row `number` of the endless training stream; rows tile it, so each token is a target exactly once an epoch.
+
+    Segments begin at the row's first token and at every BOS, and are cut after train_seq_len tokens.
+    """
+    length = config.train_row_tokens
+    tokens = stream.read(number * length, length + 1)
+    starts = np.union1d([0], np.flatnonzero(tokens[:-1] == BOS_ID))
+    stretches = np.diff(np.append(starts, length))
+    docs = pack_segments(cut_lengths(stretches, config.train_seq_len), config.train_seq_len, device)
+    tokens = torch.from_numpy(tokens)
+    return Row(move(tokens[None, :-1], device), move(tokens[None, 1:], device), docs)
+
+
+def cut_lengths(lengths: np.ndarray, limit: int) -> np.ndarray:
+    """Each length as pieces of `limit` and a rest: [5, 12] with limit 5 gives [5, 5, 5, 2]."""
+    pieces = -(-lengths // limit)
+    cut = np.full(pieces.sum(), limit)
+    cut[np.cumsum(pieces) - 1] = lengths - (pieces - 1) * limit
+    return cut
+
+
+def prefetch(make: Callable[[int], list[Row]], numbers: Iterable[int]) -> Iterator[list[Row]]:
+    """Yields make(number) for each number, prepared one ahead by a background thread."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for number in numbers:
+            following = pool.submit(make, number)
+            if waiting:
+                yield waiting.result()
+            waiting = following
+        if waiting:
+            yield waiting.result()
+
+
+class ByteTable(NamedTuple):
+    """UTF-8 bytes that a target stands for, by token id (V,)."""
+
+    base: np.ndarray  # int32: bytes of the piece without its leading space marker
+    leading_space: np.ndarray  # bool: the piece begins with the space marker: one byte more, unless after a boundary
+    boundary: np.ndarray  # bool: control, unknown and unused ids
+    split_space: tuple[int, ...]  # the byte pieces of the marker, where it has no piece of its own; else empty
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The SentencePiece processor of the run. Raises UserError if it is missing, damaged or of another size."""
+    import sentencepiece
+
+    path = config.tokenizer_file
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor()
+        tokenizer.LoadFromSerializedProto(path.read_bytes())
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot load this tokenizer ({error}); set TOKENIZER_PATH or fetch it again") from None
+    if tokenizer.vocab_size() != config.vocab_size:
+        raise UserError(
+            f"VOCAB_SIZE={config.vocab_size}: {path} has {tokenizer.vocab_size()} pieces; set VOCAB_SIZE or TOKENIZER_PATH"
+        )
+    return tokenizer
+
+
+def byte_table(tokenizer: Any) -> ByteTable:
+    """Byte counts of all pieces of a SentencePiece tokenizer; every space marker inside a piece is one byte."""
+    size = tokenizer.vocab_size()
+    base, leading, boundary = np.zeros(size, np.int32), np.zeros(size, bool), np.zeros(size, bool)
+    for token in range(size):
+        if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
+            boundary[token] = True
+        elif tokenizer.is_byte(token):
+            base[token] = 1
+        else:
+            piece = tokenizer.id_to_piece(token).replace("\u2581", " ")
+            leading[token] = piece.startswith(" ")
+            base[token] = len(piece.encode()) - leading[token]
+    pieces = [f"<0x{byte:02X}>" for byte in "\u2581".encode()]
+    own_piece = not tokenizer.is_unknown(tokenizer.piece_to_id("\u2581"))
+    return ByteTable(base, leading, boundary, () if own_piece else tuple(map(tokenizer.piece_to_id, pieces)))
+
+
+def target_bytes(tokens: np.ndarray, table: ByteTable) -> np.ndarray:
+    """Bytes (int32, same length) that each token stands for as a target; the first token is none, so 0.
+
+    Bytes are those of the text as the tokenizer sees it. The space before the first word of a document costs
+    nothing, and a space spelled as the three byte pieces of its marker costs one byte in all.
+    """
+    after_boundary = np.append(True, table.boundary[tokens[:-1]])
+    counts = table.base[tokens] + (table.leading_space[tokens] & ~after_boundary)
+    if table.split_space and len(tokens) > 2:
+        first, second, third = table.split_space
+        at = np.flatnonzero((tokens[:-2] == first) & (tokens[1:-1] == second) & (tokens[2:] == third))
+        counts[at], counts[at + 1], counts[at + 2] = ~after_boundary[at], 0, 0
+    counts[0] = 0
+    return counts.astype(np.int32)
+
+
+class Validation(NamedTuple):
+    """The validation split: N tokens, of which tokens 1..N-1 are targets."""
+
+    tokens: Tensor  # (N,) int64
+    bytes: Tensor  # (N,) int64, aligned with the tokens
+    documents: np.ndarray  # (n, 2): position of the first input, number of targets (the next BOS is the last one)
+
+
+def load_validation(config: Config) -> Validation:
+    """Reads the validation shards and, unless they come with a byte side-car, the tokenizer.
+
+    A side-car (CaseOps data, #1736) holds the bytes of the original text; the table would count the case markers.
+    Raises UserError for unusable files.
+    """
+    folder = config.dataset_dir
+    stream = TokenStream(folder, "val", config.vocab_size)
+    tokens = stream.read(0, len(stream))
+    if len(tokens) < 2:
+        raise UserError(f"{folder}: the validation stream has {len(tokens)} token(s), it needs 2 or more; export it again")
+    tokenizer = load_tokenizer(config)
+    has_case_markers = not tokenizer.is_unknown(tokenizer.piece_to_id("\ue001"))
+    if sorted(folder.glob("fineweb_val_bytes_[0-9]*.bin")):
+        sidecar = TokenStream(folder, "val_bytes", 65536)
+        if len(sidecar) != len(tokens):
+            raise UserError(f"{folder}: {len(sidecar)} side-car entries for {len(tokens)} tokens; export both again")
+        counts = sidecar.read(0, len(sidecar))
+    elif has_case_markers:
+        raise UserError(f"{folder}: CaseOps tokenizer without fineweb_val_bytes_*.bin; fetch or export the side-car")
+    else:
+        counts = target_bytes(tokens, byte_table(tokenizer))
+    starts = np.union1d([0], np.flatnonzero(tokens == BOS_ID))
+    ends = np.append(starts[1:], len(tokens) - 1)
+    documents = np.stack([starts, ends - starts], 1)
+    documents = documents[documents[:, 1] > 0]  # a BOS as the very last token predicts nothing
+    return Validation(torch.from_numpy(tokens), torch.from_numpy(counts.astype(np.int64)), documents)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# MODEL
+#
+# Token ids become nats per token. The stack is a plan of visits to physical layers; the sub-layers exist once
+# and return only their scaled contribution; a wiring says what they read and where it is added. Every product
+# with a weight goes through `project`, which can add a low-rank delta (ADAPT) or feed a Hessian (COMPRESS).
+# Weights of equal shape live in banks of shape (n, out, in), which is what Muon shards over ranks.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Matrix(NamedTuple):
+    """Where one kind of weight lies and how it is treated."""
+
+    bank: str  # attribute of GPT
+    half: int  # layer i is row half * num_layers + i of the bank
+    hessian: str  # the kind whose recorded inputs this one shares
+    clip: str  # Config field with its quantisation clip
+
+
+MATRICES = {
+    "attn.q": Matrix("qo_bank", 0, "attn.q", "attn_clip_sigmas"),
+    "attn.k": Matrix("kv_bank", 0, "attn.q", "attn_clip_sigmas"),
+    "attn.v": Matrix("kv_bank", 1, "attn.q", "attn_clip_sigmas"),
+    "attn.o": Matrix("qo_bank", 1, "attn.o", "attn_clip_sigmas"),
+    "mlp.up": Matrix("mlp_up_bank", 0, "mlp.up", "mlp_clip_sigmas"),
+    "mlp.down": Matrix("mlp_down_bank", 0, "mlp.down", "mlp_clip_sigmas"),
+}
+BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
+
+
+class Visit(NamedTuple):
+    """One pass through one physical layer."""
+
+    slot: int  # place in the plan; adapters are per slot, so a repeated layer adapts per pass
+    layer: int  # physical layer
+    wiring: str  # key of WIRINGS
+    push: bool  # its output is kept for a skip connection
+    skip: int | None  # skip connection that enters before it
+
+
+def layer_plan(config: Config, looping: bool) -> tuple[Visit, ...]:
+    """The visits of one forward pass. With the defaults and looping on: 0-5, 3-5, 3-5, 6-10, i.e. 17 visits.
+
+    The first half of the visits push their outputs; the second half take them back, last first, through the skip
+    connections (U-Net). The number of connections is that of the looped plan, so they are the same parameters
+    in both; an unlooped plan uses the first few.
+    """
+    physical = list(range(config.num_layers))
+    loop = physical[config.loop_start : config.loop_end + 1]
+    looped = physical[: config.loop_start] + loop * (config.num_loops + 1) + physical[config.loop_end + 1 :]
+    looped = looped if config.num_loops else physical
+    order = looped if looping else physical
+    first_half = len(order) // 2
+    skips = min(len(looped) // 2, len(looped) - len(looped) // 2, first_half)
+    plan = []
+    for slot, layer in enumerate(order):
+        lanes = 0 < config.parallel_start_layer <= layer
+        position = slot - first_half
+        skip = position if 0 <= position < skips else None
+        plan.append(Visit(slot, layer, "two_lane" if lanes else "serial", slot < first_half, skip))
+    return tuple(plan)
+
+
+HEAD = Visit(0, 0, "", False, None)  # the tied head is one more weight, outside the plan
+
+
+class Lora(NamedTuple):
+    """Low-rank deltas for a batch of B rows: delta(x) = scale * (x A^T) B^T, one A and B per row, weight and visit."""
+
+    scale: float
+    factors: dict[str, list[tuple[Tensor, Tensor]]]  # kind of weight -> per slot (A (B, R, in), B (B, out, R))
+
+
+class Taps:
+    """Sums x x^T over the inputs x of each kind of weight and layer: the Hessians that GPTQ wants."""
+
+    def __init__(self) -> None:
+        self.hessians: dict[tuple[str, int], Tensor] = {}
+
+    def add(self, name: str, layer: int, x: Tensor) -> None:
+        x = x.reshape(-1, x.size(-1)).float()
+        if (name, layer) not in self.hessians:
+            self.hessians[name, layer] = x.new_zeros(x.size(-1), x.size(-1))
+        self.hessians[name, layer].addmm_(x.T, x)
+
+
+class Call(NamedTuple):
+    """What one forward call hands to its sub-layers."""
+
+    weights: dict[str, tuple[Tensor, ...]]  # kind -> one matrix per layer, in the activation dtype
+    docs: Docs | None  # None: every row of the batch is one segment
+    cos: Tensor  # (T, 1, rope_dims / 2) float32, as sin
+    sin: Tensor
+    lora: Lora | None
+    taps: Taps | None
+
+
+def project(x: Tensor, name: str, visit: Visit, call: Call, lora_input: Tensor | None = None) -> Tensor:
+    """x W^T for the weight `name` of a visit: (..., in) -> (..., out). The one place where weights are used.
+
+    With adapters, adds the low-rank delta of this visit, which may read another input than the weight does.
+    """
+    if call.taps is not None and (name == "head" or MATRICES[name].hessian == name):
+        call.taps.add(name, visit.layer, x)
+    y = F.linear(x, call.weights[name][visit.layer])
+    if call.lora is not None and name in call.lora.factors:
+        a, b = call.lora.factors[name][visit.slot]
+        low = torch.bmm(x if lora_input is None else lora_input, a.mT)  # (B, T, in) -> (B, T, R)
+        y = torch.baddbmm(y, low, b.mT, alpha=call.lora.scale)  # -> (B, T, out)
+    return y
+
+
+def rms(x: Tensor) -> Tensor:
+    """x divided by the root of its mean square over the last axis; no weight; same dtype in and out."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first channels of (B, T, heads, d); channel j is paired with j + rope_dims / 2."""
+    half = cos.size(-1)
+    if not half:
+        return x
+    u, v, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+    turned = torch.cat([u * cos + v * sin, v * cos - u * sin], -1)
+    return torch.cat([turned.to(x.dtype), rest], -1)
+
+
+def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """Exclusive self-attention: y (B, T, H, d) without its component along the token's own value (B, T, K, d)."""
+    B, T, H, d = y.shape
+    direction = F.normalize(v.float(), dim=-1).unsqueeze(3)  # (B, T, K, 1, d)
+    grouped = y.float().view(B, T, v.size(2), -1, d)  # query head h belongs to value head h // (H / K)
+    grouped = grouped - (grouped * direction).sum(-1, keepdim=True) * direction
+    return grouped.view(B, T, H, d).to(y.dtype)
+
+
+def leaky_relu_squared(x: Tensor) -> Tensor:
+    """leaky_relu(x, 0.5)^2: x^2 above zero, x^2 / 4 below. A fused kernel can take its place."""
+    return F.leaky_relu(x, 0.5).square()
+
+
+def softcapped_nll(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """Nats of each target under softmax(softcap * tanh(logits / softcap)), in float32.
+
+    logits (B, T, V); targets (B, T), or (B, T, n) to price n ids at each position; the result has their shape.
+    A fused kernel can take its place.
+    """
+    capped = softcap * torch.tanh(logits.float() / softcap)
+    total = torch.logsumexp(capped, -1, keepdim=True)
+    choices = targets if targets.dim() == 3 else targets.unsqueeze(-1)
+    return (total - capped.gather(-1, choices)).view(targets.shape)
+
+
+# Attention back-ends: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d), causal, scale 1/sqrt(d), query head h
+# reads key/value head h // (H / K). With docs, B = 1 and attention stays inside the segments.
+
+
+def attend_fa3(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None) -> Tensor:
+    """FlashAttention-3."""
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+
+    if docs is None:
+        out = flash_attn_func(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+    cu, longest = docs.cu_seqlens, docs.max_seqlen
+    out = flash_attn_varlen_func(q[0], k[0], v[0], cu, cu, max_seqlen_q=longest, max_seqlen_k=longest, causal=True)
+    return (out[0] if isinstance(out, tuple) else out).unsqueeze(0)
+
+
+@torch.compiler.assume_constant_result
+def varlen_has_causal_flag() -> bool:
+    """How this PyTorch spells a causal mask: 2.10 has a flag, later releases a window."""
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "is_causal" in inspect.signature(varlen_attn).parameters
+
+
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None) -> Tensor:
+    """PyTorch's own variable-length attention (2.10 and later; FlashAttention-2 inside). Dense rows go to SDPA."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if docs is None:
+        return attend_sdpa(q, k, v, None)
+    causal = {"is_causal": True} if varlen_has_causal_flag() else {"window_size": (-1, 0)}
+    group = q.size(2) // k.size(2)  # repeated, because 2.10 has no grouped heads
+    k, v = k[0].repeat_interleave(group, 1), v[0].repeat_interleave(group, 1)
+    cu, longest = docs.cu_seqlens, docs.max_seqlen
+    return varlen_attn(q[0], k, v, cu, cu, longest, longest, **causal).unsqueeze(0)
+
+
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None) -> Tensor:
+    """PyTorch's scaled_dot_product_attention; packed rows as batches of segments of similar length."""
+    group = q.size(2) // k.size(2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, d)
+    if docs is None:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    q, k, v = q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1)  # (T, heads, d)
+    batches = []
+    for index in docs.gather:
+        segments = (q[index], k[index], v[index])  # (S, T', heads, d)
+        batches.append(attend_sdpa(*segments, None).flatten(0, 1))
+    return torch.cat(batches)[docs.scatter].unsqueeze(0)
+
+
+ATTENTION = {"fa3": attend_fa3, "varlen": attend_varlen, "sdpa": attend_sdpa}
+
+
+def choose_attention(config: Config, device: torch.device) -> str:
+    """The attention back-end for this device. Raises UserError when the one that is asked for cannot run."""
+    usable = ["sdpa"] if device.type == "cpu" else []
+    if device.type == "cuda":
+        import importlib.util
+
+        if importlib.util.find_spec("flash_attn_interface") and torch.cuda.get_device_capability(device)[0] >= 9:
+            usable.append("fa3")
+        if importlib.util.find_spec("torch.nn.attention.varlen"):
+            usable.append("varlen")
+    if not usable or config.attn_backend not in ("auto", *usable):
+        raise UserError(
+            f"ATTN_BACKEND={config.attn_backend}: not available here (usable: {', '.join(usable) or 'none'});"
+            " install FlashAttention-3 or PyTorch 2.10, or set ATTN_BACKEND=auto"
+        )
+    return usable[0] if config.attn_backend == "auto" else config.attn_backend
+
+
+class Block(nn.Module):
+    """The small parameters of one physical layer, and its two sub-layers. The matrices are in the banks."""
+
+    def __init__(self, config: Config, layer: int, attend: Callable):
+        super().__init__()
+        d, H = config.model_dim, config.num_heads
+        self.num_heads, self.num_kv_heads, self.gate_window = H, config.num_kv_heads, config.gate_window
+        self.attend = attend
+        self.depth_scale = 1 / math.sqrt(layer + 1)
+        self.exclusive = layer >= config.num_layers - config.xsa_last_n
+        self.q_gain = nn.Parameter(torch.empty(H))
+        self.attn_gate_w = nn.Parameter(torch.empty(H, d))
+        self.attn_scale = nn.Parameter(torch.empty(d))
+        self.mlp_scale = nn.Parameter(torch.empty(d))
+        self.resid_mix = nn.Parameter(torch.empty(2, d))
+        self.mlp_gate_w = nn.Parameter(torch.empty(1, config.gate_window))
+        self.mlp_gate_b = nn.Parameter(torch.empty(1))
+        if 0 < config.parallel_start_layer <= layer:  # only layers with lanes have something to mix
+            self.post_lambdas = nn.Parameter(torch.empty(2, 2))  # from attention, MLP (rows) into each lane
+            self.resid_lambdas = nn.Parameter(torch.empty(2))
+
+    def mix(self, x: Tensor, x0: Tensor) -> Tensor:
+        """The residual stream with the embedding mixed in again, channel by channel."""
+        keep, fresh = self.resid_mix.to(x.dtype)
+        return keep * x + fresh * x0
+
+    def attention(self, m: Tensor, visit: Visit, call: Call) -> Tensor:
+        """What attention adds to the residual stream m (B, T, D)."""
+        n = rms(m) * self.depth_scale
+        q = project(n, "attn.q", visit, call).unflatten(-1, (self.num_heads, -1))  # (B, T, H, d)
+        k = project(n, "attn.k", visit, call).unflatten(-1, (self.num_kv_heads, -1))
+        v = project(n, "attn.v", visit, call).unflatten(-1, (self.num_kv_heads, -1))
+        q = rotate(rms(q), call.cos, call.sin) * self.q_gain.to(q.dtype).unsqueeze(-1)
+        k = rotate(rms(k), call.cos, call.sin)
+        y = self.attend(q, k, v, call.docs)
+        if self.exclusive:
+            y = remove_own_value(y, v)
+        gate = torch.sigmoid(F.linear(n, self.attn_gate_w.to(n.dtype)).float())  # (B, T, H)
+        y = (y * gate.to(y.dtype).unsqueeze(-1)).flatten(2)
+        return self.attn_scale.to(y.dtype) * project(y, "attn.o", visit, call, lora_input=n)
+
+    def mlp(self, r: Tensor, visit: Visit, call: Call) -> Tensor:
+        """What the MLP adds to the residual stream r (B, T, D). Its output gate looks at r itself (#1941)."""
+        u = rms(r) * self.depth_scale
+        h = leaky_relu_squared(project(u, "mlp.up", visit, call))  # (B, T, F)
+        y = project(h, "mlp.down", visit, call, lora_input=u)
+        window = r[..., : self.gate_window]
+        gate = torch.sigmoid(F.linear(window, self.mlp_gate_w.to(r.dtype)).float() + self.mlp_gate_b)  # (B, T, 1)
+        return self.mlp_scale.to(y.dtype) * (gate.to(y.dtype) * y)
+
+
+Lanes = tuple[Tensor, Tensor]  # (attn_lane, mlp_lane), each (B, T, D); the same tensor while the stream is one
+
+
+def serial(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> Lanes:
+    """Attention, then the MLP, on one stream."""
+    m = block.mix(lanes[0], x0)
+    r = m + block.attention(m, visit, call)
+    x = r + block.mlp(r, visit, call)
+    return x, x
+
+
+def two_lane(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> Lanes:
+    """Attention and MLP side by side, each on its own lane; both write to both lanes."""
+    attn_lane, mlp_lane = lanes
+    a = block.attention(block.mix(attn_lane, x0), visit, call)
+    m = block.mlp(mlp_lane, visit, call)
+    post, keep = block.post_lambdas.to(a.dtype), block.resid_lambdas.to(a.dtype)
+    return (
+        keep[0] * attn_lane + post[0, 0] * a + post[1, 0] * m,
+        keep[1] * mlp_lane + post[0, 1] * a + post[1, 1] * m,
+    )
+
+
+WIRINGS = {"serial": serial, "two_lane": two_lane}
+
+
+class GPT(nn.Module):
+    """The network. Parameters are float32; activations have the run's dtype."""
+
+    def __init__(self, config: Config, run: Run, device: torch.device | str | None = None):
+        super().__init__()
+        c, L, d = config, config.num_layers, config.model_dim
+        self.config, self.dtype = config, run.dtype
+        on_meta = torch.device(device or "cpu").type == "meta"
+        attend = ATTENTION["sdpa" if on_meta else choose_attention(config, run.device)]
+        kv_dim = c.num_kv_heads * c.head_dim
+        with torch.device("meta" if on_meta else "cpu"):  # drawn on the CPU: the same weights on every machine
+            self.tok_emb = nn.Embedding(c.vocab_size, d)
+            self.qo_bank = nn.Parameter(torch.empty(2 * L, d, d))
+            self.kv_bank = nn.Parameter(torch.empty(2 * L, kv_dim, d))
+            self.mlp_up_bank = nn.Parameter(torch.empty(L, c.mlp_dim, d))
+            self.mlp_down_bank = nn.Parameter(torch.empty(L, d, c.mlp_dim))
+            self.blocks = nn.ModuleList([Block(c, layer, attend) for layer in range(L)])
+            # One parameter per connection: those that a plan does not use get no gradient and no decay.
+            skips = sum(visit.skip is not None for visit in layer_plan(c, looping=True))
+            self.skip_weights = nn.ParameterList([torch.empty(d) for _ in range(skips)])
+            self.skip_gates = nn.ParameterList([torch.empty(d) for _ in range(skips)])
+            if c.smear_gate_enabled:
+                self.smear_gate_w = nn.Parameter(torch.empty(1, c.gate_window))
+                self.smear_lambda = nn.Parameter(torch.empty(1))
+        if not on_meta:
+            self.init_weights()
+            self.to(run.device)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draws every parameter anew from SEED.
+
+        | parameter                              | value                                                       |
+        | attn_gate_w, tok_emb                   | normal, std GATED_ATTN_INIT_STD, TIED_EMBED_INIT_STD        |
+        | q, k, v, mlp up                        | orthogonal                                                  |
+        | attention output, mlp down             | 0: every block starts as the identity                       |
+        | q_gain, mlp_gate_b                     | QK_GAIN_INIT, MLP_GATE_BIAS                                 |
+        | attn_scale, mlp_scale, skip_weights    | 1                                                           |
+        | resid_mix                              | all of the stream, none of the embedding                    |
+        | post_lambdas, resid_lambdas            | 1, 1.1                                                      |
+        | skip_gates, mlp_gate_w, smear_*        | 0                                                           |
+        """
+        c, L = self.config, self.config.num_layers
+        random = torch.Generator().manual_seed(c.seed)
+        constants = {"q_gain": c.qk_gain_init, "mlp_gate_b": c.mlp_gate_bias, "resid_lambdas": 1.1}
+        constants |= dict.fromkeys(["attn_scale", "mlp_scale", "post_lambdas"], 1.0)
+        for name, parameter in self.named_parameters():
+            parameter.fill_(1.0 if name.startswith("skip_weights") else constants.get(name.split(".")[-1], 0.0))
+        for block in self.blocks:
+            block.attn_gate_w.normal_(0, c.gated_attn_init_std, generator=random)
+            block.resid_mix[0] = 1
+        self.tok_emb.weight.normal_(0, c.tied_embed_init_std, generator=random)
+        for layer in range(L):
+            for matrix in (self.qo_bank[layer], self.kv_bank[layer], self.kv_bank[L + layer]):
+                nn.init.orthogonal_(matrix, generator=random)
+        for matrix in self.mlp_up_bank:
+            nn.init.orthogonal_(matrix, generator=random)
+
+    def matrices(self) -> dict[str, tuple[Tensor, ...]]:
+        """Every weight matrix by kind and layer, cast to the activation dtype once per forward call."""
+        # One unbind per bank: its gradient is one stack, where row by row each visit would fill a whole bank.
+        rows = {bank: getattr(self, bank).to(self.dtype).unbind(0) for bank in BANKS}
+        L = self.config.num_layers
+        weights = {name: rows[m.bank][m.half * L : (m.half + 1) * L] for name, m in MATRICES.items()}
+        return weights | {"head": (self.tok_emb.weight.to(self.dtype),)}
+
+    def embed(self, inputs: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+        """Token ids (B, T) -> (B, T, D) of unit mean square, the previous token smeared in inside a document."""
+        e = F.embedding(inputs, table)
+        if self.config.smear_gate_enabled:
+            window = e[..., : self.config.gate_window]
+            gate = torch.sigmoid(F.linear(window, self.smear_gate_w.to(e.dtype)).float()) * self.smear_lambda
+            allowed = (positions > 0) & (inputs != BOS_ID)  # no look across the start of a segment or document
+            gate = (gate * allowed.unsqueeze(-1)).to(e.dtype)  # (B, T, 1)
+            e = e + gate * F.pad(e, (0, 0, 1, 0))[:, :-1]
+        return rms(e)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        plan: tuple[Visit, ...],
+        docs: Docs | None = None,
+        lora: Lora | None = None,
+        taps: Taps | None = None,
+    ) -> Tensor:
+        """Nats of each target, float32, shape of `targets`. The only forward pass there is.
+
+        inputs (B, T) int64. targets (B, C) or (B, C, n) with C <= T belong to the last C positions. With `docs`,
+        B = 1 and the row is packed; without, each row is one segment from position 0.
+        """
+        positions = torch.arange(inputs.size(1), device=inputs.device) if docs is None else docs.positions
+        half = self.config.rope_dims // 2
+        steps = torch.arange(half, device=inputs.device, dtype=torch.float32) / max(half, 1)
+        angles = positions.float()[:, None, None] * self.config.rope_base**-steps  # (T, 1, half)
+        weights = self.matrices()
+        call = Call(weights, docs, angles.cos(), angles.sin(), lora, taps)
+
+        x0 = self.embed(inputs, weights["head"][0], positions)
+        lanes, kept = (x0, x0), []
+        for visit in plan:
+            if visit.skip is not None:
+                x = self.take_skip(visit.skip, kept.pop(), lanes[0])
+                lanes = (x, lanes[1] if visit.wiring == "two_lane" else x)
+            lanes = WIRINGS[visit.wiring](self.blocks[visit.layer], lanes, x0, visit, call)
+            if visit.push:
+                kept.append(lanes[0])
+        x = rms(0.5 * (lanes[0] + lanes[1]))[:, inputs.size(1) - targets.size(1) :]
+        return softcapped_nll(project(x, "head", HEAD, call), targets, self.config.logit_softcap)
+
+    def take_skip(self, skip: int, kept: Tensor, x: Tensor) -> Tensor:
+        """Blends a kept output into the stream: sigmoid(gate) of x, the rest of the scaled skip."""
+        gate = torch.sigmoid(self.skip_gates[skip]).to(x.dtype)
+        return torch.lerp(self.skip_weights[skip].to(x.dtype) * kept, x, gate)
+
+    def groups(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Optimizer group -> name -> parameter; every parameter is in exactly one group."""
+        named = dict(self.named_parameters())
+        matrix = {name: named.pop(name) for name in BANKS}
+        embed = {"tok_emb.weight": named.pop("tok_emb.weight")}
+        return {"matrix": matrix, "embed": embed, "scalar": named}
+
+    def unused(self, plan: tuple[Visit, ...]) -> set[str]:
+        """Names of the parameters that a plan does not touch: the skip connections of the loops."""
+        used = {visit.skip for visit in plan}
+        kinds = ("skip_weights", "skip_gates")
+        return {f"{kind}.{skip}" for kind in kinds for skip in range(len(self.skip_weights)) if skip not in used}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every parameter as a float32 array."""
+        return {name: parameter.detach().cpu().numpy() for name, parameter in self.named_parameters()}
+
+    @torch.no_grad()
+    def load(self, arrays: Mapping[str, Tensor | np.ndarray]) -> None:
+        """Sets every parameter. Raises UserError when names or shapes do not match this configuration."""
+        named = dict(self.named_parameters())
+        shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+        if {name: tuple(array.shape) for name, array in arrays.items()} != shapes:
+            odd = sorted(named.keys() ^ arrays.keys()) or ["shapes"]
+            raise UserError(f"weights of another configuration (differing: {', '.join(odd[:4])}); set the same values")
+        for name, parameter in named.items():
+            parameter.copy_(torch.as_tensor(np.array(arrays[name]) if isinstance(arrays[name], np.ndarray) else arrays[name]))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# OPTIMIZER
+#
+# Gradients of this rank's rows become updated weights, equal on every rank. Gradients are summed, not averaged:
+# the loss is divided by the global number of tokens, so rows may be dealt unevenly. Nothing here depends on the
+# number of ranks but the order of floating-point sums.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def lr_multiplier(progress: float, config: Config) -> float:
+    """Factor on all learning rates: 1, then linear to 0 over the last WARMDOWN_FRAC, never below MIN_LR.
+
+    With the defaults: 1 until progress 0.25, 0.5 at 0.625, 0.10 from 0.925 on.
+    """
+    if progress < 1 - config.warmdown_frac or not config.warmdown_frac:
+        return 1.0
+    return max((1 - progress) / config.warmdown_frac, config.min_lr)
+
+
+def muon_momentum(step: int, config: Config) -> float:
+    """Linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM over the ramp, by step: 0.92 at 0, 0.97 at 1500."""
+    ramp = min(step / config.muon_momentum_warmup_steps, 1.0) if config.muon_momentum_warmup_steps else 1.0
+    return (1 - ramp) * config.muon_momentum_warmup_start + ramp * config.muon_momentum
+
+
+POLAR_EXPRESS = (  # (a, b, c) of each iteration X <- a X + (b S + c S^2) X, S = X X^T (arXiv:2505.16932)
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(update: Tensor, steps: int) -> Tensor:
+    """Each matrix of (n, rows, cols) with its singular values moved close to 1, in the input's dtype.
+
+    Rows are first brought to unit length (MuonEq-R). In exact arithmetic, singular values in [0.003, 1] of the
+    Frobenius-normalised matrix end in [0.859, 1.141] after 5 steps. A symmetric-product kernel can take its place.
+    """
+    x = update / update.float().norm(dim=-1, keepdim=True).clamp_min(1e-7).to(update.dtype)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(x.dtype)
+    for a, b, c in POLAR_EXPRESS[:steps]:
+        s = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon:
+    """Momentum, orthogonalised. Each rank updates its share of every bank and the updates are gathered.
+
+    M <- mu M + G;  X = polar(G + mu M);  W <- (1 - lr wd) W - lr sqrt(max(1, rows / cols)) X
+    """
+
+    def __init__(self, banks: list[nn.Parameter], config: Config, run: Run):
+        self.banks, self.run, self.config = banks, run, config
+        self.polar = maybe_compile(polar_express, config, run)
+        # Shares are equal: a bank is padded with zero matrices to a multiple of the number of ranks.
+        self.shares = [-(-len(bank) // run.world_size) for bank in banks]
+        self.momentum = [
+            torch.zeros(share, *bank.shape[1:], dtype=run.dtype, device=bank.device)
+            for bank, share in zip(banks, self.shares)
+        ]
+
+    def padded(self, full: Tensor, share: int) -> Tensor:
+        missing = share * self.run.world_size - len(full)
+        return torch.cat([full, full.new_zeros(missing, *full.shape[1:])]) if missing else full
+
+    def gradient_shares(self) -> list[Tensor]:
+        """This rank's matrices of the summed gradients, bank by bank."""
+        gradients = [self.padded(bank.grad.to(self.run.dtype), share) for bank, share in zip(self.banks, self.shares)]
+        return [self.run.sum_shards(gradient) for gradient in gradients]
+
+    @torch.no_grad()
+    def step(self, gradients: list[Tensor], lr: float, momentum: float) -> None:
+        """One update; `gradients` as from gradient_shares."""
+        gathered = []
+        for share, kept in zip(gradients, self.momentum):
+            kept.mul_(momentum).add_(share)
+            update = self.polar(share.add(kept, alpha=momentum), self.config.muon_backend_steps)
+            gathered.append(self.run.gather_shards(update))  # travels while the next bank is orthogonalised
+        for bank, (update, handle) in zip(self.banks, gathered):
+            if handle is not None:
+                handle.wait()
+            scale = math.sqrt(max(1.0, bank.size(1) / bank.size(2)))
+            bank.mul_(1 - lr * self.config.muon_wd).add_(update[: len(bank)].to(bank.dtype), alpha=-lr * scale)
+
+    def arrays(self) -> dict[str, Tensor]:
+        """The momentum of whole banks, float32, whatever the number of ranks. Collective."""
+        arrays = {}
+        for name, bank, kept in zip(BANKS, self.banks, self.momentum):
+            full, handle = self.run.gather_shards(kept)
+            if handle is not None:
+                handle.wait()
+            arrays[name] = full[: len(bank)].float()
+        return arrays
+
+    def load(self, arrays: Mapping[str, Tensor]) -> None:
+        for name, kept, share in zip(BANKS, self.momentum, self.shares):
+            full = self.padded(torch.as_tensor(arrays[name]), share)
+            kept.copy_(full[self.run.rank * share : (self.run.rank + 1) * share])
+
+
+class Optimizer:
+    """All optimizers of a model, the exchange of gradients, and the clipping by their global norm."""
+
+    def __init__(self, model: GPT, config: Config, run: Run):
+        groups = model.groups()
+        self.config, self.run, self.model = config, run, model
+        self.muon = Muon(list(groups["matrix"].values()), config, run)
+        self.replicated = groups["embed"] | groups["scalar"]
+        embed = dict(params=list(groups["embed"].values()), base_lr=config.tied_embed_lr, weight_decay=config.embed_wd)
+        scalar = dict(params=list(groups["scalar"].values()), base_lr=config.scalar_lr, weight_decay=config.adam_wd)
+        betas = (config.beta1, config.beta2)
+        self.adamw = torch.optim.AdamW([embed, scalar], lr=0.0, betas=betas, eps=config.adam_eps, fused=True)
+
+    @torch.no_grad()
+    def exchange(self, plan: tuple[Visit, ...], extra: list[float | Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Sums all gradients over ranks and clips them to the global norm; sums the `extra` numbers along.
+
+        A rank without rows contributes zeros. Parameters that `plan` does not use keep no gradient at all, so that
+        the optimizer leaves them alone, decay included. Returns (this rank's Muon gradients, the summed extras).
+        """
+        unused = self.model.unused(plan)
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is None and name not in unused:
+                parameter.grad = torch.zeros_like(parameter)
+        shares = self.muon.gradient_shares()
+        used = [parameter for parameter in self.replicated.values() if parameter.grad is not None]
+        numbers = [torch.as_tensor(number, dtype=torch.float32).to(self.run.device).view(1) for number in extra]
+        flat = self.run.sum_(torch.cat([parameter.grad.flatten() for parameter in used] + numbers))
+        for parameter, part in zip(used, flat.split([p.numel() for p in used] + [len(extra)])):
+            parameter.grad = part.view_as(parameter)
+        if self.config.grad_clip_norm:
+            square = self.run.sum_(sum(share.float().square().sum() for share in shares))
+            square = square + flat[: len(flat) - len(extra)].square().sum()
+            factor = (self.config.grad_clip_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(shares, factor.to(self.run.dtype))
+            torch._foreach_mul_([parameter.grad for parameter in used], factor)
+        return shares, list(flat[len(flat) - len(extra) :])
+
+    def step(self, gradients: list[Tensor], multiplier: float, momentum: float) -> None:
+        """Updates every parameter that has a gradient, and drops the gradients."""
+        for group in self.adamw.param_groups:
+            group["lr"] = group["base_lr"] * multiplier
+        self.adamw.step()
+        self.muon.step(gradients, self.config.matrix_lr * multiplier, momentum)
+        self.model.zero_grad(set_to_none=True)
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Every buffer by name, the same for any number of ranks. Collective."""
+        arrays = {f"muon.{name}": kept for name, kept in self.muon.arrays().items()}
+        for name, parameter in self.replicated.items():
+            state = self.adamw.state.get(parameter, {})
+            arrays |= {f"adamw.{key}.{name}": value for key, value in state.items()}
+        return arrays
+
+    def load(self, arrays: Mapping[str, Tensor]) -> None:
+        """Sets every buffer; those that are not named start anew."""
+        self.muon.load({name: arrays[f"muon.{name}"] for name in BANKS})
+        self.adamw.state.clear()
+        for name, parameter in self.replicated.items():
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            if f"adamw.step.{name}" in arrays:
+                values = [torch.as_tensor(arrays[f"adamw.{key}.{name}"]).clone() for key in keys]
+                self.adamw.state[parameter] = {k: v.to(self.run.device) for k, v in zip(keys, values)}
+
+
+def maybe_compile(function: Callable, config: Config, run: Run, dynamic: bool | None = None) -> Callable:
+    """`function` through torch.compile where COMPILE says so."""
+    wanted = run.device.type == "cuda" if config.compile == "auto" else config.compile == "1"
+    return torch.compile(function, dynamic=dynamic) if wanted else function
+
+
+# ------------------------------------------------------------------------------------------------------------
+# TRAIN
+#
+# Shards become a file with the averaged weights and the Hessians: all that the later stages need, so that they
+# never read training data. What reads training data happens inside the time budget.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+class Trainer:
+    """The training state and the loop over it."""
+
+    def __init__(self, config: Config, run: Run, log: Log):
+        self.config, self.run, self.log = config, run, log
+        self.stream = TokenStream(config.dataset_dir, "train", config.vocab_size)
+        self.validation = load_validation(config)  # only scored, for the log: nothing is ever fitted to it here
+        self.model = GPT(config, run)
+        for parameter in self.model.parameters():
+            run.broadcast_(parameter.data)
+        self.forward = maybe_compile(self.model, config, run)
+        self.optimizer = Optimizer(self.model, config, run)
+        self.average = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self.plans = {looping: layer_plan(config, looping) for looping in (False, True)}
+        self.step, self.elapsed, self.looping = 0, 0.0, False
+        self.history: list[list[float]] = []  # [step, training loss, seconds]
+
+    def deal(self, numbers: Iterable[int]) -> list[Row]:
+        """This rank's share of numbered rows."""
+        mine = [number for i, number in enumerate(numbers) if i % self.run.world_size == self.run.rank]
+        return [training_row(self.stream, number, self.config, self.run.device) for number in mine]
+
+    def step_rows(self, step: int) -> list[Row]:
+        """This rank's rows of an optimizer step; the rows of a step are the same for any number of ranks."""
+        first = step * self.config.rows_per_step
+        return self.deal(range(first, first + self.config.rows_per_step))
+
+    def update(self, rows: list[Row], looping: bool, multiplier: float, momentum: float, clock: float) -> tuple[float, float]:
+        """One optimizer step. Returns (mean loss over the global batch in nats, rank 0's `clock`), alike on all ranks."""
+        plan, total = self.plans[looping], torch.zeros((), device=self.run.device)
+        for row in rows:
+            loss = self.forward(row.inputs, row.targets, plan, row.docs).sum() / self.config.train_batch_tokens
+            loss.backward()
+            total += loss.detach()
+        gradients, extras = self.optimizer.exchange(plan, [total, clock if self.run.is_main else 0.0])
+        self.optimizer.step(gradients, multiplier, momentum)
+        torch._foreach_lerp_(self.average, [p.data for p in self.model.parameters()], 1 - self.config.ema_decay)
+        loss, clock = torch.cat([extra.view(1) for extra in extras]).tolist()  # the one host sync of a step
+        return loss, clock
+
+    def progress(self) -> float:
+        """From 0 to 1 over the time budget, by rank 0's clock; without one, over the iterations."""
+        limit = self.config.train_seconds
+        return min(self.elapsed / limit if limit < math.inf else self.step / self.config.iterations, 1.0)
+
+    def finished(self) -> bool:
+        return self.step >= self.config.iterations or self.elapsed >= self.config.train_seconds
+
+    def loop(self) -> None:
+        """Trains until the budget or the iterations are used up. Raises TrainingDiverged on a non-finite loss."""
+        config, log, begin = self.config, self.log, time.monotonic() - self.elapsed
+        saved = logged = self.elapsed
+        tokens_done = 0
+        for rows in prefetch(self.step_rows, range(self.step, config.iterations)):
+            if self.finished():
+                break
+            if not self.looping and self.progress() >= config.enable_looping_at and config.num_loops:
+                self.looping = True
+                log("looping", step=self.step, progress=self.progress(), visits=len(self.plans[True]))
+            multiplier = lr_multiplier(self.progress(), config)
+            momentum = muon_momentum(self.step, config)
+            loss, self.elapsed = self.update(rows, self.looping, multiplier, momentum, time.monotonic() - begin)
+            self.step, tokens_done = self.step + 1, tokens_done + config.train_batch_tokens
+            if not math.isfinite(loss):
+                raise TrainingDiverged(f"loss {loss} at step {self.step}; lower MATRIX_LR or TIED_EMBED_LR")
+            self.history.append([self.step, loss, self.elapsed])
+            if self.step <= 5 or self.step % config.train_log_every == 0 or self.step == config.iterations:
+                speed = tokens_done / max(self.elapsed - logged, 1e-9)
+                log(
+                    "train",
+                    step=f"{self.step}/{config.iterations}",
+                    loss=loss,
+                    lr_multiplier=multiplier,
+                    seconds=self.elapsed,
+                    tokens_per_s=round(speed),
+                )
+                logged, tokens_done = self.elapsed, 0
+            if config.checkpoint_seconds and self.elapsed - saved >= config.checkpoint_seconds:
+                saved = self.elapsed
+                self.save_checkpoint()
+            if config.val_loss_every and self.step % config.val_loss_every == 0:
+                paused = time.monotonic()
+                tally = self.validate()
+                log("validation", step=self.step, val_loss=tally.loss, val_bpb=tally.bpb)
+                begin += time.monotonic() - paused
+        self.run.synchronize()
+        now = torch.tensor([time.monotonic() - begin], dtype=torch.float64, device=self.run.device)
+        self.elapsed = float(self.run.broadcast_(now))
+
+    def validate(self) -> "Tally":
+        """Plain score of the current weights."""
+        return score(self.forward, self.validation, self.config, self.run, self.log, self.config.eval_seq_len)
+
+    def warm_up(self) -> None:
+        """Compiles both plans by WARMUP_STEPS throw-away steps on synthetic tokens, then undoes everything."""
+        if not self.config.warmup_steps:
+            return
+        start = time.monotonic()
+        before = [{name: torch.as_tensor(a).clone() for name, a in arrays.items()} for arrays in self.state()]
+        length = self.config.train_row_tokens
+        random = np.random.default_rng(0)
+        lengths = cut_lengths(np.array([length]), self.config.train_seq_len)
+        docs = pack_segments(lengths, self.config.train_seq_len, self.run.device)
+        tokens = torch.from_numpy(random.integers(2, self.config.vocab_size, (1, length))).to(self.run.device)
+        for looping in (False, True):
+            for _ in range(self.config.warmup_steps):
+                self.update([Row(tokens, tokens, docs)], looping, 1.0, 0.9, 0.0)
+        self.set_state(*before)
+        self.log("warm_up", steps=2 * self.config.warmup_steps, seconds=time.monotonic() - start)
+
+    def state(self) -> tuple[dict, dict, dict]:
+        """All tensors that training changes: weights, their average, optimizer buffers. Collective."""
+        names = [name for name, _ in self.model.named_parameters()]
+        weights = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        return weights, dict(zip(names, self.average)), self.optimizer.arrays()
+
+    def set_state(self, weights: Mapping, average: Mapping, optimizer: Mapping) -> None:
+        self.model.load(weights)
+        names = [name for name, _ in self.model.named_parameters()]
+        for kept, name in zip(self.average, names):
+            kept.copy_(torch.as_tensor(average[name]))
+        self.optimizer.load(optimizer)
+
+    def save_checkpoint(self) -> None:
+        """Everything a restart needs, whatever the number of ranks. The previous file stays until this one is whole."""
+        parts = dict(zip(("weights", "average", "optimizer"), self.state()))
+        if self.run.is_main:
+            arrays = {f"{part}/{n}": torch.as_tensor(t).cpu().numpy() for part, ts in parts.items() for n, t in ts.items()}
+            arrays["history"] = np.array(self.history)
+            meta = {"step": self.step, "elapsed": self.elapsed, "looping": self.looping, "settings": training_settings(self.config)}
+            save_arrays(run_dir(self.config) / "checkpoint.bin", meta, arrays)
+        self.log("checkpoint", step=self.step, seconds=self.elapsed)
+
+    def restore_checkpoint(self) -> None:
+        """Continues from a checkpoint of this run, if there is one. Raises UserError if it is of other settings."""
+        path = run_dir(self.config) / "checkpoint.bin"
+        if not path.exists():
+            return
+        meta, arrays = load_arrays(path)
+        mine, theirs = training_settings(self.config), meta["settings"]
+        odd = [f"{k.upper()}={mine.get(k)} (was {theirs.get(k)})" for k in mine | theirs if mine.get(k) != theirs.get(k)]
+        if odd:
+            raise UserError(f"{path}: saved with other settings: {', '.join(odd)}; restore them or choose another RUN_ID")
+        parts: dict[str, dict] = {"weights": {}, "average": {}, "optimizer": {}}
+        self.history = arrays.pop("history").tolist()
+        for key, array in arrays.items():
+            part, name = key.split("/")
+            parts[part][name] = torch.from_numpy(array.copy())
+        self.set_state(**parts)
+        self.step, self.elapsed, self.looping = meta["step"], meta["elapsed"], meta["looping"]
+        self.log("resumed", step=self.step, seconds=self.elapsed)
+
+    def use_average(self) -> None:
+        """Replaces the weights by their moving average; everything downstream uses it."""
+        self.model.load(self.state()[1])
+
+    @torch.no_grad()
+    def hessians(self) -> dict[tuple[str, int], Tensor]:
+        """X^T X of every kind of weight over the rows that follow the last training step, summed over ranks.
+
+        The model runs as it will be scored: averaged weights, looped plan, attention inside documents.
+        """
+        first, taps = self.step * self.config.rows_per_step, Taps()
+        for name, matrix in MATRICES.items():
+            if matrix.hessian == name:
+                width = getattr(self.model, matrix.bank).size(-1)
+                for layer in range(self.config.num_layers):
+                    taps.hessians[name, layer] = torch.zeros(width, width, device=self.run.device)
+        taps.hessians["head", 0] = torch.zeros(self.config.model_dim, self.config.model_dim, device=self.run.device)
+        for row in self.deal(range(first, first + self.config.gptq_calibration_batches)):
+            self.model(row.inputs, row.targets, self.plans[True], row.docs, taps=taps)
+        return {key: self.run.sum_(hessian) for key, hessian in taps.hessians.items()}
+
+
+def training_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide what the train stage computes; a resumed run must have the same."""
+    later = ("run_id", "runs_dir", "stages", "compile", "attn_backend", "checkpoint_seconds", "preset", "data_dir")
+    shown = ("train_log_every", "val_loss_every", "val_batch_tokens", "eval_seq_len", "eval_stride", "warmup_steps")
+    scoring = ("ttt_", "global_ttt_", "phased_ttt_", "sliding_", "matrix_bits", "embed_bits")
+    values = dataclasses.asdict(config)
+    skip = {name for name in values if name in later + shown or name.startswith(scoring) or "clip_sigmas" in name}
+    return {name: value for name, value in values.items() if name not in skip}
+
+
+def train(config: Config, run: Run, log: Log) -> dict[str, Any]:
+    """The train stage: writes trained.bin (averaged weights, Hessians) and returns its part of the result."""
+    trainer = Trainer(config, run, log)
+    log("data", train_tokens=len(trainer.stream), val_tokens=len(trainer.validation.tokens), row_tokens=config.train_row_tokens)
+    trainer.warm_up()
+    trainer.restore_checkpoint()
+    run.synchronize()
+    trainer.loop()
+    run.synchronize()
+    trainer.use_average()
+    start = time.monotonic()
+    hessians = trainer.hessians()
+    run.synchronize()
+    calibration_s = time.monotonic() - start
+    train_s = trainer.elapsed + calibration_s
+    log("calibrated", hessians=len(hessians), seconds=calibration_s, last_training_read_s=train_s)
+    if config.max_wallclock_seconds and train_s > config.max_wallclock_seconds:
+        log("warning", late_calibration=f"last read of training data at {train_s:.1f}s of {config.max_wallclock_seconds:g}s")
+    if run.is_main:
+        arrays = trainer.model.arrays()
+        arrays |= {f"hessian.{name}.{layer}": h.cpu().numpy() for (name, layer), h in hessians.items()}
+        save_arrays(run_dir(config) / "trained.bin", {"settings": training_settings(config)}, arrays)
+        plot_history(trainer.history, run_dir(config) / "loss_curve.png")
+    del hessians
+    tally = trainer.validate()
+    log("diagnostic", weights="averaged", val_loss=tally.loss, val_bpb=tally.bpb)
+    return {
+        "steps": trainer.step,
+        "train_tokens": trainer.step * config.train_batch_tokens,
+        "train_seconds": train_s,
+        "calibration_seconds": calibration_s,
+        "tokens_per_s": trainer.step * config.train_batch_tokens / max(trainer.elapsed, 1e-9),
+        "train_loss": trainer.history[-1][1] if trainer.history else None,
+        "prequant_val_loss": tally.loss,
+        "prequant_val_bpb": tally.bpb,
+    }
+
+
+def plot_history(history: list[list[float]], path: Path) -> None:
+    """The loss curve as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot([step for step, _, _ in history], [loss for _, loss, _ in history], linewidth=1)
+    axes.set(xlabel="optimizer step", ylabel="training loss (nats/token)", title="Training loss")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def run_dir(config: Config) -> Path:
+    return Path(config.runs_dir) / config.run_id
+
+
+# ------------------------------------------------------------------------------------------------------------
+# COMPRESS
+#
+# Averaged weights and Hessians become integer codes, and these one artifact file, from which alone the model is
+# scored. Matrices go through GPTQ, attention gates are rounded to int8 rows, everything else is stored as fp16.
+# The entropy coder does the packing: an int6 code occupies a byte here and about 3.4 bits in the file.
+# ------------------------------------------------------------------------------------------------------------
+
+ENTROPY_BITS_AT_ONE_SIGMA = 2.047  # log2 sqrt(2 pi e): entropy of a Gaussian row whose step is one std, in bits
+BROTLI = {"quality": 10, "lgwin": 22}  # quality 11 saves less than 0.01 % of these streams and takes a third longer
+
+
+def gptq(W: Tensor, H: Tensor, clip_sigmas: float, bits: int, block: int = 128) -> tuple[Tensor, Tensor]:
+    """Rounds matrices so that their outputs on the calibration inputs change little (GPTQ, arXiv:2210.17323).
+
+    W (n, rows, cols) float32 and H (n, cols, cols), its summed X^T X -> codes Q (n, rows, cols) int8 within
+    +-(2^(bits-1) - 1), and row scales (n, rows) float16 = clip_sigmas * std(row) / (2^(bits-1) - 1) (SDClip).
+    Columns are rounded in order of falling H_jj; each rounding error is spread over the columns still to come,
+    in proportion to the upper factor U of H^-1 = U^T U.
+    """
+    n, rows, cols = W.shape
+    top = 2 ** (bits - 1) - 1
+    scale = (clip_sigmas * W.std(-1) / top).half().clamp_min(2.0**-24)  # the least fp16: a zero row stays zero
+    H, diagonal = H.clone(), H.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal == 0  # inputs never seen in calibration: their weights become 0
+    H.diagonal(dim1=-2, dim2=-1).add_(dead)
+    mean = H.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    order = torch.argsort(H.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)  # (n, cols)
+    H = H.gather(1, order.unsqueeze(-1).expand(-1, -1, cols)).gather(2, order.unsqueeze(1).expand(-1, cols, -1))
+    U = inverse_factor(H, mean)
+    columns = W.mT.masked_fill(dead.unsqueeze(-1), 0)  # (n, cols, rows): a column is contiguous
+    columns = columns.gather(1, order.unsqueeze(-1).expand(-1, -1, rows)).contiguous()
+    step = scale.float()
+    Q = torch.empty_like(columns)
+    for begin in range(0, cols, block):
+        end = min(begin + block, cols)
+        part, errors = columns[:, begin:end].contiguous(), []
+        for j in range(end - begin):
+            u = U[:, begin + j, begin + j : end]
+            q = (part[:, j] / step).round_().clamp_(-top, top)
+            error = (part[:, j] - q * step) / u[:, :1]
+            Q[:, begin + j] = q
+            errors.append(error)
+            part[:, j + 1 :] -= u[:, 1:, None] * error[:, None]
+        if end < cols:
+            columns[:, end:] -= torch.bmm(U[:, begin:end, end:].mT, torch.stack(errors, 1))
+    Q = torch.empty_like(Q).scatter_(1, order.unsqueeze(-1).expand(-1, -1, rows), Q)
+    return Q.mT.to(torch.int8), scale
+
+
+def inverse_factor(H: Tensor, mean: Tensor) -> Tensor:
+    """Upper triangular U with H^-1 = U^T U for (n, cols, cols); H is damped by 1 % of its mean diagonal, or more
+    where that is not enough for a Cholesky factor. With both axes reversed, one factorisation does."""
+    for damping in (0.01, 0.1, 1.0):
+        damped = H.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))
+        if not failed.any():
+            upper = lower.flip(-2, -1)  # H = upper upper^T
+            identity = torch.eye(H.size(-1), device=H.device).expand_as(H)
+            return torch.linalg.solve_triangular(upper, identity, upper=True)
+    raise TrainingDiverged("a calibration Hessian is not finite; lower the learning rates")
+
+
+class Stored(NamedTuple):
+    """One array of the artifact."""
+
+    stream: str  # arrays of one stream are compressed together
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def artifact_table(config: Config) -> list[Stored]:
+    """The arrays of an artifact in file order. It follows from the configuration, so the file need not hold it."""
+    table = []
+
+    def add(stream: str, name: str, shape: tuple[int, ...]) -> None:
+        table.append(Stored(stream, name + ".codes", shape, "i1"))
+        table.append(Stored("halves", name + ".scale", shape[:1], "<f2"))
+
+    parameters = {name: tuple(p.shape) for name, p in GPT(config, Run(), "meta").named_parameters()}
+    for kind, matrix in MATRICES.items():
+        for layer in range(config.num_layers):
+            add(kind, f"blocks.{layer}.{kind}", parameters[matrix.bank][1:])
+    add("embedding", "tok_emb.weight", parameters["tok_emb.weight"])
+    for name, shape in parameters.items():
+        if name.endswith("attn_gate_w"):
+            add("gates", name, shape)
+        elif name not in BANKS and name != "tok_emb.weight":
+            table.append(Stored("halves", name, shape, "<f2"))
+    return table
+
+
+def quantize(arrays: dict[str, np.ndarray], config: Config, device: torch.device, log: Log) -> dict[str, np.ndarray]:
+    """Weights and Hessians, as in trained.bin -> the arrays of artifact_table by name."""
+    stored, L = {}, config.num_layers
+    to_device = lambda array: torch.from_numpy(array.copy()).to(device)
+
+    def keep(name: str, codes: Tensor, scale: Tensor) -> None:
+        stored[name + ".codes"], stored[name + ".scale"] = codes.cpu().numpy(), scale.cpu().numpy()
+
+    for kind in [kind for kind, matrix in MATRICES.items() if matrix.hessian == kind]:
+        # One call for all layers, and for the kinds that share their inputs (q, k, v): their rows are independent.
+        kinds = [name for name, matrix in MATRICES.items() if matrix.hessian == kind]
+        parts = [to_device(arrays[MATRICES[name].bank][MATRICES[name].half * L :][:L]) for name in kinds]
+        hessians = torch.stack([to_device(arrays[f"hessian.{kind}.{layer}"]) for layer in range(L)])
+        codes, scale = gptq(torch.cat(parts, 1), hessians, getattr(config, MATRICES[kind].clip), config.matrix_bits)
+        sizes = [part.size(1) for part in parts]
+        for name, q, s in zip(kinds, codes.split(sizes, 1), scale.split(sizes, 1)):
+            for layer in range(L):
+                keep(f"blocks.{layer}.{name}", q[layer], s[layer])
+    weight, hessian = to_device(arrays["tok_emb.weight"]), to_device(arrays["hessian.head.0"])
+    codes, scale = gptq(weight[None], hessian[None], config.embed_clip_sigmas, config.embed_bits)
+    keep("tok_emb.weight", codes[0], scale[0])
+    for entry in artifact_table(config):
+        if entry.stream == "gates":
+            gate = torch.from_numpy(arrays[entry.name.removesuffix(".codes")].copy())
+            scale = (gate.abs().amax(1) / 127).half().clamp_min(2.0**-24)
+            keep(entry.name.removesuffix(".codes"), (gate / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale)
+        elif entry.name in arrays:
+            stored[entry.name] = arrays[entry.name].astype(np.float16)
+    return stored
+
+
+def dequantize(stored: Mapping[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
+    """The arrays of an artifact -> float32 parameters of GPT by name."""
+    values = {name: array.astype(np.float32) for name, array in stored.items() if "." + name.split(".")[-1] not in (".codes", ".scale")}
+    for name in [name.removesuffix(".codes") for name in stored if name.endswith(".codes")]:
+        values[name] = stored[name + ".codes"].astype(np.float32) * stored[name + ".scale"].astype(np.float32)[:, None]
+    halves: dict[str, list] = {bank: [None, None] for bank in BANKS}
+    for kind, matrix in MATRICES.items():
+        halves[matrix.bank][matrix.half] = [values.pop(f"blocks.{layer}.{kind}") for layer in range(config.num_layers)]
+    return values | {bank: np.stack(first + (second or [])) for bank, (first, second) in halves.items()}
+
+
+def stream_bytes(stored: Mapping[str, np.ndarray], table: list[Stored]) -> dict[str, bytes]:
+    """Arrays -> one byte string per stream. Codes run down the columns, whose statistics differ more than those of
+    rows; of half-precision numbers first all low bytes, then all high ones."""
+    streams: dict[str, list[bytes]] = {}
+    for entry in table:
+        array = stored[entry.name]
+        streams.setdefault(entry.stream, []).append((array.T if entry.dtype == "i1" else array.astype("<f2")).tobytes())
+    joined = {stream: b"".join(parts) for stream, parts in streams.items()}
+    return joined | {"halves": joined["halves"][0::2] + joined["halves"][1::2]}
+
+
+def stream_arrays(streams: Mapping[str, bytes], table: list[Stored]) -> dict[str, np.ndarray]:
+    """The inverse of stream_bytes."""
+    data = np.frombuffer(streams["halves"], np.uint8).reshape(2, -1).T.tobytes()
+    streams, stored, used = {**streams, "halves": data}, {}, dict.fromkeys(streams, 0)
+    for entry in table:
+        count, begin = math.prod(entry.shape), used[entry.stream]
+        array = np.frombuffer(streams[entry.stream], entry.dtype, count, begin)
+        stored[entry.name] = array.reshape(entry.shape[::-1]).T if entry.dtype == "i1" else array.reshape(entry.shape)
+        used[entry.stream] += array.nbytes
+    return stored
+
+
+def save_artifact(path: Path, stored: Mapping[str, np.ndarray], config: Config) -> int:
+    """Compresses the streams side by side and writes the artifact. Returns its size in bytes."""
+    import brotli
+
+    streams = stream_bytes(stored, artifact_table(config))
+    longest_first = sorted(streams, key=lambda stream: -len(streams[stream]))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        packed = dict(zip(longest_first, pool.map(lambda stream: brotli.compress(streams[stream], **BROTLI), longest_first)))
+    return write_container(path, {"model": model_settings(config)}, [packed[stream] for stream in streams])
+
+
+def load_artifact(path: Path, config: Config, run: Run) -> GPT:
+    """The model of an artifact file. Raises UserError when it is damaged, or of another model than `config` says.
+
+    Decompression is bounded by the sizes that follow from the configuration.
+    """
+    import brotli
+
+    meta, packed = read_container(path)
+    mine, theirs = model_settings(config), meta.get("model")
+    if mine != theirs:
+        theirs = theirs if isinstance(theirs, dict) else {}
+        odd = [f"{name.upper()}={mine[name]} (artifact: {theirs.get(name)})" for name in mine if mine[name] != theirs.get(name)]
+        raise UserError(f"{path}: made with other settings: {', '.join(odd)}; set the artifact's values")
+    table = artifact_table(config)
+    sizes: dict[str, int] = {}
+    for entry in table:
+        sizes[entry.stream] = sizes.get(entry.stream, 0) + math.prod(entry.shape) * np.dtype(entry.dtype).itemsize
+    streams = {}
+    try:
+        if len(packed) != len(sizes):
+            raise ValueError(f"{len(packed)} streams, expected {len(sizes)}")
+        for (stream, size), data in zip(sizes.items(), packed):
+            decoder = brotli.Decompressor()
+            streams[stream] = decoder.process(data, output_buffer_limit=size + 1)
+            if len(streams[stream]) != size or not decoder.is_finished():
+                raise ValueError(f"stream {stream} does not expand to {size} bytes")
+    except (ValueError, brotli.error) as error:
+        raise UserError(f"{path}: damaged artifact ({error}); quantise again") from None
+    model = GPT(config, run)
+    model.load(dequantize(stream_arrays(streams, table), config))
+    return model
+
+
+def model_settings(config: Config) -> dict[str, Any]:
+    """The settings that the forward pass depends on; they travel in the artifact."""
+    first, last = list(FIELDS).index("num_layers"), list(FIELDS).index("logit_softcap")
+    skip = ("gated_attn_init_std", "tied_embed_init_std", "qk_gain_init", "mlp_gate_bias", "enable_looping_at")
+    names = ["vocab_size", *list(FIELDS)[first : last + 1]]
+    return {name: getattr(config, name) for name in names if name not in skip}
+
+
+def packed_script(source: str) -> bytes:
+    """The script as it counts and runs: without comments and docstrings, compressed, in a wrapper of two lines.
+
+    The wrapper registers the text with linecache, because Triton reads the source of its kernels from there.
+    """
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            body[:1] = [] if len(body) > 1 else [ast.Pass()]
+    text = ast.unparse(tree).encode()
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+    payload = base64.b85encode(lzma.compress(text, lzma.FORMAT_RAW, filters=filters)).decode()
+    return (
+        "import lzma as L,base64 as B,linecache as C\n"
+        f's=L.decompress(B.b85decode("{payload}"),3,None,[{{"id":33}}]).decode();n=__file__+"#";'
+        'C.cache[n]=len(s),None,s.splitlines(1),n;exec(compile(s,n,"exec"))\n'
+    ).encode()
+
+
+def counted_code_bytes() -> tuple[int, bool]:
+    """Bytes of code that count towards the artifact, and whether the running file itself is the packed one."""
+    source = Path(__file__.removesuffix("#")).read_text(encoding="utf-8")
+    packed = __file__.endswith("#") or source.startswith("import lzma as L,base64")
+    return (len(source.encode()), True) if packed else (len(packed_script(source)), False)
+
+
+def predicted_artifact_bytes(config: Config) -> dict[str, int]:
+    """Forecast of the artifact from the rate model of Gaussian rows, before any training.
+
+    Codes with clip k and range r take 2.047 + log2(r / k) + log2(1 + (k / r)^2 / 12) / 2 bits; brotli adds about
+    1.2 % on such streams; half-precision numbers shrink to about 0.85 of their size.
+    """
+    bits, halves = 0.0, 0
+    for entry in artifact_table(config):
+        count = math.prod(entry.shape)
+        if entry.dtype == "<f2":
+            halves += 2 * count
+        elif entry.stream == "gates":
+            bits += 7.0 * count  # int8 with the largest of each row at 127
+        else:
+            embedding = entry.stream == "embedding"
+            clip = config.embed_clip_sigmas if embedding else getattr(config, MATRICES[entry.stream].clip)
+            top = 2 ** ((config.embed_bits if embedding else config.matrix_bits) - 1) - 1
+            bits += count * (ENTROPY_BITS_AT_ONE_SIGMA + math.log2(top / clip) + 0.5 * math.log2(1 + (clip / top) ** 2 / 12))
+    weights, code = round(1.012 * bits / 8 + 0.85 * halves), counted_code_bytes()[0]
+    return {"artifact_bytes": weights, "code_bytes": code, "total_bytes": weights + code}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# SCORE
+#
+# A model and the validation stream become three sums: nats, tokens, bytes. One planner cuts documents into
+# windows for plain, sliding and adaptive scoring; every target lies in exactly one window's scored part.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def plan_windows(num_targets: int, context: int, stride: int, first: int | None = None) -> Iterator[tuple[int, int, int]]:
+    """Yields (begin, first_scored, end): read inputs begin..end-1, score targets first_scored..end-1.
+
+    The first window scores `first` targets (default: the context), each later one `stride`, the last one what is
+    left. A window reads at most `context` inputs and begins where a full window would, so the common part of all
+    documents lines up. stride == context is plain scoring, stride < context sliding, first == stride adaptation.
+    """
+    scored, step = 0, first or context
+    while scored < num_targets:
+        yield max(0, scored + step - context), scored, min(scored + step, num_targets)
+        scored, step = scored + step, stride
+
+
+@dataclasses.dataclass
+class Tally:
+    """What has been scored so far; float64 sums."""
+
+    nats: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+
+    def add(self, nll: Tensor, counts: Tensor) -> None:
+        """Adds nats per target (n,) and bytes per target (n,)."""
+        self.nats += float(nll.detach().double().sum())
+        self.tokens += nll.numel()
+        self.bytes += int(counts.sum())
+
+    def over_ranks(self, run: Run) -> "Tally":
+        sums = run.sum_(torch.tensor([self.nats, self.tokens, self.bytes], dtype=torch.float64, device=run.device))
+        nats, tokens, size = sums.tolist()
+        return Tally(nats, round(tokens), round(size))
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / max(self.tokens, 1)
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte of text."""
+        return self.nats / math.log(2) / max(self.bytes, 1)
+
+
+class Window(NamedTuple):
+    """A stretch of the validation stream: inputs begin..end-1 are read, the targets from first_scored on count."""
+
+    begin: int
+    first_scored: int
+    end: int
+
+
+def document_windows(validation: Validation, context: int, stride: int) -> list[Window]:
+    """The windows of all documents, in stream order and stream positions."""
+    return [
+        Window(start + begin, start + first, start + end)
+        for start, count in validation.documents.tolist()
+        for begin, first, end in plan_windows(count, context, stride)
+    ]
+
+
+def fill_rows(windows: list[Window], limit: int) -> list[list[Window]]:
+    """Consecutive windows grouped into rows of at most `limit` tokens."""
+    rows, room = [], 0
+    for window in windows:
+        length = window.end - window.begin
+        if length > room:
+            rows.append([])
+            room = limit
+        rows[-1].append(window)
+        room -= length
+    return rows
+
+
+def window_row(windows: list[Window], validation: Validation, context: int, pad_to: int, device: torch.device) -> tuple[Row, np.ndarray]:
+    """Windows as one packed row, one segment each, and the stream positions (T,) of its targets.
+
+    A row is padded to `pad_to` tokens with segments whose targets are at position 0, which is no target.
+    """
+    lengths = np.array([window.end - window.begin for window in windows])
+    padding = max(pad_to - lengths.sum(), 0)
+    inputs = np.concatenate([np.arange(w.begin, w.end) for w in windows] + [np.zeros(padding, np.int64)])
+    docs = pack_segments(np.append(lengths, cut_lengths(np.array([padding]), context) if padding else []).astype(np.int64), context, device)
+    targets = inputs + 1
+    targets[len(targets) - padding :] = 0
+    row = Row(move(validation.tokens[inputs][None], device), move(validation.tokens[targets][None], device), docs)
+    return row, targets
+
+
+@torch.no_grad()
+def score(forward: Callable, validation: Validation, config: Config, run: Run, log: Log, stride: int) -> Tally:
+    """Scores every target of the validation stream once, with windows of EVAL_SEQ_LEN inside documents.
+
+    Rows are formed before they are dealt to ranks, so the sums do not depend on the number of ranks.
+    """
+    context, plan, tally = config.eval_seq_len, layer_plan(config, looping=True), Tally()
+    rows = fill_rows(document_windows(validation, context, stride), config.score_row_tokens)
+    pad_to = config.score_row_tokens if run.device.type == "cuda" else 0  # one shape to compile
+    for windows in log.bar(rows[run.rank :: run.world_size], "score"):
+        row, positions = window_row(windows, validation, context, pad_to, run.device)
+        nll = forward(row.inputs, row.targets, plan, row.docs)[0].cpu()
+        counted = np.concatenate([np.arange(w.begin, w.end) >= w.first_scored for w in windows])
+        counted = torch.from_numpy(np.append(counted, np.zeros(len(positions) - len(counted), bool)))
+        tally.add(nll[counted], validation.bytes[positions][counted])
+    return tally.over_ranks(run)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# ADAPT
+#
+# Score-first test-time training (#1530, #1610, #1626): each document gets its own low-rank adapters, which learn
+# from a chunk after it has been scored; at a few fixed points all weights learn from the documents scored so far.
+# Documents form a queue of batches, the longest first; batch g belongs to track g mod TTT_TRACKS, and tracks are
+# dealt to ranks. All that a score depends on lies in its own track or before the last pause, so the result does
+# not depend on the number of ranks.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Adapters:
+    """LoRA factors for a batch of documents, and their optimizer."""
+
+    def __init__(self, config: Config, model: GPT, batch: int, seed: int):
+        c, device = config, model.tok_emb.weight.device
+        self.size = batch
+        slots, rank = len(layer_plan(c, looping=True)), c.ttt_lora_rank
+        shapes = {name: (slots, *getattr(model, m.bank).shape[1:]) for name, m in MATRICES.items() if name != "mlp.up"}
+        shapes["mlp.down"] = (slots, c.model_dim, c.model_dim)  # reads the MLP's input: a path around the whole MLP
+        shapes["head"] = (1, c.vocab_size, c.model_dim)
+        shapes["attn.o"] = (slots, c.model_dim, c.model_dim)  # reads the block's input, not the attention result
+        random = torch.Generator(device).manual_seed(seed)
+        self.scale, self.factors = c.ttt_lora_alpha / rank, {}
+        for name, (n, out, width) in shapes.items():
+            a = torch.empty(n, batch, rank, width, device=device).uniform_(-1, 1, generator=random) / math.sqrt(width)
+            self.factors[name] = (a.requires_grad_(), torch.zeros(n, batch, out, rank, device=device, requires_grad=True))
+        everything = [factor for pair in self.factors.values() for factor in pair]
+        betas = (c.ttt_beta1, c.ttt_beta2)
+        self.optimizer = torch.optim.AdamW(
+            everything, c.ttt_lora_lr, betas, eps=1e-10, weight_decay=c.ttt_weight_decay, fused=True
+        )
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Ready for other documents: no delta and no optimizer history; A is kept (warm start, #1886)."""
+        for _, b in self.factors.values():
+            b.zero_()
+        for state in self.optimizer.state.values():
+            for buffer in state.values():
+                buffer.zero_()
+
+    def lora(self, dtype: torch.dtype) -> Lora:
+        views = {name: list(zip(a.to(dtype).unbind(0), b.to(dtype).unbind(0))) for name, (a, b) in self.factors.items()}
+        return Lora(self.scale, views)
+
+    def update(self, loss: Tensor) -> None:
+        """One step on the loss of a chunk that has been tallied."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+
+def document_queue(documents: np.ndarray, batch: int) -> list[np.ndarray]:
+    """Documents (n, 2) in batches of similar length, longest first; inside a batch in order of falling length."""
+    ascending = documents[np.argsort(documents[:, 1], kind="stable")]
+    return [ascending[begin : begin + batch][::-1] for begin in range(0, len(ascending), batch)][::-1]
+
+
+def phase_pauses(queue: list[np.ndarray], config: Config) -> list[int]:
+    """Queue positions of the global updates: each after the first batch that completes its share of the documents."""
+    done = np.cumsum([len(batch) for batch in queue])
+    limit = min(config.phased_ttt_prefix_docs, int(done[-1]))
+    shares = [limit * (i + 1) // config.phased_ttt_num_phases for i in range(config.phased_ttt_num_phases)]
+    return sorted({int(np.searchsorted(done, share)) + 1 for share in shares if share})
+
+
+def score_and_adapt(
+    forward: Callable, adapters: Adapters, batch: np.ndarray, validation: Validation, config: Config, run: Run, tally: Tally
+) -> None:
+    """Scores a batch of documents chunk by chunk; after each chunk its documents' adapters learn from it.
+
+    One forward pass serves both: its losses are tallied first, and only then differentiated. A chunk's window
+    begins and ends at the same distance into every document, so the chunk is the last columns of the batch;
+    documents that have ended, and the rest of a last chunk, are padding behind the real tokens.
+    """
+    chunk, plan = config.ttt_chunk_size, layer_plan(config, looping=True)
+    starts, counts = torch.from_numpy(batch[:, :1].copy()), torch.from_numpy(batch[:, 1].copy())
+    last = len(validation.tokens) - 1
+    for begin, first, end in plan_windows(int(counts.max()), config.ttt_eval_seq_len, chunk, first=chunk):
+        columns = torch.arange(begin, first + chunk)
+        inputs = (starts + columns).clamp(max=last)  # (B, T) stream positions
+        targets = (starts + columns[-chunk:] + 1).clamp(max=last)  # (B, chunk)
+        real = columns[-chunk:] < counts[:, None]
+        learns = counts > first + chunk  # a document's last chunk teaches nobody
+        inside = columns < counts[:, None]
+        tokens = torch.where(inside, validation.tokens[inputs], 0).to(run.device)
+        wanted = validation.tokens[targets].to(run.device)
+        with torch.set_grad_enabled(bool(learns.any())):
+            nll = forward(tokens, wanted, plan, None, adapters.lora(run.dtype))
+        tally.add(nll.cpu()[real], validation.bytes[targets][real])
+        if learns.any():
+            adapters.update((nll.mean(1) * learns.to(run.device)).sum())
+
+
+def global_update(model: GPT, scored: np.ndarray, validation: Validation, config: Config, run: Run, log: Log) -> int:
+    """One pass of SGD over all weights on documents (n, 2) that are fully scored (#1610). Returns its steps.
+
+    Each step takes GLOBAL_TTT_CHUNK_TOKENS targets, as windows inside documents that are dealt to ranks; gradients
+    are weighted by tokens. The learning rate falls along half a cosine to 0.
+    """
+    context, plan = config.eval_seq_len, layer_plan(config, looping=True)
+    windows = document_windows(validation._replace(documents=scored), context, context)
+    chunks = fill_rows(windows, max(config.global_ttt_chunk_tokens, context))
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, config.global_ttt_lr, momentum=config.global_ttt_momentum)
+    for number, chunk in enumerate(chunks):
+        for group in optimizer.param_groups:
+            group["lr"] = config.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * number / max(len(chunks) - 1, 1)))
+        total = sum(window.end - window.begin for window in chunk)
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        if mine := chunk[run.rank :: run.world_size]:
+            row, _ = window_row(mine, validation, context, 0, run.device)
+            (model(row.inputs, row.targets, plan, row.docs).sum() / total).backward()
+        for parameter in parameters:
+            run.sum_(parameter.grad)
+        if config.global_ttt_grad_clip:
+            nn.utils.clip_grad_norm_(parameters, config.global_ttt_grad_clip)
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return len(chunks)
+
+
+def adapt(model: GPT, validation: Validation, config: Config, run: Run, log: Log) -> Tally:
+    """Scores the whole validation stream with test-time training; changes the model's weights on the way."""
+    queue = document_queue(validation.documents, config.ttt_batch_size)
+    pauses = phase_pauses(queue, config)
+    forward = maybe_compile(model, config, run, dynamic=True)
+    tracks = range(run.rank, TTT_TRACKS, run.world_size)
+    tally, start, begin = Tally(), time.monotonic(), 0
+    log("ttt", documents=len(validation.documents), batches=len(queue), pauses=pauses)
+    for phase, end in enumerate([*pauses, len(queue)]):
+        model.requires_grad_(False)
+        work = [(track, number) for track in tracks for number in range(begin, end) if number % TTT_TRACKS == track]
+        adapters, owner = None, None
+        for track, number in log.bar(work, "ttt"):
+            if owner != track or adapters.size != len(queue[number]):
+                seed = ((config.seed * 1000 + phase) * TTT_TRACKS + track) * 2 + (owner == track)
+                adapters, owner = Adapters(config, model, len(queue[number]), seed), track
+            adapters.forget()
+            score_and_adapt(forward, adapters, queue[number], validation, config, run, tally)
+        model.requires_grad_(True)
+        if end < len(queue):
+            steps = global_update(model, np.concatenate(queue[:end]), validation, config, run, log)
+            log("global_ttt", phase=f"{phase + 1}/{len(pauses)}", batches=end, steps=steps, seconds=time.monotonic() - start)
+        begin = end
+    return tally.over_ranks(run)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# MAIN
+#
+# Three stages, each from the file that the one before it wrote: train -> trained.bin, quantize -> artifact.bin,
+# evaluate -> result.json. The submitted score is computed last, on an artifact read back from disk.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def quantize_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
+    """trained.bin -> artifact.bin, on the main rank. Reads no training data."""
+    meta, arrays = load_arrays(run_dir(config) / "trained.bin")
+    mine, theirs = training_settings(config), meta.get("settings", {})
+    odd = [f"{name.upper()}={mine[name]} (trained: {theirs.get(name)})" for name in mine if mine[name] != theirs.get(name)]
+    if odd:
+        raise UserError(f"{run_dir(config)}: trained with other settings: {', '.join(odd[:3])}; restore them or train again")
+    code_bytes, packed = counted_code_bytes()
+    result = {}
+    if run.is_main:
+        start = time.monotonic()
+        stored = quantize(arrays, config, run.device, log)
+        middle = time.monotonic()
+        artifact_bytes = save_artifact(run_dir(config) / "artifact.bin", stored, config)
+        result = {
+            "artifact_bytes": artifact_bytes,
+            "code_bytes": code_bytes,
+            "code_is_packed": packed,
+            "total_bytes": artifact_bytes + code_bytes,
+            "gptq_seconds": middle - start,
+            "compress_seconds": time.monotonic() - middle,
+        }
+        log("artifact", **result, limit_bytes=ARTIFACT_LIMIT_BYTES)
+    run.barrier()
+    return result
+
+
+def evaluate_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
+    """Scores artifact.bin. Needs the artifact, the tokenizer and the validation shards, nothing else.
+
+    Diagnostics come first. The submitted score is timed from its own first read of validation data.
+    """
+    path, result, tallies = run_dir(config) / "artifact.bin", {}, {}
+    strides = {"quantized": config.eval_seq_len}
+    if config.sliding_window_enabled:
+        strides["sliding"] = config.eval_stride
+    submitted = "ttt" if config.ttt_enabled else list(strides)[-1]
+    for kind in [*strides, "ttt"] if config.ttt_enabled else strides:
+        model = load_artifact(path, config, run)
+        if kind == "ttt":
+            warm_up_adapt(model, config, run, log)
+        run.synchronize()
+        start = time.monotonic()
+        validation = load_validation(config)
+        if kind == "ttt":
+            tally = adapt(model, validation, config, run, log)
+        else:
+            tally = score(maybe_compile(model, config, run), validation, config, run, log, strides[kind])
+        run.synchronize()
+        seconds = time.monotonic() - start
+        log("score", kind=kind, val_loss=tally.loss, val_bpb=tally.bpb, tokens=tally.tokens, bytes=tally.bytes, seconds=seconds)
+        result |= {f"{kind}_val_loss": tally.loss, f"{kind}_val_bpb": tally.bpb, f"{kind}_seconds": seconds}
+        tallies[kind] = tally
+    tally = tallies[submitted]
+    return result | {
+        "submitted": submitted,
+        "val_loss": tally.loss,
+        "val_bpb": tally.bpb,
+        "scored_tokens": tally.tokens,
+        "scored_bytes": tally.bytes,
+        "val_targets": len(validation.tokens) - 1,
+        "val_bytes": int(validation.bytes.sum()),
+        "val_documents": len(validation.documents),
+        "eval_seconds": result[f"{submitted}_seconds"],
+    }
+
+
+def warm_up_adapt(model: GPT, config: Config, run: Run, log: Log) -> None:
+    """Compiles the adaptive pass on synthetic tokens; the model and later adapters are untouched by it."""
+    if maybe_compile(model, config, run) is model:
+        return
+    start, count = time.monotonic(), 3 * config.ttt_chunk_size
+    random = np.random.default_rng(0).integers(2, config.vocab_size, config.ttt_batch_size * count + 1)
+    documents = np.array([[i * count, count] for i in range(config.ttt_batch_size)])
+    synthetic = Validation(torch.from_numpy(random), torch.zeros(len(random), dtype=torch.int64), documents)
+    forward = maybe_compile(model, config, run, dynamic=True)
+    model.requires_grad_(False)
+    adapters = Adapters(config, model, config.ttt_batch_size, 0)
+    score_and_adapt(forward, adapters, documents, synthetic, config, run, Tally())
+    model.requires_grad_(True)
+    log("ttt_warm_up", seconds=time.monotonic() - start)
+
+
+STAGES = {"train": train, "quantize": quantize_stage, "evaluate": evaluate_stage}
+
+
+def violations(result: dict[str, Any], config: Config) -> list[str]:
+    """Hard rules of the challenge that these results break."""
+    found = []
+    if result.get("total_bytes", 0) > ARTIFACT_LIMIT_BYTES:
+        found.append(f"artifact and code take {result['total_bytes']} bytes, the limit is {ARTIFACT_LIMIT_BYTES}")
+    if config.max_wallclock_seconds and result.get("train_seconds", 0) > TIME_LIMIT_S:
+        found.append(f"training data was read until {result['train_seconds']:.1f} s, the limit is {TIME_LIMIT_S:g} s")
+    if config.max_wallclock_seconds and result.get("eval_seconds", 0) > TIME_LIMIT_S:
+        found.append(f"scoring took {result['eval_seconds']:.1f} s, the limit is {TIME_LIMIT_S:g} s")
+    if result.get("scored_tokens") != result.get("val_targets"):
+        found.append(f"{result['scored_tokens']} targets were scored, there are {result['val_targets']}")
+    if result.get("scored_bytes") != result.get("val_bytes"):
+        found.append(f"{result['scored_bytes']} bytes were counted, there are {result['val_bytes']}")
+    return found
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """What a configuration amounts to, without data: parameters, visits, operations, forecast of the artifact."""
+    model = GPT(config, Run(), "meta")
+    groups = {group: {n: p.numel() for n, p in members.items()} for group, members in model.groups().items()}
+    total = sum(sum(sizes.values()) for sizes in groups.values())
+    lanes = sum(hasattr(block, "post_lambdas") for block in model.blocks)
+    rows_unused = config.num_layers - lanes if lanes else 0
+    plans = {name: layer_plan(config, looping) for name, looping in (("unlooped", False), ("looped", True))}
+    per_layer = sum(getattr(model, m.bank)[0].numel() for m in MATRICES.values())
+    head = model.tok_emb.weight.numel()
+    return {
+        "preset": config.preset,
+        "parameters": total,
+        "parameters_published_convention": total + 6 * rows_unused,  # #1941 also stores lane factors of other layers
+        "parameters_per_group": {group: sum(sizes.values()) for group, sizes in groups.items()},
+        "parameters_per_tensor": groups,
+        "visits": {name: [visit.layer for visit in plan] for name, plan in plans.items()},
+        "skips": {name: skip_pairs(plan) for name, plan in plans.items()},
+        "matrix_flops_per_token": {name: 6 * (len(plan) * per_layer + head) for name, plan in plans.items()},
+        "forecast": predicted_artifact_bytes(config),
+        "limit_bytes": ARTIFACT_LIMIT_BYTES,
+    }
+
+
+def skip_pairs(plan: tuple[Visit, ...]) -> list[list[int]]:
+    """[connection, into layer, from layer] of every skip connection of a plan."""
+    kept = [visit.layer for visit in plan if visit.push]
+    return [[visit.skip, visit.layer, kept.pop()] for visit in plan if visit.skip is not None]
+
+
+def report(result: dict[str, Any]) -> str:
+    """The final table."""
+    rows = []
+    for kind, label in (
+        ("prequant", "before quantisation"),
+        ("quantized", "quantised artifact"),
+        ("sliding", "sliding window"),
+        ("ttt", "test-time training"),
+    ):
+        if f"{kind}_val_bpb" in result:
+            mark = "  <- submitted" if kind == result.get("submitted") else ""
+            rows.append((label, f"{result[f'{kind}_val_bpb']:.5f} bpb  {result[f'{kind}_val_loss']:.5f} nats/token{mark}"))
+    if "total_bytes" in result:
+        sizes = f"{result['artifact_bytes']:,} weights + {result['code_bytes']:,} code"
+        rows.append(("artifact bytes", f"{result['total_bytes']:,} of {ARTIFACT_LIMIT_BYTES:,} ({sizes})"))
+    if "steps" in result:
+        rows.append(("training", f"{result['steps']} steps, {result['tokens_per_s']:,.0f} tokens/s"))
+    spans = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result["stage_seconds"].items())
+    rows.append(("seconds", spans))
+    rows.append(("peak memory", f"{result['peak_memory_mib']:,} MiB of one process"))
+    verdict = "yes" if result["valid"] else "INVALID: " + "; ".join(result["violations"])
+    rows.append(("valid", verdict))
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
+
+
+def peak_memory_mib(run: Run) -> int:
+    if run.device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(run.device) / 2**20)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)
+
+
+def log_header(config: Config, origins: dict[str, str], run: Run, log: Log) -> None:
+    """What ran, where, with which settings: enough to repeat it."""
+    source = Path(__file__.removesuffix("#")).read_text(encoding="utf-8")
+    log.text(source, console=False)
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.processor() or platform.machine()
+    log("source", bytes=len(source.encode()), sha256=hashlib.sha256(source.encode()).hexdigest())
+    log("versions", python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, cuda=torch.version.cuda)
+    log("hardware", device=device, ranks=run.world_size, threads=torch.get_num_threads())
+    log("config", preset=config.preset, run_id=config.run_id, seed=config.seed, stages=config.stages)
+    for name, origin in sorted(origins.items()):
+        value = getattr(config, name) if name in FIELDS else ""
+        log("setting", name=name, value=value, origin=origin)
+    log.text("\n".join(f"  {name}: {getattr(config, name)}" for name in FIELDS), console=False)
+
+
+def named_run(config: Config, run: Run) -> Config:
+    """`config` with a run id, the same on every rank, and its folder in place."""
+    if not config.run_id:
+        now = torch.tensor([time.time()], dtype=torch.float64, device=run.device)
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(float(run.broadcast_(now))))
+        config = dataclasses.replace(config, run_id=f"{stamp}-{config.preset}-seed{config.seed}")
+    try:
+        run_dir(config).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"RUNS_DIR={config.runs_dir}: cannot make {run_dir(config)} ({error.strerror}); choose another") from None
+    return config
+
+
+def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Runs the stages of a configuration and returns what result.json holds. Every rank calls it."""
+    config = named_run(config, run)
+    log = Log(run_dir(config) / "log.txt" if run.is_main else None)
+    log_header(config, dict(origins or {}), run, log)
+    path = run_dir(config) / "result.json"
+    fresh = "train" in config.stage_list or not path.exists()
+    result: dict[str, Any] = {} if fresh else json.loads(path.read_text())
+    seconds = result.pop("stage_seconds", {})
+    for stage in config.stage_list:
+        start = time.monotonic()
+        result |= STAGES[stage](config, run, log)
+        seconds[stage] = time.monotonic() - start
+        log("stage", name=stage, seconds=seconds[stage])
+        found = violations(result, config)
+        result |= {
+            "valid": not found,
+            "violations": found,
+            "preset": config.preset,
+            "run_id": config.run_id,
+            "seed": config.seed,
+            "ranks": run.world_size,
+            "torch": torch.__version__,
+            "peak_memory_mib": peak_memory_mib(run),
+            "stage_seconds": dict(seconds),
+        }
+        if run.is_main:
+            partial = path.with_suffix(".part")
+            partial.write_text(json.dumps(result, indent=1) + "\n")
+            os.replace(partial, path)
+    log.text("\n" + report(result) + "\n")
+    log.text("result " + json.dumps(result))
+    return result
+
+
+def command_line() -> int:
+    """Exit status: 0 done, 1 diverged or a rule is broken, 2 a mistake in settings or files."""
+    run = Run(rank=int(os.environ.get("RANK", 0)))
+    try:
+        config, origins = load_config(os.environ)
+        if config.stage_list == ["describe"]:
+            print(json.dumps(describe(config), indent=1))
+            return 0
+        run = start_run(os.environ)
+        return 0 if main(config, run, origins)["valid"] else 1
+    except (UserError, TrainingDiverged) as error:
+        if run.is_main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, UserError) else 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())
