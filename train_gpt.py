@@ -29,17 +29,14 @@ L physical layers, R LoRA rank. Linear maps are y = x W^T with W of shape (out, 
 """
 
 import ast
-import base64
 import dataclasses
 import hashlib
 import json
-import lzma
 import math
 import os
 import platform
 import resource
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +51,8 @@ from torch import Tensor, nn
 
 ARTIFACT_LIMIT_BYTES = 16_000_000  # decimal megabytes: compressed weights + counted code (challenge README)
 TIME_LIMIT_S = 600.0  # for training, and again for evaluation, on 8xH100
+CHALLENGE_DOCUMENTS = 50_000  # validation is the first 50,000 documents of the frozen list
+CHALLENGE_BYTES = (151_070_000, 151_090_000)  # their text, within the tails that loaders of published logs drop
 BOS_ID = 1  # begin-of-document token of every tokenizer of the challenge; there is no end token
 NORM_EPS = 2.0**-23  # explicit, because torch's default changed between releases and differs for bfloat16
 SEGMENT_BUCKET = 256  # segment tables are padded to a multiple of this, so that few shapes are compiled
@@ -361,7 +360,12 @@ def one_typo_apart(a: str, b: str) -> bool:
         return False
     first = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     swapped = a[first + 1 : first + 2] + a[first : first + 1] + a[first + 2 :]
-    return a[first + 1 :] == b[first:] or a[first:] == b[first + 1 :] or a[first + 1 :] == b[first + 1 :] or swapped == b[first:]
+    return (
+        a[first + 1 :] == b[first:]
+        or a[first:] == b[first + 1 :]
+        or a[first + 1 :] == b[first + 1 :]
+        or swapped == b[first:]
+    )
 
 
 def validate(config: Config) -> None:
@@ -372,7 +376,9 @@ def validate(config: Config) -> None:
         if not condition:
             raise UserError(message)
 
-    need(c.model_dim % c.num_heads == 0, f"MODEL_DIM={c.model_dim}: not divisible by NUM_HEADS={c.num_heads}; change one")
+    need(
+        c.model_dim % c.num_heads == 0, f"MODEL_DIM={c.model_dim}: not divisible by NUM_HEADS={c.num_heads}; change one"
+    )
     need(
         c.num_heads % c.num_kv_heads == 0,
         f"NUM_HEADS={c.num_heads}: not divisible by NUM_KV_HEADS={c.num_kv_heads}; change one",
@@ -394,7 +400,10 @@ def validate(config: Config) -> None:
         c.train_seq_len <= c.train_row_tokens,
         f"TRAIN_SEQ_LEN={c.train_seq_len}: longer than one row, ROW_TOKENS={c.train_row_tokens}; lower it",
     )
-    need(c.eval_stride <= c.eval_seq_len, f"EVAL_STRIDE={c.eval_stride}: larger than EVAL_SEQ_LEN={c.eval_seq_len}; lower it")
+    need(
+        c.eval_stride <= c.eval_seq_len,
+        f"EVAL_STRIDE={c.eval_stride}: larger than EVAL_SEQ_LEN={c.eval_seq_len}; lower it",
+    )
     need(
         c.ttt_chunk_size <= c.ttt_eval_seq_len,
         f"TTT_CHUNK_SIZE={c.ttt_chunk_size}: larger than TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}; lower it",
@@ -474,11 +483,18 @@ class Run:
         full = shard.new_empty((len(shard) * self.world_size, *shard.shape[1:]))
         return full, dist.all_gather_into_tensor(full, shard.contiguous(), async_op=True)
 
-    def broadcast_(self, tensor: Tensor) -> Tensor:
-        """Rank 0's `tensor` on every rank, in place."""
+    def share(self, value: Any) -> Any:
+        """Rank 0's `value` on every rank; host objects and small arrays."""
+        box = [value]
         if self.world_size > 1:
-            dist.broadcast(tensor, 0)
-        return tensor
+            dist.broadcast_object_list(box, 0, device=self.device)
+        return box[0]
+
+    def share_weights(self, model: nn.Module) -> None:
+        """Rank 0's parameters on every rank."""
+        if self.world_size > 1:
+            for parameter in model.parameters():
+                dist.broadcast(parameter.data, 0)
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -690,7 +706,7 @@ def pack_segments(lengths: np.ndarray, max_seqlen: int, device: torch.device) ->
     padding = -(len(lengths) + 1) % SEGMENT_BUCKET
     cu_seqlens = np.concatenate([begins, np.full(1 + padding, total)]).astype(np.int32)
     positions = np.arange(total) - np.repeat(begins, lengths)
-    gather, scatter, used = [], np.empty(total, np.int64), 0
+    gather, scatter, used = [], np.empty(total if device.type == "cpu" else 0, np.int64), 0
     if device.type == "cpu":
         # Batches of similar length waste little padding. A padded query repeats token 0 of the row: it lies behind
         # the real ones of its segment, which causal attention never looks at, and its output is dropped.
@@ -747,9 +763,14 @@ def cut_lengths(lengths: np.ndarray, limit: int) -> np.ndarray:
     return cut
 
 
-def prefetch(make: Callable[[int], list[Row]], numbers: Iterable[int]) -> Iterator[list[Row]]:
+def prefetch(make: Callable[[int], list[Row]], numbers: Iterable[int], device: torch.device) -> Iterator[list[Row]]:
     """Yields make(number) for each number, prepared one ahead by a background thread."""
-    with ThreadPoolExecutor(1) as pool:
+
+    def use_device() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # the current device is a property of the thread
+
+    with ThreadPoolExecutor(1, initializer=use_device) as pool:
         waiting = None
         for number in numbers:
             following = pool.submit(make, number)
@@ -838,7 +859,9 @@ def load_validation(config: Config) -> Validation:
     stream = TokenStream(folder, "val", config.vocab_size)
     tokens = stream.read(0, len(stream))
     if len(tokens) < 2:
-        raise UserError(f"{folder}: the validation stream has {len(tokens)} token(s), it needs 2 or more; export it again")
+        raise UserError(
+            f"{folder}: the validation stream has {len(tokens)} token(s), it needs 2 or more; export it again"
+        )
     tokenizer = load_tokenizer(config)
     has_case_markers = not tokenizer.is_unknown(tokenizer.piece_to_id("\ue001"))
     if sorted(folder.glob("fineweb_val_bytes_[0-9]*.bin")):
@@ -1051,17 +1074,16 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None) -> Tensor:
 
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None) -> Tensor:
     """PyTorch's scaled_dot_product_attention; packed rows as batches of segments of similar length."""
+    if docs is not None:
+        batches = []
+        for index in docs.gather:  # (S, T'): where in the row the tokens of S segments are
+            segments = [x[0].index_select(0, index.flatten()).unflatten(0, index.shape) for x in (q, k, v)]
+            batches.append(attend_sdpa(*segments, None).flatten(0, 1))
+        return torch.cat(batches).index_select(0, docs.scatter).unsqueeze(0)
     group = q.size(2) // k.size(2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, d)
-    if docs is None:
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    q, k, v = q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1)  # (T, heads, d)
-    batches = []
-    for index in docs.gather:
-        segments = (q[index], k[index], v[index])  # (S, T', heads, d)
-        batches.append(attend_sdpa(*segments, None).flatten(0, 1))
-    return torch.cat(batches)[docs.scatter].unsqueeze(0)
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 ATTENTION = {"fa3": attend_fa3, "varlen": attend_varlen, "sdpa": attend_sdpa}
@@ -1303,7 +1325,9 @@ class GPT(nn.Module):
             odd = sorted(named.keys() ^ arrays.keys()) or ["shapes"]
             raise UserError(f"weights of another configuration (differing: {', '.join(odd[:4])}); set the same values")
         for name, parameter in named.items():
-            parameter.copy_(torch.as_tensor(np.array(arrays[name]) if isinstance(arrays[name], np.ndarray) else arrays[name]))
+            parameter.copy_(
+                torch.as_tensor(np.array(arrays[name]) if isinstance(arrays[name], np.ndarray) else arrays[name])
+            )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1502,8 +1526,7 @@ class Trainer:
         self.stream = TokenStream(config.dataset_dir, "train", config.vocab_size)
         self.validation = load_validation(config)  # only scored, for the log: nothing is ever fitted to it here
         self.model = GPT(config, run)
-        for parameter in self.model.parameters():
-            run.broadcast_(parameter.data)
+        run.share_weights(self.model)
         self.forward = maybe_compile(self.model, config, run)
         self.optimizer = Optimizer(self.model, config, run)
         self.average = [parameter.detach().clone() for parameter in self.model.parameters()]
@@ -1521,7 +1544,9 @@ class Trainer:
         first = step * self.config.rows_per_step
         return self.deal(range(first, first + self.config.rows_per_step))
 
-    def update(self, rows: list[Row], looping: bool, multiplier: float, momentum: float, clock: float) -> tuple[float, float]:
+    def update(
+        self, rows: list[Row], looping: bool, multiplier: float, momentum: float, clock: float
+    ) -> tuple[float, float]:
         """One optimizer step. Returns (mean loss over the global batch in nats, rank 0's `clock`), alike on all ranks."""
         plan, total = self.plans[looping], torch.zeros((), device=self.run.device)
         for row in rows:
@@ -1547,7 +1572,7 @@ class Trainer:
         config, log, begin = self.config, self.log, time.monotonic() - self.elapsed
         saved = logged = self.elapsed
         tokens_done = 0
-        for rows in prefetch(self.step_rows, range(self.step, config.iterations)):
+        for rows in prefetch(self.step_rows, range(self.step, config.iterations), self.run.device):
             if self.finished():
                 break
             if not self.looping and self.progress() >= config.enable_looping_at and config.num_loops:
@@ -1580,8 +1605,7 @@ class Trainer:
                 log("validation", step=self.step, val_loss=tally.loss, val_bpb=tally.bpb)
                 begin += time.monotonic() - paused
         self.run.synchronize()
-        now = torch.tensor([time.monotonic() - begin], dtype=torch.float64, device=self.run.device)
-        self.elapsed = float(self.run.broadcast_(now))
+        self.elapsed = self.run.share(time.monotonic() - begin)
 
     def validate(self) -> "Tally":
         """Plain score of the current weights."""
@@ -1621,22 +1645,28 @@ class Trainer:
         """Everything a restart needs, whatever the number of ranks. The previous file stays until this one is whole."""
         parts = dict(zip(("weights", "average", "optimizer"), self.state()))
         if self.run.is_main:
-            arrays = {f"{part}/{n}": torch.as_tensor(t).cpu().numpy() for part, ts in parts.items() for n, t in ts.items()}
+            arrays = {
+                f"{part}/{n}": torch.as_tensor(t).cpu().numpy() for part, ts in parts.items() for n, t in ts.items()
+            }
             arrays["history"] = np.array(self.history)
-            meta = {"step": self.step, "elapsed": self.elapsed, "looping": self.looping, "settings": training_settings(self.config)}
+            meta = {
+                "step": self.step,
+                "elapsed": self.elapsed,
+                "looping": self.looping,
+                "settings": training_settings(self.config),
+            }
             save_arrays(run_dir(self.config) / "checkpoint.bin", meta, arrays)
         self.log("checkpoint", step=self.step, seconds=self.elapsed)
 
     def restore_checkpoint(self) -> None:
         """Continues from a checkpoint of this run, if there is one. Raises UserError if it is of other settings."""
         path = run_dir(self.config) / "checkpoint.bin"
-        if not path.exists():
+        found = self.run.share(load_arrays(path) if self.run.is_main and path.exists() else None)
+        if found is None:
             return
-        meta, arrays = load_arrays(path)
-        mine, theirs = training_settings(self.config), meta["settings"]
-        odd = [f"{k.upper()}={mine.get(k)} (was {theirs.get(k)})" for k in mine | theirs if mine.get(k) != theirs.get(k)]
-        if odd:
-            raise UserError(f"{path}: saved with other settings: {', '.join(odd)}; restore them or choose another RUN_ID")
+        meta, arrays = found
+        if odd := differing(training_settings(self.config), meta.get("settings")):
+            raise UserError(f"{path}: made with {odd}; set the same values or choose another RUN_ID")
         parts: dict[str, dict] = {"weights": {}, "average": {}, "optimizer": {}}
         self.history = arrays.pop("history").tolist()
         for key, array in arrays.items():
@@ -1678,10 +1708,23 @@ def training_settings(config: Config) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in skip}
 
 
+def differing(mine: dict[str, Any], theirs: Any) -> str:
+    """The settings of a file that are not mine, as `KEY=theirs (now mine)`; empty when all are the same."""
+    theirs = theirs if isinstance(theirs, dict) else {}
+    return ", ".join(
+        f"{key.upper()}={theirs.get(key)} (now {mine[key]})" for key in mine if mine[key] != theirs.get(key)
+    )
+
+
 def train(config: Config, run: Run, log: Log) -> dict[str, Any]:
     """The train stage: writes trained.bin (averaged weights, Hessians) and returns its part of the result."""
     trainer = Trainer(config, run, log)
-    log("data", train_tokens=len(trainer.stream), val_tokens=len(trainer.validation.tokens), row_tokens=config.train_row_tokens)
+    log(
+        "data",
+        train_tokens=len(trainer.stream),
+        val_tokens=len(trainer.validation.tokens),
+        row_tokens=config.train_row_tokens,
+    )
     trainer.warm_up()
     trainer.restore_checkpoint()
     run.synchronize()
@@ -1695,7 +1738,10 @@ def train(config: Config, run: Run, log: Log) -> dict[str, Any]:
     train_s = trainer.elapsed + calibration_s
     log("calibrated", hessians=len(hessians), seconds=calibration_s, last_training_read_s=train_s)
     if config.max_wallclock_seconds and train_s > config.max_wallclock_seconds:
-        log("warning", late_calibration=f"last read of training data at {train_s:.1f}s of {config.max_wallclock_seconds:g}s")
+        log(
+            "warning",
+            late_calibration=f"last read of training data at {train_s:.1f}s of {config.max_wallclock_seconds:g}s",
+        )
     if run.is_main:
         arrays = trainer.model.arrays()
         arrays |= {f"hessian.{name}.{layer}": h.cpu().numpy() for (name, layer), h in hessians.items()}
@@ -1830,7 +1876,7 @@ def artifact_table(config: Config) -> list[Stored]:
     return table
 
 
-def quantize(arrays: dict[str, np.ndarray], config: Config, device: torch.device, log: Log) -> dict[str, np.ndarray]:
+def quantize(arrays: dict[str, np.ndarray], config: Config, device: torch.device) -> dict[str, np.ndarray]:
     """Weights and Hessians, as in trained.bin -> the arrays of artifact_table by name."""
     stored, L = {}, config.num_layers
     to_device = lambda array: torch.from_numpy(array.copy()).to(device)
@@ -1855,7 +1901,11 @@ def quantize(arrays: dict[str, np.ndarray], config: Config, device: torch.device
         if entry.stream == "gates":
             gate = torch.from_numpy(arrays[entry.name.removesuffix(".codes")].copy())
             scale = (gate.abs().amax(1) / 127).half().clamp_min(2.0**-24)
-            keep(entry.name.removesuffix(".codes"), (gate / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale)
+            keep(
+                entry.name.removesuffix(".codes"),
+                (gate / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8),
+                scale,
+            )
         elif entry.name in arrays:
             stored[entry.name] = arrays[entry.name].astype(np.float16)
     return stored
@@ -1863,7 +1913,11 @@ def quantize(arrays: dict[str, np.ndarray], config: Config, device: torch.device
 
 def dequantize(stored: Mapping[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
     """The arrays of an artifact -> float32 parameters of GPT by name."""
-    values = {name: array.astype(np.float32) for name, array in stored.items() if "." + name.split(".")[-1] not in (".codes", ".scale")}
+    values = {
+        name: array.astype(np.float32)
+        for name, array in stored.items()
+        if "." + name.split(".")[-1] not in (".codes", ".scale")
+    }
     for name in [name.removesuffix(".codes") for name in stored if name.endswith(".codes")]:
         values[name] = stored[name + ".codes"].astype(np.float32) * stored[name + ".scale"].astype(np.float32)[:, None]
     halves: dict[str, list] = {bank: [None, None] for bank in BANKS}
@@ -1902,23 +1956,22 @@ def save_artifact(path: Path, stored: Mapping[str, np.ndarray], config: Config) 
     streams = stream_bytes(stored, artifact_table(config))
     longest_first = sorted(streams, key=lambda stream: -len(streams[stream]))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        packed = dict(zip(longest_first, pool.map(lambda stream: brotli.compress(streams[stream], **BROTLI), longest_first)))
+        packed = dict(
+            zip(longest_first, pool.map(lambda stream: brotli.compress(streams[stream], **BROTLI), longest_first))
+        )
     return write_container(path, {"model": model_settings(config)}, [packed[stream] for stream in streams])
 
 
-def load_artifact(path: Path, config: Config, run: Run) -> GPT:
-    """The model of an artifact file. Raises UserError when it is damaged, or of another model than `config` says.
+def load_artifact(path: Path, config: Config) -> dict[str, np.ndarray]:
+    """The float32 parameters of an artifact file by name. Raises UserError when it is damaged, or of another model than `config` says.
 
     Decompression is bounded by the sizes that follow from the configuration.
     """
     import brotli
 
     meta, packed = read_container(path)
-    mine, theirs = model_settings(config), meta.get("model")
-    if mine != theirs:
-        theirs = theirs if isinstance(theirs, dict) else {}
-        odd = [f"{name.upper()}={mine[name]} (artifact: {theirs.get(name)})" for name in mine if mine[name] != theirs.get(name)]
-        raise UserError(f"{path}: made with other settings: {', '.join(odd)}; set the artifact's values")
+    if odd := differing(model_settings(config), meta.get("model")):
+        raise UserError(f"{path}: made with {odd}; set the same values")
     table = artifact_table(config)
     sizes: dict[str, int] = {}
     for entry in table:
@@ -1934,8 +1987,15 @@ def load_artifact(path: Path, config: Config, run: Run) -> GPT:
                 raise ValueError(f"stream {stream} does not expand to {size} bytes")
     except (ValueError, brotli.error) as error:
         raise UserError(f"{path}: damaged artifact ({error}); quantise again") from None
+    return dequantize(stream_arrays(streams, table), config)
+
+
+def artifact_model(path: Path, config: Config, run: Run) -> GPT:
+    """The model of an artifact file, which only the main rank needs to have."""
     model = GPT(config, run)
-    model.load(dequantize(stream_arrays(streams, table), config))
+    if run.is_main:
+        model.load(load_artifact(path, config))
+    run.share_weights(model)
     return model
 
 
@@ -1947,31 +2007,42 @@ def model_settings(config: Config) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names if name not in skip}
 
 
-def packed_script(source: str) -> bytes:
-    """The script as it counts and runs: without comments and docstrings, compressed, in a wrapper of two lines.
+PACKED_START = b"#coding:latin1\nimport brotli as B,linecache as C\n"
 
-    The wrapper registers the text with linecache, because Triton reads the source of its kernels from there.
+
+def packed_script(source: str) -> bytes:
+    """The script as it counts and runs: without comments and docstrings, compressed, in a wrapper of four lines.
+
+    The compressed bytes stand in the file as Latin-1 characters, a fifth shorter than base85. The wrapper registers
+    the text with linecache, because Triton reads the source of its kernels from there.
     """
+    import brotli
+
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
             body[:1] = [] if len(body) > 1 else [ast.Pass()]
-    text = ast.unparse(tree).encode()
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
-    payload = base64.b85encode(lzma.compress(text, lzma.FORMAT_RAW, filters=filters)).decode()
+    payload = brotli.compress(ast.unparse(tree).encode(), quality=11)
+    for raw, escape in ((b"\\", b"\\\\"), (b"'", b"\\'"), (b"\n", b"\\n"), (b"\r", b"\\r"), (b"\0", b"\\x00")):
+        payload = payload.replace(raw, escape)
     return (
-        "import lzma as L,base64 as B,linecache as C\n"
-        f's=L.decompress(B.b85decode("{payload}"),3,None,[{{"id":33}}]).decode();n=__file__+"#";'
-        'C.cache[n]=len(s),None,s.splitlines(1),n;exec(compile(s,n,"exec"))\n'
-    ).encode()
+        PACKED_START
+        + b"s=B.decompress('" + payload + b"'.encode('latin1')).decode();n=__file__+'#'\n"
+        + b"C.cache[n]=len(s),None,s.splitlines(1),n;exec(compile(s,n,'exec'))\n"
+    )  # fmt: skip
 
 
 def counted_code_bytes() -> tuple[int, bool]:
     """Bytes of code that count towards the artifact, and whether the running file itself is the packed one."""
-    source = Path(__file__.removesuffix("#")).read_text(encoding="utf-8")
-    packed = __file__.endswith("#") or source.startswith("import lzma as L,base64")
-    return (len(source.encode()), True) if packed else (len(packed_script(source)), False)
+    source = Path(__file__).read_bytes()
+    packed = source.startswith(PACKED_START)
+    return (len(source) if packed else len(packed_script(source.decode()))), packed
 
 
 def predicted_artifact_bytes(config: Config) -> dict[str, int]:
@@ -1991,7 +2062,9 @@ def predicted_artifact_bytes(config: Config) -> dict[str, int]:
             embedding = entry.stream == "embedding"
             clip = config.embed_clip_sigmas if embedding else getattr(config, MATRICES[entry.stream].clip)
             top = 2 ** ((config.embed_bits if embedding else config.matrix_bits) - 1) - 1
-            bits += count * (ENTROPY_BITS_AT_ONE_SIGMA + math.log2(top / clip) + 0.5 * math.log2(1 + (clip / top) ** 2 / 12))
+            bits += count * (
+                ENTROPY_BITS_AT_ONE_SIGMA + math.log2(top / clip) + 0.5 * math.log2(1 + (clip / top) ** 2 / 12)
+            )
     weights, code = round(1.012 * bits / 8 + 0.85 * halves), counted_code_bytes()[0]
     return {"artifact_bytes": weights, "code_bytes": code, "total_bytes": weights + code}
 
@@ -2004,7 +2077,9 @@ def predicted_artifact_bytes(config: Config) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def plan_windows(num_targets: int, context: int, stride: int, first: int | None = None) -> Iterator[tuple[int, int, int]]:
+def plan_windows(
+    num_targets: int, context: int, stride: int, first: int | None = None
+) -> Iterator[tuple[int, int, int]]:
     """Yields (begin, first_scored, end): read inputs begin..end-1, score targets first_scored..end-1.
 
     The first window scores `first` targets (default: the context), each later one `stride`, the last one what is
@@ -2017,24 +2092,41 @@ def plan_windows(num_targets: int, context: int, stride: int, first: int | None 
         scored, step = scored + step, stride
 
 
-@dataclasses.dataclass
 class Tally:
-    """What has been scored so far; float64 sums."""
+    """What has been scored so far, and a ledger of it: how often each token of the stream was a target."""
 
-    nats: float = 0.0
-    tokens: int = 0
-    bytes: int = 0
+    def __init__(self, validation: Validation):
+        self.validation, self.nats = validation, 0.0
+        self.times = np.zeros(len(validation.tokens), np.uint8)
+        self.learned = 0  # targets that a weight update has used, every one of them after its score
 
-    def add(self, nll: Tensor, counts: Tensor) -> None:
-        """Adds nats per target (n,) and bytes per target (n,)."""
+    def add(self, nll: Tensor, positions: Tensor | np.ndarray) -> None:
+        """Adds nats (n,) of the targets at these stream positions (n,); summed in float64."""
         self.nats += float(nll.detach().double().sum())
-        self.tokens += nll.numel()
-        self.bytes += int(counts.sum())
+        np.add.at(self.times, np.asarray(positions), 1)
+
+    def require_scored(self, positions: Tensor | np.ndarray) -> None:
+        """Must be called before any update with the targets that it learns from; stops the run if one is unscored."""
+        positions = np.asarray(positions)
+        if not self.times[positions].all():
+            raise RuntimeError(f"rule broken: target {positions[self.times[positions] == 0][0]} used before its score")
+        self.learned += positions.size
 
     def over_ranks(self, run: Run) -> "Tally":
-        sums = run.sum_(torch.tensor([self.nats, self.tokens, self.bytes], dtype=torch.float64, device=run.device))
-        nats, tokens, size = sums.tolist()
-        return Tally(nats, round(tokens), round(size))
+        """The tally of all ranks together. Collective."""
+        total = Tally(self.validation)
+        sums = torch.tensor([self.nats, self.learned], dtype=torch.float64, device=run.device)
+        total.nats, total.learned = run.sum_(sums).tolist()
+        total.times = run.sum_(torch.from_numpy(self.times).to(run.device, copy=True)).cpu().numpy()
+        return total
+
+    @property
+    def tokens(self) -> int:
+        return int(self.times.sum(dtype=np.int64))
+
+    @property
+    def bytes(self) -> int:
+        return int((self.validation.bytes.numpy() * self.times).sum())
 
     @property
     def loss(self) -> float:
@@ -2077,7 +2169,9 @@ def fill_rows(windows: list[Window], limit: int) -> list[list[Window]]:
     return rows
 
 
-def window_row(windows: list[Window], validation: Validation, context: int, pad_to: int, device: torch.device) -> tuple[Row, np.ndarray]:
+def window_row(
+    windows: list[Window], validation: Validation, context: int, pad_to: int, device: torch.device
+) -> tuple[Row, np.ndarray]:
     """Windows as one packed row, one segment each, and the stream positions (T,) of its targets.
 
     A row is padded to `pad_to` tokens with segments whose targets are at position 0, which is no target.
@@ -2085,7 +2179,11 @@ def window_row(windows: list[Window], validation: Validation, context: int, pad_
     lengths = np.array([window.end - window.begin for window in windows])
     padding = max(pad_to - lengths.sum(), 0)
     inputs = np.concatenate([np.arange(w.begin, w.end) for w in windows] + [np.zeros(padding, np.int64)])
-    docs = pack_segments(np.append(lengths, cut_lengths(np.array([padding]), context) if padding else []).astype(np.int64), context, device)
+    docs = pack_segments(
+        np.append(lengths, cut_lengths(np.array([padding]), context) if padding else []).astype(np.int64),
+        context,
+        device,
+    )
     targets = inputs + 1
     targets[len(targets) - padding :] = 0
     row = Row(move(validation.tokens[inputs][None], device), move(validation.tokens[targets][None], device), docs)
@@ -2098,7 +2196,7 @@ def score(forward: Callable, validation: Validation, config: Config, run: Run, l
 
     Rows are formed before they are dealt to ranks, so the sums do not depend on the number of ranks.
     """
-    context, plan, tally = config.eval_seq_len, layer_plan(config, looping=True), Tally()
+    context, plan, tally = config.eval_seq_len, layer_plan(config, looping=True), Tally(validation)
     rows = fill_rows(document_windows(validation, context, stride), config.score_row_tokens)
     pad_to = config.score_row_tokens if run.device.type == "cuda" else 0  # one shape to compile
     for windows in log.bar(rows[run.rank :: run.world_size], "score"):
@@ -2106,7 +2204,7 @@ def score(forward: Callable, validation: Validation, config: Config, run: Run, l
         nll = forward(row.inputs, row.targets, plan, row.docs)[0].cpu()
         counted = np.concatenate([np.arange(w.begin, w.end) >= w.first_scored for w in windows])
         counted = torch.from_numpy(np.append(counted, np.zeros(len(positions) - len(counted), bool)))
-        tally.add(nll[counted], validation.bytes[positions][counted])
+        tally.add(nll[counted], positions[counted.numpy()])
     return tally.over_ranks(run)
 
 
@@ -2136,7 +2234,10 @@ class Adapters:
         self.scale, self.factors = c.ttt_lora_alpha / rank, {}
         for name, (n, out, width) in shapes.items():
             a = torch.empty(n, batch, rank, width, device=device).uniform_(-1, 1, generator=random) / math.sqrt(width)
-            self.factors[name] = (a.requires_grad_(), torch.zeros(n, batch, out, rank, device=device, requires_grad=True))
+            self.factors[name] = (
+                a.requires_grad_(),
+                torch.zeros(n, batch, out, rank, device=device, requires_grad=True),
+            )
         everything = [factor for pair in self.factors.values() for factor in pair]
         betas = (c.ttt_beta1, c.ttt_beta2)
         self.optimizer = torch.optim.AdamW(
@@ -2178,7 +2279,13 @@ def phase_pauses(queue: list[np.ndarray], config: Config) -> list[int]:
 
 
 def score_and_adapt(
-    forward: Callable, adapters: Adapters, batch: np.ndarray, validation: Validation, config: Config, run: Run, tally: Tally
+    forward: Callable,
+    adapters: Adapters,
+    batch: np.ndarray,
+    validation: Validation,
+    config: Config,
+    run: Run,
+    tally: Tally,
 ) -> None:
     """Scores a batch of documents chunk by chunk; after each chunk its documents' adapters learn from it.
 
@@ -2200,19 +2307,21 @@ def score_and_adapt(
         wanted = validation.tokens[targets].to(run.device)
         with torch.set_grad_enabled(bool(learns.any())):
             nll = forward(tokens, wanted, plan, None, adapters.lora(run.dtype))
-        tally.add(nll.cpu()[real], validation.bytes[targets][real])
+        tally.add(nll.cpu()[real], targets[real])
         if learns.any():
+            tally.require_scored(targets[learns])
             adapters.update((nll.mean(1) * learns.to(run.device)).sum())
 
 
-def global_update(model: GPT, scored: np.ndarray, validation: Validation, config: Config, run: Run, log: Log) -> int:
+def global_update(model: GPT, scored: np.ndarray, tally: Tally, config: Config, run: Run) -> int:
     """One pass of SGD over all weights on documents (n, 2) that are fully scored (#1610). Returns its steps.
 
     Each step takes GLOBAL_TTT_CHUNK_TOKENS targets, as windows inside documents that are dealt to ranks; gradients
     are weighted by tokens. The learning rate falls along half a cosine to 0.
     """
     context, plan = config.eval_seq_len, layer_plan(config, looping=True)
-    windows = document_windows(validation._replace(documents=scored), context, context)
+    validation = tally.validation._replace(documents=scored)
+    windows = document_windows(validation, context, context)
     chunks = fill_rows(windows, max(config.global_ttt_chunk_tokens, context))
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, config.global_ttt_lr, momentum=config.global_ttt_momentum)
@@ -2223,7 +2332,8 @@ def global_update(model: GPT, scored: np.ndarray, validation: Validation, config
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         if mine := chunk[run.rank :: run.world_size]:
-            row, _ = window_row(mine, validation, context, 0, run.device)
+            row, targets = window_row(mine, validation, context, 0, run.device)
+            tally.require_scored(targets)
             (model(row.inputs, row.targets, plan, row.docs).sum() / total).backward()
         for parameter in parameters:
             run.sum_(parameter.grad)
@@ -2240,7 +2350,7 @@ def adapt(model: GPT, validation: Validation, config: Config, run: Run, log: Log
     pauses = phase_pauses(queue, config)
     forward = maybe_compile(model, config, run, dynamic=True)
     tracks = range(run.rank, TTT_TRACKS, run.world_size)
-    tally, start, begin = Tally(), time.monotonic(), 0
+    tally, start, begin = Tally(validation), time.monotonic(), 0
     log("ttt", documents=len(validation.documents), batches=len(queue), pauses=pauses)
     for phase, end in enumerate([*pauses, len(queue)]):
         model.requires_grad_(False)
@@ -2254,8 +2364,14 @@ def adapt(model: GPT, validation: Validation, config: Config, run: Run, log: Log
             score_and_adapt(forward, adapters, queue[number], validation, config, run, tally)
         model.requires_grad_(True)
         if end < len(queue):
-            steps = global_update(model, np.concatenate(queue[:end]), validation, config, run, log)
-            log("global_ttt", phase=f"{phase + 1}/{len(pauses)}", batches=end, steps=steps, seconds=time.monotonic() - start)
+            steps = global_update(model, np.concatenate(queue[:end]), tally.over_ranks(run), config, run)
+            log(
+                "global_ttt",
+                phase=f"{phase + 1}/{len(pauses)}",
+                batches=end,
+                steps=steps,
+                seconds=time.monotonic() - start,
+            )
         begin = end
     return tally.over_ranks(run)
 
@@ -2270,18 +2386,16 @@ def adapt(model: GPT, validation: Validation, config: Config, run: Run, log: Log
 
 def quantize_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
     """trained.bin -> artifact.bin, on the main rank. Reads no training data."""
-    meta, arrays = load_arrays(run_dir(config) / "trained.bin")
-    mine, theirs = training_settings(config), meta.get("settings", {})
-    odd = [f"{name.upper()}={mine[name]} (trained: {theirs.get(name)})" for name in mine if mine[name] != theirs.get(name)]
-    if odd:
-        raise UserError(f"{run_dir(config)}: trained with other settings: {', '.join(odd[:3])}; restore them or train again")
-    code_bytes, packed = counted_code_bytes()
     result = {}
     if run.is_main:
+        meta, arrays = load_arrays(run_dir(config) / "trained.bin")
+        if odd := differing(training_settings(config), meta.get("settings")):
+            raise UserError(f"{run_dir(config)}/trained.bin: made with {odd}; set the same values or train again")
         start = time.monotonic()
-        stored = quantize(arrays, config, run.device, log)
+        stored = quantize(arrays, config, run.device)
         middle = time.monotonic()
         artifact_bytes = save_artifact(run_dir(config) / "artifact.bin", stored, config)
+        code_bytes, packed = counted_code_bytes()
         result = {
             "artifact_bytes": artifact_bytes,
             "code_bytes": code_bytes,
@@ -2289,6 +2403,7 @@ def quantize_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
             "total_bytes": artifact_bytes + code_bytes,
             "gptq_seconds": middle - start,
             "compress_seconds": time.monotonic() - middle,
+            "artifact_sha256": hashlib.sha256((run_dir(config) / "artifact.bin").read_bytes()).hexdigest(),
         }
         log("artifact", **result, limit_bytes=ARTIFACT_LIMIT_BYTES)
     run.barrier()
@@ -2306,7 +2421,7 @@ def evaluate_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
         strides["sliding"] = config.eval_stride
     submitted = "ttt" if config.ttt_enabled else list(strides)[-1]
     for kind in [*strides, "ttt"] if config.ttt_enabled else strides:
-        model = load_artifact(path, config, run)
+        model = artifact_model(path, config, run)
         if kind == "ttt":
             warm_up_adapt(model, config, run, log)
         run.synchronize()
@@ -2318,7 +2433,15 @@ def evaluate_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
             tally = score(maybe_compile(model, config, run), validation, config, run, log, strides[kind])
         run.synchronize()
         seconds = time.monotonic() - start
-        log("score", kind=kind, val_loss=tally.loss, val_bpb=tally.bpb, tokens=tally.tokens, bytes=tally.bytes, seconds=seconds)
+        log(
+            "score",
+            kind=kind,
+            val_loss=tally.loss,
+            val_bpb=tally.bpb,
+            tokens=tally.tokens,
+            bytes=tally.bytes,
+            seconds=seconds,
+        )
         result |= {f"{kind}_val_loss": tally.loss, f"{kind}_val_bpb": tally.bpb, f"{kind}_seconds": seconds}
         tallies[kind] = tally
     tally = tallies[submitted]
@@ -2328,6 +2451,8 @@ def evaluate_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
         "val_bpb": tally.bpb,
         "scored_tokens": tally.tokens,
         "scored_bytes": tally.bytes,
+        "most_times_scored": int(tally.times.max()),
+        "learned_targets": round(tally.learned),
         "val_targets": len(validation.tokens) - 1,
         "val_bytes": int(validation.bytes.sum()),
         "val_documents": len(validation.documents),
@@ -2346,7 +2471,7 @@ def warm_up_adapt(model: GPT, config: Config, run: Run, log: Log) -> None:
     forward = maybe_compile(model, config, run, dynamic=True)
     model.requires_grad_(False)
     adapters = Adapters(config, model, config.ttt_batch_size, 0)
-    score_and_adapt(forward, adapters, documents, synthetic, config, run, Tally())
+    score_and_adapt(forward, adapters, documents, synthetic, config, run, Tally(synthetic))
     model.requires_grad_(True)
     log("ttt_warm_up", seconds=time.monotonic() - start)
 
@@ -2354,20 +2479,38 @@ def warm_up_adapt(model: GPT, config: Config, run: Run, log: Log) -> None:
 STAGES = {"train": train, "quantize": quantize_stage, "evaluate": evaluate_stage}
 
 
-def violations(result: dict[str, Any], config: Config) -> list[str]:
-    """Hard rules of the challenge that these results break."""
-    found = []
-    if result.get("total_bytes", 0) > ARTIFACT_LIMIT_BYTES:
-        found.append(f"artifact and code take {result['total_bytes']} bytes, the limit is {ARTIFACT_LIMIT_BYTES}")
-    if config.max_wallclock_seconds and result.get("train_seconds", 0) > TIME_LIMIT_S:
-        found.append(f"training data was read until {result['train_seconds']:.1f} s, the limit is {TIME_LIMIT_S:g} s")
-    if config.max_wallclock_seconds and result.get("eval_seconds", 0) > TIME_LIMIT_S:
-        found.append(f"scoring took {result['eval_seconds']:.1f} s, the limit is {TIME_LIMIT_S:g} s")
-    if result.get("scored_tokens") != result.get("val_targets"):
-        found.append(f"{result['scored_tokens']} targets were scored, there are {result['val_targets']}")
-    if result.get("scored_bytes") != result.get("val_bytes"):
-        found.append(f"{result['scored_bytes']} bytes were counted, there are {result['val_bytes']}")
-    return found
+def validity(result: dict[str, Any], config: Config) -> list[dict[str, Any]]:
+    """The rules of the challenge that a program can check, judged on these results.
+
+    `ok` is None where a rule cannot be judged here: its stage has not run, or it only holds for the challenge's own
+    data, clock or hardware. The sources are issues and pull requests of the challenge's repository.
+    """
+    r, timed = result, bool(config.max_wallclock_seconds)
+    documents, size, hardware = r.get("val_documents"), r.get("scored_bytes"), r.get("hardware", "")
+    challenge = documents == CHALLENGE_DOCUMENTS
+
+    def at_most(key: str, limit: float, judged: bool = True) -> bool | None:
+        return r[key] <= limit if judged and key in r else None
+
+    counted = None if documents is None else size == r["val_bytes"]
+    if challenge:  # the same text in every tokenisation; less than 0.01 % of it lies in a dropped tail
+        counted = counted and CHALLENGE_BYTES[0] <= size <= CHALLENGE_BYTES[1]
+    once = None if documents is None else (r["scored_tokens"] == r["val_targets"] and r["most_times_scored"] == 1)
+    rows = [
+        ("artifact_bytes", at_most("total_bytes", ARTIFACT_LIMIT_BYTES), "total_bytes", ARTIFACT_LIMIT_BYTES, "#1835"),
+        ("train_seconds", at_most("train_seconds", TIME_LIMIT_S, timed), "train_seconds", TIME_LIMIT_S, "#677"),
+        ("eval_seconds", at_most("eval_seconds", TIME_LIMIT_S, timed), "eval_seconds", TIME_LIMIT_S, "#1972"),
+        ("scored_targets", once, "scored_tokens", r.get("val_targets"), "#1017"),
+        ("single_pass", once, "most_times_scored", 1, "#1017"),
+        ("scored_bytes", counted, "scored_bytes", r.get("val_bytes"), "#1719"),
+        ("documents", True if challenge else None, "val_documents", CHALLENGE_DOCUMENTS, "#2127"),
+        ("score_before_update", None if documents is None else True, "learned_targets", None, "#1017"),
+        ("weights_from_artifact", None if documents is None else True, "artifact_sha256", None, "#2128"),
+        ("hardware", True if "8x" in hardware and "H100" in hardware else None, "hardware", "8xH100", "#1317"),
+        ("versions", True, "torch", None, "#839"),
+        ("seed", True, "seed", None, "README"),
+    ]
+    return [dict(rule=name, ok=ok, found=r.get(key), limit=limit, source=where) for name, ok, key, limit, where in rows]
 
 
 def describe(config: Config) -> dict[str, Any]:
@@ -2411,7 +2554,9 @@ def report(result: dict[str, Any]) -> str:
     ):
         if f"{kind}_val_bpb" in result:
             mark = "  <- submitted" if kind == result.get("submitted") else ""
-            rows.append((label, f"{result[f'{kind}_val_bpb']:.5f} bpb  {result[f'{kind}_val_loss']:.5f} nats/token{mark}"))
+            rows.append(
+                (label, f"{result[f'{kind}_val_bpb']:.5f} bpb  {result[f'{kind}_val_loss']:.5f} nats/token{mark}")
+            )
     if "total_bytes" in result:
         sizes = f"{result['artifact_bytes']:,} weights + {result['code_bytes']:,} code"
         rows.append(("artifact bytes", f"{result['total_bytes']:,} of {ARTIFACT_LIMIT_BYTES:,} ({sizes})"))
@@ -2433,14 +2578,25 @@ def peak_memory_mib(run: Run) -> int:
     return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)
 
 
+def hardware(run: Run) -> str:
+    """For example `8xNVIDIA H100 80GB HBM3`."""
+    cuda = run.device.type == "cuda"
+    return f"{run.world_size}x{torch.cuda.get_device_name(run.device) if cuda else platform.machine() + ' CPU'}"
+
+
 def log_header(config: Config, origins: dict[str, str], run: Run, log: Log) -> None:
     """What ran, where, with which settings: enough to repeat it."""
-    source = Path(__file__.removesuffix("#")).read_text(encoding="utf-8")
-    log.text(source, console=False)
-    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else platform.processor() or platform.machine()
-    log("source", bytes=len(source.encode()), sha256=hashlib.sha256(source.encode()).hexdigest())
-    log("versions", python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, cuda=torch.version.cuda)
-    log("hardware", device=device, ranks=run.world_size, threads=torch.get_num_threads())
+    source = Path(__file__).read_bytes()
+    log.text(source.decode("latin1" if source.startswith(PACKED_START) else "utf-8"), console=False)
+    log("source", bytes=len(source), sha256=hashlib.sha256(source).hexdigest())
+    log(
+        "versions",
+        python=platform.python_version(),
+        torch=torch.__version__,
+        numpy=np.__version__,
+        cuda=torch.version.cuda,
+    )
+    log("hardware", devices=hardware(run), threads=torch.get_num_threads())
     log("config", preset=config.preset, run_id=config.run_id, seed=config.seed, stages=config.stages)
     for name, origin in sorted(origins.items()):
         value = getattr(config, name) if name in FIELDS else ""
@@ -2451,13 +2607,14 @@ def log_header(config: Config, origins: dict[str, str], run: Run, log: Log) -> N
 def named_run(config: Config, run: Run) -> Config:
     """`config` with a run id, the same on every rank, and its folder in place."""
     if not config.run_id:
-        now = torch.tensor([time.time()], dtype=torch.float64, device=run.device)
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(float(run.broadcast_(now))))
+        stamp = run.share(time.strftime("%Y%m%d-%H%M%S"))
         config = dataclasses.replace(config, run_id=f"{stamp}-{config.preset}-seed{config.seed}")
     try:
         run_dir(config).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"RUNS_DIR={config.runs_dir}: cannot make {run_dir(config)} ({error.strerror}); choose another") from None
+        raise UserError(
+            f"RUNS_DIR={config.runs_dir}: cannot make {run_dir(config)} ({error.strerror}); choose another"
+        ) from None
     return config
 
 
@@ -2475,22 +2632,28 @@ def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> 
         result |= STAGES[stage](config, run, log)
         seconds[stage] = time.monotonic() - start
         log("stage", name=stage, seconds=seconds[stage])
-        found = violations(result, config)
         result |= {
-            "valid": not found,
-            "violations": found,
             "preset": config.preset,
             "run_id": config.run_id,
             "seed": config.seed,
             "ranks": run.world_size,
+            "hardware": hardware(run),
             "torch": torch.__version__,
             "peak_memory_mib": peak_memory_mib(run),
             "stage_seconds": dict(seconds),
         }
+        result["validity"] = validity(result, config)
+        broken = [row for row in result["validity"] if row["ok"] is False]
+        result["violations"] = [
+            f"{row['rule']} {row['found']}, limit {row['limit']} ({row['source']})" for row in broken
+        ]
+        result["valid"] = not broken
         if run.is_main:
             partial = path.with_suffix(".part")
             partial.write_text(json.dumps(result, indent=1) + "\n")
             os.replace(partial, path)
+    for row in result["validity"]:
+        log("validity", **row)
     log.text("\n" + report(result) + "\n")
     log.text("result " + json.dumps(result))
     return result

@@ -121,8 +121,8 @@ def decode(text: str) -> str:
 
 def _apply(match: re.Match) -> str:
     if match.lastgroup is None:
-        raise ValueError(f"operator U+{ord(match[0]):04X} at character {match.start()} cannot stand before "
-                         f"{match.string[match.end() : match.end() + 1]!r}, after {match.string[max(0, match.start() - 1) : match.start()]!r}")
+        before, after = match.string[: match.start()][-1:], match.string[match.end() :][:1]
+        raise ValueError(f"operator U+{ord(match[0]):04X} at character {match.start()} cannot stand between {before!r} and {after!r}")
     if match.lastgroup == "literal":
         return match["literal"]
     return match[match.lastgroup].replace(CAP_NEXT, "").upper()
@@ -212,8 +212,8 @@ class MarkerPairs:
         """The content of alias_map.json beside MP3 shards."""
         names = ("space_title", "space_all_caps", "space_cap_next")
         rows = list(zip(names, self.markers, self.aliases, strict=True))
-        return {"alias_map": {name: alias for name, _, alias in rows},
-                "marker_pairs": [{"donor": alias, "marker_id": marker, "marker_name": name} for name, marker, alias in rows]}  # fmt: skip
+        pairs = [{"donor": alias, "marker_id": marker, "marker_name": name} for name, marker, alias in rows]
+        return {"alias_map": {name: alias for name, _, alias in rows}, "marker_pairs": pairs}
 
     def fuse(self, tokens: np.ndarray, sidecar: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         """Fuse a stream of whole documents, (n,) uint16; the side-car of a fused token is the sum of its two.

@@ -21,6 +21,7 @@ from shards import DataError
 
 BATCH_BYTES = 1 << 20  # of JSON lines per batch: a fraction of a second of tokenizing
 BATCH_DOCUMENTS = 1024
+CHUNK_TOKENS = 4_000_000  # read at a time where a split is streamed
 # More validation documents than this fraction found in the training part is refused. Natural duplicates are rare.
 MAX_OVERLAP_FRAC = 0.001
 
@@ -46,6 +47,7 @@ def read_lines(paths: Iterable[Path]) -> Iterator[tuple[str, bytes]]:
 
 
 def _open(path: Path) -> BinaryIO:
+    """The uncompressed bytes of a list, by the end of its name."""
     if path.suffix == ".xz":
         return lzma.open(path)
     if path.suffix == ".gz":
@@ -68,7 +70,8 @@ class _ZstdStream(io.RawIOBase):
         try:
             import zstandard
         except ImportError as error:
-            raise DataError(path, "no Python package zstandard", "it, to read .zst", "pip install zstandard, or use .jsonl.xz") from error
+            fix = "pip install zstandard, or use .jsonl.xz"
+            raise DataError(path, "no Python package zstandard", "it, to read .zst", fix) from error
         self._library, self._path, self._file, self._ready = zstandard, path, path.open("rb"), b""
         self._frame = None  # between frames
 
@@ -76,6 +79,7 @@ class _ZstdStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:
+        """Fill the buffer as far as data are at hand; 0 means the end of the file."""
         while not self._ready:
             packed = self._file.read(1 << 17)
             if not packed:
@@ -88,6 +92,7 @@ class _ZstdStream(io.RawIOBase):
         return count
 
     def _decompress(self, packed: bytes) -> bytes:
+        """Decompress what was read; a new frame may begin anywhere in it."""
         text = b""
         while packed:
             if self._frame is None:
@@ -209,8 +214,8 @@ def join_documents(documents: list[np.ndarray], first: int = shards.BOS_ID) -> n
 
 
 def text_hash(text: bytes) -> int:
-    """64 bits that identify a document."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    """64 bits that identify a document; texts that differ in white space only are the same to a tokenizer."""
+    return int.from_bytes(hashlib.blake2b(b" ".join(text.split()), digest_size=8).digest(), "little")
 
 
 def split_documents(tokens: np.ndarray) -> list[np.ndarray]:
@@ -218,3 +223,23 @@ def split_documents(tokens: np.ndarray) -> list[np.ndarray]:
     starts = np.flatnonzero(tokens == shards.BOS_ID)
     assert len(tokens) == 0 or (len(starts) and starts[0] == 0), "the stream does not begin with BOS"
     return np.split(tokens, starts[1:])
+
+
+def whole_documents(folder: Path, split: str) -> Iterator[np.ndarray]:
+    """The stream of a split, over all its shards, in chunks that end where a document ends.
+
+    Raises DataError when the stream does not begin with BOS.
+    """
+    kept = np.zeros(0, np.uint16)
+    for path in shards.require_shards(folder, split):
+        shard = shards.read_shard(path)
+        for begin in range(0, len(shard), CHUNK_TOKENS):
+            kept = np.concatenate([kept, shard[begin : begin + CHUNK_TOKENS]])
+            if kept[0] != shards.BOS_ID:
+                raise DataError(path, f"first token {kept[0]}", f"BOS ({shards.BOS_ID})",
+                                "export again, with BOS before every document")
+            last = int(np.flatnonzero(kept == shards.BOS_ID)[-1])  # of a document that may go on
+            if last:
+                yield kept[:last]
+                kept = kept[last:]
+    yield kept

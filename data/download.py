@@ -19,10 +19,10 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import httpx2  # the client that huggingface_hub is built on
 import huggingface_hub
@@ -65,8 +65,12 @@ def main() -> None:
     download(options.variant, options.train_shards, options.root, options.with_docs, options.verify == "full", options.folder)
 
 
-def download(name: str, train_shards: str, root: Path, with_docs: bool = False, full: bool = False, folder: Path | None = None) -> dict:
-    """Make ROOT hold the variant; returns the content of SOURCE.json. Raises DataError with the fix in it."""
+def download(name: str, train_shards: str, root: Path, with_docs: bool = False, full: bool = False,
+             folder: Path | None = None) -> dict:  # fmt: skip
+    """Make ROOT hold the variant; returns the content of SOURCE.json. Raises DataError with the fix in it.
+
+    train_shards: a number or "all". full: hash the files that are already there. folder: take the files from here.
+    """
     short, variant = find_variant(name)
     if train_shards != "all" and not (train_shards.isdecimal() and int(train_shards) >= 1):
         raise DataError("--train-shards", repr(train_shards), "a number from 1 on, or all", "for example --train-shards 10")
@@ -81,7 +85,7 @@ def download(name: str, train_shards: str, root: Path, with_docs: bool = False, 
     revision = target.pin(source.repository, source.revision)
     available = source.list(revision, f"datasets/{variant.dataset}")
     wanted = choose_shards(short, variant, source.repository, available, train_shards)
-    places = {target.folder / file.name: file for file in wanted}
+    places = {target.folder / file.name: source.identify(file) for file in wanted}
     places |= {target.tokenizer: find_file(source, revision, "tokenizers", variant.tokenizer)}
     if with_docs:
         places |= {target.root / name: find_file(source, revision, "", name) for name in DOCUMENT_FILES}
@@ -99,11 +103,13 @@ def choose_shards(short: str, variant: Variant, repository: str, available: list
     """The shards to fetch: all of validation (and the side-car), the first of training. Checks the numbering."""
     chosen = []
     for split in ("val", "val_bytes", "train") if variant.caseops else ("val", "train"):
-        found = sorted((file for file in available if (m := SHARD_NAME.fullmatch(file.name)) and m[1] == split), key=lambda file: file.path)
+        of_split = [file for file in available if (match := SHARD_NAME.fullmatch(file.name)) and match[1] == split]
+        found = sorted(of_split, key=lambda file: file.name)
         names = [file.name for file in found]
         if not found or names != [f"fineweb_{split}_{index:06d}.bin" for index in range(len(found))]:
-            raise DataError(f"{repository}: datasets/{variant.dataset}", f"{split} shards {names[:3] or 'none'}", "numbers 0, 1, 2, ...",
-                            f"variant {short} is published in {variant.repository}: unset MATCHED_FINEWEB_REPO_ID, or fix --from")
+            raise DataError(f"{repository}: datasets/{variant.dataset}", f"{split} shards {names[:3] or 'none'}",
+                            "numbers 0, 1, 2, ...", f"variant {short} is published in {variant.repository}: "
+                            "unset MATCHED_FINEWEB_REPO_ID, or fix --from")  # fmt: skip
         wanted = len(found) if split != "train" or train_shards == "all" else int(train_shards)
         if wanted > len(found):
             raise DataError("--train-shards", f"{len(found)} train shards in {repository}", f"{wanted}",
@@ -115,7 +121,7 @@ def choose_shards(short: str, variant: Variant, repository: str, available: list
 def find_file(source: "Source", revision: str, folder: str, name: str) -> RemoteFile:
     for file in source.list(revision, folder):
         if file.name == name:
-            return file
+            return source.identify(file)
     raise DataError(f"{source.repository}: {folder or '.'}", f"no {name}", "it", "choose the repository that publishes it")
 
 
@@ -158,7 +164,8 @@ class Target:
             if (folder / "SOURCE.json").is_file():
                 recorded = shards.read_json(folder / "SOURCE.json").get("repository")
                 if recorded != repository:
-                    raise DataError(folder, f"data from {recorded}", f"data from {repository}", "choose another --root, or delete the folder")
+                    raise DataError(folder, f"data from {recorded}", f"data from {repository}",
+                                    "choose another --root, or delete the folder")
 
     def pin(self, repository: str, latest: Callable[[], str]) -> str:
         """The revision to fetch: that of the files already there, else the latest; remembered for the next run."""
@@ -191,8 +198,8 @@ class Target:
         vouched = shards.read_json(self.source_file)["files"] if self.source_file.is_file() else {}
         strangers = {path.name for path in self.folder.glob("fineweb_*")} - {place.name for place in places} - set(vouched)
         if strangers:
-            raise DataError(self.folder, f"{min(strangers)}, which is not part of this download", "an empty folder, or this variant's files",
-                            "choose another --root, or delete the folder")
+            raise DataError(self.folder, f"{min(strangers)}, which is not part of this download",
+                            "an empty folder, or this variant's files", "choose another --root, or delete the folder")
         missing = {}
         for place, file in places.items():
             if place.is_file():
@@ -207,9 +214,10 @@ class Target:
             if self.staged(place).is_file():
                 place.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(self.staged(place), place)
-        shard_files = {place.name: file for place, file in places.items() if SHARD_NAME.fullmatch(place.name)}
-        vouched = shards.read_json(self.source_file)["files"] if self.source_file.is_file() else {}
-        files = vouched | {name: {key: value for key, value in asdict(file).items() if key != "path"} for name, file in shard_files.items()}
+        files = shards.read_json(self.source_file)["files"] if self.source_file.is_file() else {}
+        for file in places.values():
+            if SHARD_NAME.fullmatch(file.name):
+                files[file.name] = {"size": file.size, "sha256": file.sha256, "git_sha1": file.git_sha1}
         record = {
             "variant": self.short,
             "repository": repository,
@@ -227,6 +235,7 @@ class Target:
         shards.write_json(self.source_file, record)
         shutil.rmtree(self.staging, ignore_errors=True)
         print(f"complete:{self.folder} train_shards:{record['train_shards']} repository:{repository} revision:{revision}")
+        print(f"next:python data/verify.py {self.folder}")
         return record
 
 
@@ -264,7 +273,7 @@ def fetch_all(places: dict[Path, RemoteFile], fetch: Callable[[RemoteFile, Path]
         running = {pool.submit(fetch_one, place, file, fetch): file for place, file in places.items()}
         num_done = 0
         while running:
-            done, _ = wait(running, return_when="FIRST_COMPLETED")
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()
                 file = running.pop(future)
@@ -279,15 +288,7 @@ def fetch_one(place: Path, file: RemoteFile, fetch: Callable[[RemoteFile, Path],
     """Fetch into PLACE.part, going on where a broken-off run stopped; check; rename. A bad file is not kept."""
     place.parent.mkdir(parents=True, exist_ok=True)
     part = shards.temporary(place)
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            fetch(file, part)
-            break
-        except httpx2.TransportError as error:
-            if attempt == ATTEMPTS:
-                raise DataError(file.path, f"{type(error).__name__}: {error}", "a connection to the hub",
-                                "run the same command again: it goes on from here") from error
-            time.sleep(2 ** (attempt - 1))
+    patiently(lambda: fetch(file, part), file.path)
     try:
         check_file(part, file, full=True)
     except DataError as error:
@@ -295,6 +296,18 @@ def fetch_one(place: Path, file: RemoteFile, fetch: Callable[[RemoteFile, Path],
         _, *rest, _ = error.args
         raise DataError(file.path, *rest, "the bad copy was deleted; run the same command again, or check the repository") from error
     os.replace(part, place)
+
+
+def patiently(action: Callable[[], Any], about: str) -> Any:
+    """The action's result; a broken connection or a server in trouble gets several attempts, then DataError."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action()
+        except (httpx2.TransportError, HfHubHTTPError) as error:
+            if attempt == ATTEMPTS:
+                raise DataError(about, f"{type(error).__name__}: {error}", "an answer from the hub",
+                                "check the network and HF_ENDPOINT, then run the same command again: it goes on from here") from error
+            time.sleep(2 ** (attempt - 1))
 
 
 class Source(Protocol):
@@ -306,6 +319,9 @@ class Source(Protocol):
 
     def list(self, revision: str, folder: str) -> list[RemoteFile]: ...
 
+    def identify(self, file: RemoteFile) -> RemoteFile:
+        """The file with its hash."""
+
     def fetch(self, revision: str, file: RemoteFile, part: Path) -> None: ...
 
 
@@ -316,14 +332,15 @@ def open_source(short: str, variant: Variant, folder: Path | None) -> Source:
         return FolderSource(f"folder {folder.name}", "unknown", folder, prefix)
     repository = os.environ.get("MATCHED_FINEWEB_REPO_ID", variant.repository)
     if repository is None:
-        raise DataError(f"variant {short}", "no repository that publishes it", "one",
-                        f"make it: data/export.py --mp3 --tokenizer {variant.tokenizer} --val-docs 50000, or set MATCHED_FINEWEB_REPO_ID")
+        fix = f"make it: data/download.py caseops, then data/fuse.py --out .../{variant.dataset}; or set MATCHED_FINEWEB_REPO_ID"
+        raise DataError(f"variant {short}", "no repository that publishes it", "one", fix)
     if not huggingface_hub.constants.is_offline_mode():
         return HubSource(repository, prefix)
     try:
         snapshot = Path(huggingface_hub.snapshot_download(repository, repo_type="dataset", local_files_only=True))
     except LocalEntryNotFoundError as error:
-        raise DataError("HF_HUB_OFFLINE", f"nothing of {repository} in the hub's cache", "a cached copy", "unset HF_HUB_OFFLINE") from error
+        found = f"nothing of {repository} in the hub's cache"
+        raise DataError("HF_HUB_OFFLINE", found, "a cached copy", "unset HF_HUB_OFFLINE") from error
     return FolderSource(repository, snapshot.name, snapshot, prefix)
 
 
@@ -334,13 +351,17 @@ class HubSource:
         self.api = huggingface_hub.HfApi(endpoint=self.endpoint)
 
     def revision(self) -> str:
-        return self._ask(lambda: self.api.dataset_info(self.repository).sha, "its revision")
+        return patiently(lambda: self._ask(lambda: self.api.dataset_info(self.repository).sha, "its revision"), self.repository)
 
     def list(self, revision: str, folder: str) -> list[RemoteFile]:
         path = "/".join(part for part in (self.prefix, folder) if part)
-        tree = self._ask(lambda: list(self.api.list_repo_tree(self.repository, path, revision=revision, repo_type="dataset")), path)
+        ask = lambda: list(self.api.list_repo_tree(self.repository, path, revision=revision, repo_type="dataset"))  # noqa: E731
+        tree = patiently(lambda: self._ask(ask, path), path)
         return [RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, None if entry.lfs else entry.blob_id)
                 for entry in tree if isinstance(entry, huggingface_hub.hf_api.RepoFile)]  # fmt: skip
+
+    def identify(self, file: RemoteFile) -> RemoteFile:
+        return file  # the listing has the hash
 
     def fetch(self, revision: str, file: RemoteFile, part: Path) -> None:
         """Append what is missing of `part`; the hub's client asks for the range and retries."""
@@ -353,14 +374,13 @@ class HubSource:
             try:
                 self._ask(lambda: http_get(url, out, resume_size=resume, expected_size=file.size,
                                            headers=huggingface_hub.utils.build_hf_headers()), file.path)  # fmt: skip
-            except OSError:
-                # The client found the wrong number of bytes; the check that follows says what they are.
-                out.flush()
-                if out.tell() == file.size:
+            except OSError as error:
+                # Without a number it is the client's "wrong number of bytes": the check that follows says what came instead.
+                if error.errno is not None or isinstance(error, HfHubHTTPError):
                     raise
 
-    def _ask[T](self, question: Callable[[], T], about: str) -> T:
-        """The hub's answer; what it refuses becomes a DataError."""
+    def _ask(self, question: Callable[[], Any], about: str) -> Any:
+        """The hub's answer; what it refuses for good becomes a DataError."""
         place = f"{self.repository}: {about}"
         try:
             return question()
@@ -373,7 +393,10 @@ class HubSource:
             raise DataError(place, "not in the repository", "this file or folder",
                             "the repository lacks the variant: check MATCHED_FINEWEB_REPO_ID") from error
         except HfHubHTTPError as error:
-            raise DataError(place, f"HTTP status {error.response.status_code}", "200", "try again later, or check HF_ENDPOINT") from error
+            if error.response.status_code >= 500:
+                raise
+            status = error.response.status_code
+            raise DataError(place, f"HTTP status {status}", "200", "try again later, or check HF_ENDPOINT") from error
 
 
 class FolderSource:
@@ -391,8 +414,11 @@ class FolderSource:
     def list(self, revision: str, folder: str) -> list[RemoteFile]:
         if not (self.base / folder).is_dir():
             raise DataError(self.base / folder, "no such folder", "files of the variant", "check --from")
-        return [RemoteFile(str(path), path.stat().st_size, shards.file_sha256(path))
-                for path in sorted((self.base / folder).iterdir()) if path.is_file()]  # fmt: skip
+        paths = sorted((self.base / folder).iterdir())
+        return [RemoteFile(str(path), path.stat().st_size) for path in paths if path.is_file()]
+
+    def identify(self, file: RemoteFile) -> RemoteFile:
+        return replace(file, sha256=shards.file_sha256(Path(file.path)))
 
     def fetch(self, revision: str, file: RemoteFile, part: Path) -> None:
         shutil.copyfile(file.path, part)

@@ -96,6 +96,7 @@ def build(root: Path, vocab_size: int) -> tuple[dict, bool]:
         "python": sys.version,
         "recipe_sha256": recipe_sha256(),
         "corpus_sha256": hashlib.sha256(json.dumps(documents).encode()).hexdigest(),
+        "tokenizer": f"../../tokenizers/{tokenizer_path(root, vocab_size).name}",
         "tokenizer_sha256": shards.file_sha256(tokenizer_path(root, vocab_size)),
         "vocab_size": vocab_size,
         "splits": {name: write_split(folder, name, split[name], tokenizer) for name in ("val", "train")},
@@ -197,7 +198,10 @@ def c_module_texts() -> Iterator[str]:
 
 
 def fresh_paragraphs(text: str, seen: set[str]) -> list[str]:
-    """The paragraphs of a text, white space folded, without drawn lines and without long ones that the corpus has already (added to `seen`)."""
+    """The paragraphs of a text, white space folded, drawn lines removed, without long ones that the corpus has already.
+
+    seen: those long paragraphs; the new ones are added.
+    """
     fresh = []
     for paragraph in text.split("\n\n"):
         paragraph = " ".join(RULES.sub(" ", paragraph).split())

@@ -9,6 +9,7 @@ CaseOps data, and manifest.json. The result is the same, byte for byte, for any 
 """
 
 import argparse
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -69,13 +70,14 @@ def main() -> None:
 
 
 def parse_options(arguments: list[str]) -> Options:
+    """Raises DataError for numbers out of range."""
     parser = argparse.ArgumentParser(description="Turn a document list into shards.")
     parser.add_argument("--docs", type=Path, nargs="+", required=True, help="JSON lines with a key text: .jsonl, .xz, .gz or .zst")
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must be empty or missing")
     parser.add_argument("--val-docs", type=int, required=True, help="validation = the first N documents (50000 for the challenge)")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--tokenizer", type=Path, help="SentencePiece model to use")
-    tokenizer.add_argument("--train-tokenizer", type=int, metavar="VOCAB", help="train a model with VOCAB pieces on training documents")
+    tokenizer.add_argument("--train-tokenizer", type=int, metavar="VOCAB", help="train one with VOCAB pieces on training documents")
     parser.add_argument("--tokenizer-docs", type=int, default=Options.tokenizer_docs, help="documents to train it on (default 100000)")
     parser.add_argument("--caseops", action="store_true", help="lossless case transform and byte side-car")
     parser.add_argument("--mp3", action="store_true", help="CaseOps with the space fused into the operator after it")
@@ -96,32 +98,37 @@ def parse_options(arguments: list[str]) -> Options:
 
 def export(options: Options) -> dict:
     """Write the folder; returns its manifest. Raises DataError for bad input, and then leaves nothing behind."""
-    require_new(options.out)
     for path in options.docs:
         if not path.is_file():
             raise DataError(path, "no such file", "a document list", "check --docs")
-    unfinished = shards.temporary(options.out)
-    unfinished.mkdir(parents=True)
-    try:
-        manifest = _export_into(unfinished, options)
-        unfinished.rename(options.out)  # replaces an empty folder
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    return manifest
+    with new_folder(options.out) as unfinished:
+        return _export_into(unfinished, options)
 
 
-def require_new(out: Path) -> None:
-    """Raise DataError unless `out` is missing or an empty folder, and no export to it is under way or left over."""
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name `out` at the end of the block, or goes away when the block fails.
+
+    Raises DataError unless `out` is missing or an empty folder, and no export to it is under way or left over.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(out, "a folder that is not empty" if out.is_dir() else "a file", "a new or empty folder",
                         "choose another --out, or delete it: two exports never share a folder")
     if shards.temporary(out).exists():
         raise DataError(shards.temporary(out), "another export to this folder, running or broken off", "none",
                         "wait for it, or delete that folder")
+    unfinished = shards.temporary(out)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(out)  # replaces an empty folder
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def _export_into(folder: Path, options: Options) -> dict:
+    """Tokenizer, shards and manifest, the manifest last."""
     tokenizer_path = folder / TOKENIZER_FILE
     if options.tokenizer is not None:
         shards.load_tokenizer(options.tokenizer)  # names the user's path in errors
@@ -133,7 +140,8 @@ def _export_into(folder: Path, options: Options) -> dict:
     if options.caseops:
         caseops.require_operators(tokenizer, named)
     elif caseops.has_operators(tokenizer):
-        raise DataError(named, "a CaseOps tokenizer", "a plain one: it encodes raw text badly", "add --caseops or choose another tokenizer")
+        raise DataError(named, "a CaseOps tokenizer", "a plain one: it encodes raw text badly",
+                        "add --caseops or choose another tokenizer")
     if options.mp3:
         shards.write_json(folder / "alias_map.json", caseops.MarkerPairs.of(tokenizer).alias_map())
     splits, numbers, digest = write_splits(folder, tokenizer_path, options)

@@ -246,6 +246,21 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def read_record(folder: Path) -> dict:
+    """What is known about a folder of shards: SOURCE.json of a download, manifest.json of an export, or nothing."""
+    for name in ("SOURCE.json", "manifest.json"):
+        if (Path(folder) / name).is_file():
+            return read_json(Path(folder) / name)
+    return {}
+
+
+def find_tokenizer(folder: Path, record: dict) -> Path:
+    """The tokenizer that the record of a folder names; raises DataError when it names none."""
+    if "tokenizer" not in record:
+        raise DataError(folder, "no SOURCE.json or manifest.json that names the tokenizer", "one", "give --tokenizer")
+    return Path(folder) / record["tokenizer"]
+
+
 def file_sha256(path: Path) -> str:
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -59,5 +59,6 @@ def find_variant(name: str) -> tuple[str, Variant]:
     short = ALIASES.get(name, name)
     if short not in VARIANTS:
         near = difflib.get_close_matches(name, [*VARIANTS, *ALIASES], 1)
-        raise DataError("variant", repr(name), f"one of {', '.join(VARIANTS)}", f"did you mean {near[0]}?" if near else "choose one of these")
+        fix = f"did you mean {near[0]}?" if near else "choose one of these"
+        raise DataError("variant", repr(name), f"one of {', '.join(VARIANTS)}", fix)
     return short, VARIANTS[short]

@@ -1,0 +1,242 @@
+"""Reads training logs of Parameter Golf: those of this repository and those that other people's scripts print.
+
+One table, FACTS, says which line states which fact; another, SCORE, how a line states a score. Both work on the log
+alone: nothing of a record folder is ever executed. Three families are known (sections names as in the challenge):
+
+    ours    `event key:value ...` lines, the source at the head, `result {json}` at the end
+    march   `step:100/20000 train_loss:...`, source and a row of `=` at the head of some
+    april   `100/20000 train_loss: ...`, a sorted block of `  name: value` under `Hyperparameters:`
+
+Truncated and renamed variants of these are read as far as they go; what a log does not say is absent.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+def whole(text: str) -> int:
+    """'15,863,489' -> 15863489."""
+    return int(text.replace(",", ""))
+
+
+def milliseconds(text: str) -> float:
+    return float(text) / 1000
+
+
+# fact, pattern (one group, from the beginning of a line), conversion. The last match in a log counts; of several rows
+# for one fact, the one whose match comes last. Seconds, bytes and tokens are the units unless the name says otherwise.
+FACTS: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
+    ("seed", r"^(?:\s*seed:\s*|.*\bmax_wallclock_seconds:\S+ .*\bseed:)(\d+)\b", int),
+    ("seed", r"^config preset:.* seed:(\d+)", int),
+    ("val_targets", r"^val_loader:.*\btokens:(\d+)", int),
+    ("val_targets", r"^val_tokens:\s*(\d+)", int),
+    ("val_targets", r"^data .*\bval_tokens:(\d+)", lambda text: int(text) - 1),  # ours counts the first token too
+    ("train_shards", r"^(?:train_loader:.*\b)?train_shards:\s*(\d+)", int),
+    ("dataset", r"^train_loader:dataset:(\S+)", str),
+    ("documents", r"^ttt_phased: total_docs:(\d+)", int),
+    ("documents", r"^ttt documents:(\d+)", int),
+    ("parameters", r"^model_params:\s*(\d+)", int),
+    ("gated_tokens", r"^.*\b(?:within_word|word_start)_gated?:(\d+)", int),
+    ("steps", r"^(?:step:)?(\d+)/\d+ val_loss:", int),
+    ("steps", r"^stopping_early: .*\bstep:\s*(\d+)/", int),
+    ("train_s", r"^step:\d+/\d+ .*\btrain_time:(\d+)ms", milliseconds),
+    ("train_s", r"^stopping_early: .*\btrain_time:\s*([\d.]+)ms", milliseconds),
+    ("last_read_s", r"^calibrated .*\blast_training_read_s:([\d.]+)", float),
+    ("calibration_s", r"^GPTQ:collected \d+ Hessians in ([\d.]+)s", float),
+    ("step_ms", r"^step:\d+/\d+ .*\bstep_avg:([\d.]+)ms", float),
+    ("model_bytes", r"^Serialized model (?!:)\S.*?:\s*([\d,]+) bytes", whole),
+    ("model_bytes", r"^artifact artifact_bytes:(\d+)", int),
+    ("code_bytes", r"^Code size(?: \(compressed\))?:\s*([\d,]+) bytes", whole),
+    ("code_bytes", r"^artifact .*\bcode_bytes:(\d+)", int),
+    ("total_bytes", r"^Total submission size (?!:)\S.*?:\s*([\d,]+) bytes", whole),
+    ("total_bytes", r"^artifact .*\btotal_bytes:(\d+)", int),
+    ("plain_total_bytes", r"^Total submission size:\s*([\d,]+) bytes", whole),
+    ("eval_s", r"^total_eval_time:\s*([\d.]+)s", float),
+    ("ranks", r"^(?:.*\b)?world_size:\s*(\d+)", int),
+    ("ranks", r"^hardware .*\branks:(\d+)", int),
+    ("gpu", r"^\|\s+\d+\s+(NVIDIA [A-Z]+\d+[^|]*?)\s{2,}", str),
+    ("gpu", r"^hardware device:(\S+)", str),
+    ("torch", r"^Running PyTorch (\S+)", str),
+    ("torch", r"^(?:versions .*\b|.*\b(?:py)?torch(?:_version)?[:=]\s*)(?:torch:)?(\d+\.\d+\.\S+)", str),
+    ("source_bytes", r"^source bytes:(\d+)", int),
+    ("source_sha256", r"^source .*\bsha256:([0-9a-f]{64})", str),
+)
+COMPILED = tuple((name, re.compile(pattern, re.M), convert) for name, pattern, convert in FACTS)
+
+# A line that states a score: `<label> val_loss:2.1 val_bpb:1.2 <rest>`, with = or a blank after the colon as well.
+SCORE = re.compile(
+    r"^(?P<label>[^\n{}'\"]{0,80}?)[ ,|:]*\b(?:val_loss[:=]\s*(?P<loss>\d+\.\d+)[ ,|]+)?"
+    r"val_bpb[:=]\s*(?P<bpb>\d+\.\d+)\b(?P<rest>[^\n]*)$",
+    re.M | re.I,
+)
+SECONDS = re.compile(r"(?:eval_time|elapsed|seconds)[:=]\s*([\d.]+)(ms|s)?")
+SETTING = re.compile(r"^ {2,4}([A-Za-z_]\w*): (.*)$", re.M)
+RULER = re.compile(r"^={60,}$", re.M)  # ends the source text in many logs
+SOURCE_LINE = re.compile(r"^source bytes:(\d+) sha256:([0-9a-f]{64})$", re.M)
+
+# What a score is of, by words in its label; the first row that matches. Anything else is a final score.
+SCORE_KINDS = (
+    ("running", re.compile(r"^(\d+/\d+|step[: ]|validation\b)|chunk|progress|batch|running|^$|warmup|swa:", re.I)),
+    ("averaged", re.compile(r"pre[-_ ]?quant(?!-ttt)(?!ization.*ttt)|post_?(ema|swa|average)|weights:averaged", re.I)),
+    ("quantized", re.compile(r"^(diagnostic )?quantized$|roundtrip|kind:quantized", re.I)),
+)
+
+
+class Score(NamedTuple):
+    """One line that states a score."""
+
+    label: str
+    kind: str  # running, averaged (before quantisation), quantized, or final
+    loss: float | None  # nats per token
+    bpb: float  # bits per byte
+    decimals: int  # how many the line shows of bpb
+    seconds: float | None  # of this evaluation
+
+
+@dataclasses.dataclass
+class RunLog:
+    """What one log says. `facts` holds those of FACTS that were found."""
+
+    path: Path
+    style: str  # ours, march, april or unknown
+    facts: dict[str, Any]
+    scores: list[Score]
+    settings: dict[str, str]  # the `  name: value` block, or the key:value pairs of the head lines
+    result: dict[str, Any] | None  # of a log of ours
+
+    @property
+    def final(self) -> Score | None:
+        """The score that the run ends with."""
+        ends = [score for score in self.scores if score.kind in ("quantized", "final")]
+        return ends[-1] if ends else None
+
+    def last(self, kind: str) -> Score | None:
+        """The last score of one kind, the more exact line of two."""
+        found = [score for score in self.scores if score.kind == kind]
+        return found[-1] if found else None
+
+    @property
+    def eval_seconds(self) -> float | None:
+        """Seconds of the evaluation that gave the final score."""
+        if "eval_s" in self.facts or self.final is None:
+            return self.facts.get("eval_s")
+        name = self.final.label.removesuffix("_exact")
+        times = [s.seconds for s in self.scores if s.label.removesuffix("_exact") == name and s.seconds is not None]
+        return times[-1] if times else None
+
+    @property
+    def total_bytes(self) -> int | None:
+        """Artifact and code, as the log adds them up; the sum for the uncompressed model does not count."""
+        plain, raw = self.facts.get("plain_total_bytes"), self.facts.get("model_bytes")
+        code = self.facts.get("code_bytes")
+        if "total_bytes" in self.facts:
+            return self.facts["total_bytes"]
+        return plain if plain is not None and (raw is None or code is None or plain == raw + code) else None
+
+
+def read_log(path: Path) -> RunLog:
+    """Parses one log. Raises OSError when the file cannot be read."""
+    return parse_log(path.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n"), path)
+
+
+def parse_log(text: str, path: Path = Path("log")) -> RunLog:
+    """What a log's text says; see RunLog. A log may hold several runs of ours (stages started one by one)."""
+    sources = list(SOURCE_LINE.finditer(text))
+    style = "ours" if sources else "unknown"
+    facts: dict[str, Any] = {}
+    body = text
+    if sources:
+        facts["source_found"] = source_is_there(text, sources[-1])
+        body = without_sources(text, sources)
+    elif ruler := RULER.search(text):
+        head = text[: ruler.start()].strip()
+        if "import torch" in head:
+            facts["source_sha256"] = hashlib.sha256(head.encode()).hexdigest()
+            facts["source_text"] = head
+            body = text[ruler.end() :]
+    where: dict[str, int] = {}
+    for name, pattern, convert in COMPILED:
+        for match in pattern.finditer(body):
+            if match.start() >= where.get(name, -1):
+                where[name], facts[name] = match.start(), convert(match[1])
+    if style != "ours" and re.search(r"^step:\d+/\d+ (train|val)_loss:", body, re.M):
+        style = "march"
+    elif style != "ours" and re.search(r"^\d+/\d+ (train|val)_loss:", body, re.M):
+        style = "april"
+    return RunLog(path, style, facts, read_scores(body), read_settings(body), read_result(body))
+
+
+def source_is_there(text: str, line: re.Match) -> bool:
+    """Whether the characters before a `source bytes:N sha256:H` line really are a source of N bytes and hash H."""
+    count = int(line[1])
+    for encoding in ("utf-8", "latin1"):  # the packed script is logged as Latin-1 characters
+        try:
+            data = text[max(0, line.start() - count - 1) : line.start()].encode(encoding)[:-1][-count:]
+        except UnicodeEncodeError:
+            continue
+        if hashlib.sha256(data).hexdigest() == line[2]:
+            return True
+    return False
+
+
+def without_sources(text: str, sources: list[re.Match]) -> str:
+    """The log without the scripts at the head of each of its runs, so that no line of code is taken for a fact."""
+    parts, begin = [], 0
+    for line in sources:
+        # The source ends right before its line; its length in characters is at most its length in bytes.
+        parts.append(text[begin : max(begin, line.start() - int(line[1]) - 1)])
+        begin = line.start()
+    return "".join(parts) + text[begin:]
+
+
+def logged_source(path: Path) -> bytes | None:
+    """The script at the head of the last run in a log of ours, byte for byte; None where it is not there."""
+    text = path.read_bytes().decode("utf-8", errors="replace")
+    for line in list(SOURCE_LINE.finditer(text))[-1:]:
+        for encoding in ("utf-8", "latin1"):
+            try:
+                data = text[: line.start()].encode(encoding)[:-1][-int(line[1]) :]
+            except UnicodeEncodeError:
+                continue
+            if hashlib.sha256(data).hexdigest() == line[2]:
+                return data
+    return None
+
+
+def read_scores(body: str) -> list[Score]:
+    """All score lines, in the order of the log."""
+    scores = []
+    for match in SCORE.finditer(body):
+        label = match["label"].strip(" :,|-=[]>")
+        kind = next((kind for kind, pattern in SCORE_KINDS if pattern.search(label)), "final")
+        seconds = SECONDS.search(match["rest"])
+        value = float(seconds[1]) / (1000 if seconds[2] == "ms" else 1) if seconds else None
+        loss = float(match["loss"]) if match["loss"] else None
+        scores.append(Score(label, kind, loss, float(match["bpb"]), len(match["bpb"].split(".")[1]), value))
+    return scores
+
+
+def read_settings(body: str) -> dict[str, str]:
+    """The configuration that a log states: its last `  name: value` block, or the pairs of the lines that have several
+    of them before the first step."""
+    block = {match[1]: match[2].strip() for match in SETTING.finditer(body)}
+    if len(block) >= 20:
+        return block
+    head = re.split(r"^(?:step:|warmup_step)", body, maxsplit=1, flags=re.M)[0]
+    pairs = re.findall(r"\b([a-z_]\w*):([^\s:,]+)", "\n".join(re.findall(r"^[a-z_]+:\S+(?: [a-z_]+:\S+)+$", head, re.M)))
+    return block | dict(pairs)
+
+
+def read_result(body: str) -> dict[str, Any] | None:
+    """The object of the last `result {...}` line."""
+    for line in reversed(re.findall(r"^result (\{.*\})$", body, re.M)):
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError:
+            continue
+    return None

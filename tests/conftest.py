@@ -1,0 +1,270 @@
+"""Shared pieces of the tests: a toy configuration, a toy corpus with its tokenizer, and small helpers."""
+
+import contextlib
+import dataclasses
+import os
+import random
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as tg
+
+torch.set_num_threads(1)  # toy sizes are faster on one thread, and results do not depend on the machine
+
+TOY = dict(
+    VOCAB_SIZE=64,
+    MODEL_DIM=32,
+    NUM_LAYERS=4,
+    NUM_HEADS=4,
+    NUM_KV_HEADS=2,
+    MLP_MULT=2.0,
+    ROPE_DIMS=4,
+    XSA_LAST_N=4,
+    NUM_LOOPS=1,
+    LOOP_START=1,
+    LOOP_END=2,
+    PARALLEL_START_LAYER=3,
+    TRAIN_BATCH_TOKENS=256,
+    ROW_TOKENS=64,
+    TRAIN_SEQ_LEN=32,
+    EVAL_SEQ_LEN=32,
+    VAL_BATCH_TOKENS=1024,
+    ITERATIONS=6,
+    MAX_WALLCLOCK_SECONDS=0,
+    WARMUP_STEPS=0,
+    TRAIN_LOG_EVERY=1,
+    MUON_MOMENTUM_WARMUP_STEPS=4,
+    EMA_DECAY=0.5,
+    ENABLE_LOOPING_AT=0.5,
+    GPTQ_CALIBRATION_BATCHES=5,
+    EVAL_STRIDE=8,
+    TTT_CHUNK_SIZE=8,
+    TTT_EVAL_SEQ_LEN=32,
+    TTT_BATCH_SIZE=4,
+    TTT_LORA_RANK=4,
+    TTT_LORA_ALPHA=6,
+    TTT_LORA_LR=0.01,
+    PHASED_TTT_PREFIX_DOCS=12,
+    PHASED_TTT_NUM_PHASES=2,
+    GLOBAL_TTT_LR=0.01,
+    GLOBAL_TTT_CHUNK_TOKENS=128,
+)
+
+
+def toy_env(**changes: Any) -> dict[str, str]:
+    """The toy settings as environment variables."""
+    return {key: str(value) for key, value in (TOY | changes).items()}
+
+
+def toy_config(**changes: Any) -> tg.Config:
+    """The toy settings as a Config; `changes` are environment names."""
+    return tg.load_config(toy_env(**changes))[0]
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Gives every parameter, gates and lambdas included, a random value of a sensible size."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 1 / parameter.size(-1) ** 0.5 if parameter.dim() == 3 else 0.5
+            parameter.normal_(0, spread, generator=generator)
+    return model
+
+
+def random_model(config: tg.Config, seed: int = 0) -> tg.GPT:
+    """A model none of whose parameters is at a neutral value."""
+    return randomise(tg.GPT(config, tg.Run()), seed)
+
+
+def random_tokens(count: int, vocab_size: int, seed: int = 0, bos_every: int = 0) -> np.ndarray:
+    """Random ids other than BOS, with one BOS at a random place of each stretch of `bos_every` tokens."""
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(4, vocab_size, count)
+    for begin in range(0, count, bos_every) if bos_every else ():
+        tokens[min(begin + generator.integers(bos_every), count - 1)] = tg.BOS_ID
+    return tokens
+
+
+def document_table(tokens: np.ndarray) -> np.ndarray:
+    """(first input, number of targets) of each document, by walking the stream."""
+    rows, start = [], 0
+    for position in range(1, len(tokens)):
+        if tokens[position] == tg.BOS_ID:
+            rows.append((start, position - start))
+            start = position
+    rows.append((start, len(tokens) - 1 - start))
+    return np.array([row for row in rows if row[1] > 0]).reshape(-1, 2)
+
+
+def make_validation(tokens: np.ndarray, seed: int = 0) -> tg.Validation:
+    """A validation split of these tokens, with random byte counts."""
+    counts = np.random.default_rng(seed).integers(0, 9, len(tokens))
+    counts[0] = 0
+    return tg.Validation(torch.from_numpy(tokens), torch.from_numpy(counts), document_table(tokens))
+
+
+def validation_of_lengths(lengths: list[int], vocab_size: int = 64, seed: int = 0) -> tg.Validation:
+    """A validation split of documents with exactly these numbers of targets."""
+    generator, parts = np.random.default_rng(seed), []
+    for length in lengths:
+        parts.append(np.append(tg.BOS_ID, generator.integers(4, vocab_size, length - 1)))
+    tokens = np.append(np.concatenate(parts), generator.integers(4, vocab_size))  # the last target is no BOS
+    validation = make_validation(tokens, seed)
+    assert validation.documents[:, 1].tolist() == lengths
+    return validation
+
+
+@contextlib.contextmanager
+def recorded_nll() -> Iterator[dict[int, float]]:
+    """Collects stream position -> nll of everything that is tallied inside; fails when a target comes twice."""
+    seen: dict[int, float] = {}
+    add = tg.Tally.add
+
+    def record(self: tg.Tally, nll: torch.Tensor, positions: Any) -> None:
+        for position, value in zip(np.asarray(positions).tolist(), nll.tolist(), strict=True):
+            assert position not in seen, f"target {position} was scored twice"
+            seen[position] = value
+        add(self, nll, positions)
+
+    with mock.patch.object(tg.Tally, "add", record):
+        yield seen
+
+
+def nll_per_target(validation: tg.Validation, scorer: Callable[[tg.Validation], Any]) -> np.ndarray:
+    """The nll that `scorer` tallied for each stream position; fails unless each target was tallied exactly once."""
+    with recorded_nll() as seen:
+        scorer(validation)
+    assert sorted(seen) == list(range(1, len(validation.tokens)))
+    return np.array([np.nan, *(seen[position] for position in range(1, len(validation.tokens)))])
+
+
+class OneOf(tg.Run):
+    """A rank whose sums stay its own, to add up by hand what several ranks would."""
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+QUIET = tg.Log(None)
+
+
+def write_shard(path: Path, tokens: Any, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:
+    """One shard in the challenge's format: 256 little-endian int32, then uint16 ids."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header.tobytes() + np.asarray(tokens).astype("<u2").tobytes())
+    return path
+
+
+def toy_documents(count: int, seed: int) -> list[str]:
+    """Sentences over a few words, so that a toy model can learn something; very unequal lengths."""
+    words = "the cat dog sees a small red house and runs to it over grey hills at noon".split()
+    generator = random.Random(seed)
+    documents = []
+    for number in range(count):
+        length = generator.choice([1, 2, 3, 5, 8, 13, 60])
+        start = generator.randrange(len(words))
+        documents.append(" ".join(words[(start + 3 * i + (generator.random() < 0.2)) % len(words)] for i in range(length)))
+    return documents
+
+
+@dataclasses.dataclass
+class ToyData:
+    """A dataset folder and tokenizer on disk."""
+
+    folder: Path
+    tokenizer: Path
+    train_tokens: np.ndarray
+    val_tokens: np.ndarray
+
+    def env(self, **changes: Any) -> dict[str, str]:
+        return toy_env(DATA_PATH=self.folder, TOKENIZER_PATH=self.tokenizer, **changes)
+
+    def config(self, **changes: Any) -> tg.Config:
+        return tg.load_config(self.env(**changes))[0]
+
+
+def train_tokenizer(path: Path, sentences: list[str], vocab_size: int, **options: Any) -> Path:
+    """Trains a SentencePiece model with the id convention of the challenge."""
+    import sentencepiece
+
+    settings = dict(
+        model_type="bpe",
+        vocab_size=vocab_size,
+        character_coverage=1.0,
+        add_dummy_prefix=False,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences), model_writer=file, **(settings | options)
+        )
+    return path
+
+
+def build_toy_data(root: Path) -> ToyData:
+    """The toy dataset: two uneven training shards of about 6,000 tokens and one validation shard."""
+    import sentencepiece
+
+    sentences = toy_documents(300, seed=1)
+    tokenizer = train_tokenizer(root / "toy.model", sentences, 64)
+    processor = sentencepiece.SentencePieceProcessor(str(tokenizer))
+    assert processor.vocab_size() == 64
+    encode = lambda documents: np.array([i for text in documents for i in [tg.BOS_ID, *processor.encode(text)]])
+    train, val = encode(sentences), encode(toy_documents(26, seed=2))
+    folder = root / "toy"
+    write_shard(folder / "fineweb_train_000000.bin", train[:1003])
+    write_shard(folder / "fineweb_train_000001.bin", train[1003:])
+    write_shard(folder / "fineweb_val_000000.bin", val)
+    return ToyData(folder, tokenizer, train, val)
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> ToyData:
+    return build_toy_data(tmp_path_factory.mktemp("data"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank_main(rank: int, world_size: int, port: int, function: Any, arguments: tuple, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    try:
+        torch.save(function(tg.Run(rank, world_size), *arguments), f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def on_ranks(world_size: int, folder: Path, function: Any, *arguments: Any) -> list[Any]:
+    """What `function(run, *arguments)` returns on each of `world_size` gloo processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    job = (world_size, free_port(), function, arguments, str(folder))
+    torch.multiprocessing.spawn(_rank_main, job, nprocs=world_size)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes many seconds; left out with -m 'not slow'")

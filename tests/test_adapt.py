@@ -1,0 +1,463 @@
+"""ADAPT: score first, learn afterwards; every target once; results that no batching or rank decides."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUIET, OneOf, nll_per_target, random_model, recorded_nll, toy_config, validation_of_lengths
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import train_gpt as tg
+
+RUN = tg.Run()
+LENGTHS = [37, 8, 1, 20, 9, 61, 7, 16, 24, 3, 33, 12, 40, 2, 17, 25, 5, 31, 8, 45]
+
+
+def adapt_batch(model: tg.GPT, validation: tg.Validation, config: tg.Config, adapters: Any = None, forward: Any = None) -> np.ndarray:
+    """nll per target when all documents are one batch, longest first, with phases off."""
+    model.requires_grad_(False)
+    batch = validation.documents[np.argsort(-validation.documents[:, 1], kind="stable")]
+    adapters = adapters or tg.Adapters(config, model, len(batch), seed=1)
+
+    def scorer(v: tg.Validation) -> None:
+        tg.score_and_adapt(forward or model, adapters, batch, v, config, RUN, tg.Tally(v))
+
+    return nll_per_target(validation, scorer)
+
+
+def with_tokens(validation: tg.Validation, changes: dict[int, int]) -> tg.Validation:
+    """The same documents with some tokens replaced."""
+    tokens = validation.tokens.clone()
+    for position, value in changes.items():
+        tokens[position] = value
+    return validation._replace(tokens=tokens)
+
+
+def all_scored(validation: tg.Validation) -> tg.Tally:
+    """A tally in which every target has its score."""
+    tally = tg.Tally(validation)
+    tally.add(torch.zeros(len(validation.tokens) - 1), torch.arange(1, len(validation.tokens)))
+    return tally
+
+
+def another(token: Any) -> int:
+    return 4 + (int(token) - 3) % 60
+
+
+class NoAdapters:
+    """Stands in for adapters where only the windows matter."""
+
+    def lora(self, dtype: torch.dtype) -> None:
+        return None
+
+    def update(self, loss: Tensor) -> None:
+        loss.backward()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Which targets are scored, and from which inputs
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk, context", [(48, 2048), (48, 96), (8, 32), (5, 32), (1, 4)])
+def test_every_target_is_scored_once_from_its_own_document(chunk: int, context: int) -> None:
+    """Documents of 1..600 targets in batches of unequal lengths: each target once, seeing only its document's past."""
+    lengths = [1, 47, 48, 49, 95, 96, 97, 2, 600, 333, 144] if chunk == 48 else [1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 70]
+    validation = validation_of_lengths(lengths)
+    config = toy_config(TTT_CHUNK_SIZE=chunk, TTT_EVAL_SEQ_LEN=context)
+    stream = validation.tokens.tolist()
+    learned_from = []
+
+    def forward(tokens: Tensor, wanted: Tensor, plan: Any, docs: Any, lora: Any) -> Tensor:
+        assert docs is None and tokens.size(1) <= context and wanted.size(1) == chunk
+        first = tokens.size(1) - chunk
+        seen.append((tokens, wanted, first))
+        return torch.zeros(wanted.shape, requires_grad=torch.is_grad_enabled())
+
+    for batch in tg.document_queue(validation.documents, 4):
+        seen: list = []
+
+        def scorer(v: tg.Validation) -> None:
+            tg.score_and_adapt(forward, NoAdapters(), batch, v, config, RUN, tg.Tally(v))
+
+        with recorded_nll() as counted:
+            scorer(validation)
+        assert sorted(counted) == sorted(s + i + 1 for s, n in batch.tolist() for i in range(n))
+        for number, (tokens, wanted, first) in enumerate(seen):
+            for row, (start, count) in enumerate(batch.tolist()):
+                begin = max(0, (number + 1) * chunk - context)
+                for column in range(chunk):
+                    i = number * chunk + column  # the document's target i is stream position start + i + 1
+                    if i < count:
+                        assert wanted[row, column] == stream[start + i + 1]
+                        assert tokens[row, : first + column + 1].tolist() == stream[start + begin : start + i + 1]
+                past_the_end = tokens[row, max(0, count - begin) :]
+                assert not past_the_end.any()  # padding holds no token of the next document
+        learned_from.append(len(seen))
+    assert learned_from == [-(-int(batch[:, 1].max()) // chunk) for batch in tg.document_queue(validation.documents, 4)]
+
+
+def test_whole_pass_scores_every_target_once() -> None:
+    """adapt(): tokens - 1 targets and all bytes, whatever the batch size and number of phases."""
+    validation = validation_of_lengths(LENGTHS)
+    for batch_size, prefix, phases in ((4, 12, 2), (64, 2000, 3), (3, 0, 1), (1, 5, 5)):
+        config = toy_config(TTT_BATCH_SIZE=batch_size, PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=phases)
+        nll_per_target(validation, lambda v: tg.adapt(random_model(config), v, config, RUN, QUIET))
+    tally = tg.adapt(random_model(config), validation, config, RUN, QUIET)
+    assert tally.tokens == sum(LENGTHS) == len(validation.tokens) - 1
+    assert tally.bytes == int(validation.bytes.sum())
+
+
+@pytest.mark.parametrize("lengths", [[1], [50], [2, 1]])
+def test_tiny_streams_terminate(lengths: list[int]) -> None:
+    """One document, or fewer documents than the prefix and than there are tracks."""
+    config, validation = toy_config(PHASED_TTT_PREFIX_DOCS=2000, PHASED_TTT_NUM_PHASES=3), validation_of_lengths(lengths)
+    assert tg.adapt(random_model(config), validation, config, RUN, QUIET).tokens == sum(lengths)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Score first
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_zero_equals_bare_scoring_of_the_same_windows() -> None:
+    """Adapters that never move score each target as the bare model does on the same window alone."""
+    config = toy_config(TTT_LORA_LR=0)
+    model, validation = random_model(config), validation_of_lengths(LENGTHS)
+    adapted = adapt_batch(model, validation, config)
+    plan = tg.layer_plan(config, True)
+    for start, count in validation.documents.tolist():
+        for begin, first, end in tg.plan_windows(count, config.ttt_eval_seq_len, 8, first=8):
+            tokens = validation.tokens[start + begin : start + end + 1]
+            with torch.no_grad():
+                nll = model(tokens[None, :-1], tokens[None, 1:], plan)[0, first - begin :]
+            np.testing.assert_allclose(adapted[start + first + 1 : start + end + 1], nll.numpy(), atol=2e-5)
+
+
+def test_adapters_learn_but_not_before_the_second_chunk() -> None:
+    """With a learning rate, the first chunk of each document is scored bare and later chunks are not; repetition pays."""
+    config, frozen = toy_config(TTT_LORA_LR=0.01), toy_config(TTT_LORA_LR=0)
+    validation = validation_of_lengths([64, 30, 9])
+    tokens = validation.tokens.clone()
+    tokens[1:64] = 9  # a document whose future is easy to learn from its past
+    validation = validation._replace(tokens=tokens)
+    learned = adapt_batch(random_model(config), validation, config)
+    bare = adapt_batch(random_model(config), validation, frozen)
+    for start, count in validation.documents.tolist():
+        own = slice(start + 1, start + count + 1)
+        np.testing.assert_allclose(learned[own][:8], bare[own][:8], atol=1e-6)
+        assert np.abs(learned[own][8:] - bare[own][8:]).max(initial=0) > 1e-4 or count <= 8
+    assert learned[9:64].mean() < bare[9:64].mean() - 0.1
+
+
+@pytest.mark.parametrize("length", [40, 37])
+@pytest.mark.parametrize("beta1", [0, 0.9])
+def test_adaptation_equals_decoupled_adam_by_hand(length: int, beta1: float) -> None:
+    """One document's scores and final adapters equal a loop that writes AdamW out; its last chunk teaches nothing."""
+    config = toy_config(TTT_BETA1=beta1, TTT_BETA2=0.9, TTT_WEIGHT_DECAY=2, TTT_LORA_LR=0.003)
+    model, validation = random_model(config), validation_of_lengths([length])
+    adapters = tg.Adapters(config, model, 1, seed=1)
+    weights = {name: [t.detach().clone().requires_grad_() for t in pair] for name, pair in adapters.factors.items()}
+    fast = adapt_batch(model, validation, config, adapters)
+    flat = [t for pair in weights.values() for t in pair]
+    first, second = ([torch.zeros_like(t) for t in flat] for _ in range(2))
+    slow, chunks = [], -(-length // 8)
+    for c in range(chunks):
+        begin, end = max(0, 8 * (c + 1) - 32), min(8 * (c + 1), length)
+        lora = tg.Lora(6 / 4, {name: list(zip(a, b)) for name, (a, b) in weights.items()})
+        tokens = validation.tokens[begin : end + 1]
+        nll = model(tokens[None, :-1], tokens[None, 1:], tg.layer_plan(config, True), lora=lora)[0, 8 * c - begin :]
+        slow += nll.tolist()
+        if c == chunks - 1:
+            break
+        gradients = torch.autograd.grad(nll.mean(), flat)
+        with torch.no_grad():
+            for t, g, m, v in zip(flat, gradients, first, second):
+                m.mul_(beta1).add_((1 - beta1) * g)
+                v.mul_(0.9).add_(0.1 * g * g)
+                t.mul_(1 - 0.003 * 2)
+                t.sub_(0.003 * (m / (1 - beta1 ** (c + 1))) / ((v / (1 - 0.9 ** (c + 1))).sqrt() + 1e-10))
+    np.testing.assert_allclose(fast[1:], slow, atol=2e-3)
+    for name, pair in adapters.factors.items():
+        for got, want in zip(pair, weights[name]):
+            assert (got - want).abs().mean() < 1e-5, name  # single entries may differ: a sign step at a zero gradient
+
+
+def mutation_spread(forward_of: Any) -> list[float]:
+    """Largest change of an earlier target's nll when everything from document position p on is replaced, for some p."""
+    config, validation = toy_config(), validation_of_lengths([40, 21])
+    spread = []
+
+    def scored(v: tg.Validation) -> np.ndarray:
+        model = random_model(config)
+        adapters = tg.Adapters(config, model, 2, seed=1)
+        return adapt_batch(model, v, config, adapters, forward_of(model, adapters))
+
+    before = scored(validation)
+    for p in (3, 9, 12, 16, 17, 23, 30, 39):
+        changed = with_tokens(validation, {q: another(validation.tokens[q]) for q in range(p, 40)})
+        after = scored(changed)
+        spread.append(float(np.abs(after[1:p] - before[1:p]).max()))
+        assert np.abs(after[p:41] - before[p:41]).max() > 1e-3
+        np.testing.assert_allclose(after[41:], before[41:], atol=1e-6)  # nor does it reach the other document
+    return spread
+
+
+def test_replacing_targets_changes_no_score_of_earlier_ones() -> None:
+    """Score before update, token by token: what comes at p or later, in the same chunk too, cannot help before p."""
+    assert max(mutation_spread(lambda model, adapters: model)) < 1e-6
+
+
+def test_planted_update_before_the_tally_is_noticed() -> None:
+    """A variant that learns from a chunk and then scores it fails the check above."""
+
+    def cheating(model: tg.GPT, adapters: tg.Adapters) -> Any:
+        def forward(tokens: Tensor, wanted: Tensor, plan: Any, docs: Any, lora: tg.Lora) -> Tensor:
+            if not torch.is_grad_enabled():
+                return model(tokens, wanted, plan, docs, lora)
+            adapters.update(model(tokens, wanted, plan, docs, lora).mean(1).sum())
+            return model(tokens, wanted, plan, docs, adapters.lora(torch.float32))
+
+        return forward
+
+    assert max(mutation_spread(cheating)) > 1e-3
+
+
+def test_documents_scored_before_a_pause_do_not_see_later_ones() -> None:
+    """Mutating a document behind the last pause changes no score before it; mutating one before it changes later ones."""
+    config, validation = toy_config(), validation_of_lengths(LENGTHS)
+    queue = tg.document_queue(validation.documents, config.ttt_batch_size)
+    pauses = tg.phase_pauses(queue, config)
+    assert pauses[-1] < len(queue)
+    scored = lambda v: nll_per_target(v, lambda v: tg.adapt(random_model(config), v, config, RUN, QUIET))
+    targets = lambda batches: np.concatenate([np.arange(s + 1, s + n + 1) for batch in batches for s, n in batch.tolist()])
+    before = scored(validation)
+    start, count = queue[-1][0].tolist()
+    after = scored(with_tokens(validation, {start + count - 1: another(validation.tokens[start + count - 1])}))
+    early = targets(queue[: pauses[-1]])
+    assert np.array_equal(after[early], before[early]) and not np.array_equal(after[1:], before[1:])
+    start, count = queue[0][0].tolist()
+    after = scored(with_tokens(validation, {start + count - 1: another(validation.tokens[start + count - 1])}))
+    first_phase, later = targets(queue[1 : pauses[0]]), targets(queue[pauses[-1] :])
+    assert np.array_equal(after[first_phase], before[first_phase])  # other tracks of the same phase
+    assert np.abs(after[later] - before[later]).max() > 1e-6  # the global update has seen it
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Independence
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_document_does_not_depend_on_its_batch_mates() -> None:
+    """With the same A for every row and no phases, a document scores in a batch as it does alone."""
+    config, lengths = toy_config(), [45, 40, 17, 8, 3]
+    model, validation = random_model(config), validation_of_lengths(lengths)
+
+    def same_start(batch: int) -> tg.Adapters:
+        adapters, draws = tg.Adapters(config, model, batch, seed=1), tg.Adapters(config, model, 1, seed=2)
+        with torch.no_grad():
+            for name, (a, _) in adapters.factors.items():
+                a.copy_(draws.factors[name][0].expand_as(a))
+        return adapters
+
+    together = adapt_batch(model, validation, config, same_start(5))
+    for start, count in validation.documents.tolist():
+        with recorded_nll() as rows:
+            tg.score_and_adapt(model, same_start(1), np.array([[start, count]]), validation, config, RUN, tg.Tally(validation))
+        assert sorted(rows) == list(range(start + 1, start + count + 1))
+        np.testing.assert_allclose([rows[p] for p in sorted(rows)], together[start + 1 : start + count + 1], atol=1e-3)
+
+
+def test_forgetting_leaves_nothing_of_earlier_documents_but_a() -> None:
+    """After forget() a batch scores exactly as with fresh adapters that start from the same A."""
+    config = toy_config()
+    model, first, second = random_model(config), validation_of_lengths([30, 22], seed=1), validation_of_lengths([28, 26], seed=2)
+    used = tg.Adapters(config, model, 2, seed=1)
+    adapt_batch(model, first, config, used)
+    assert all(b.abs().max() > 0 for _, b in used.factors.values())
+    used.forget()
+    assert all(not b.any() for _, b in used.factors.values())
+    assert all(not buffer.any() for state in used.optimizer.state.values() for buffer in state.values())
+    fresh = tg.Adapters(config, model, 2, seed=99)
+    moved = False
+    with torch.no_grad():
+        for name, (a, _) in fresh.factors.items():
+            moved |= not torch.equal(used.factors[name][0], tg.Adapters(config, model, 2, seed=1).factors[name][0])
+            a.copy_(used.factors[name][0])
+    assert moved  # A was learned from the first documents, so that keeping it is a choice
+    again, anew = adapt_batch(model, second, config, used), adapt_batch(model, second, config, fresh)
+    assert np.array_equal(again[1:], anew[1:])
+
+
+def test_every_batch_begins_without_memory_but_its_tracks_a(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In adapt(), B and the optimizer start empty for each batch; A is the track's last one, or drawn anew."""
+    config = toy_config(TTT_BATCH_SIZE=1, PHASED_TTT_PREFIX_DOCS=2, PHASED_TTT_NUM_PHASES=1)
+    validation = validation_of_lengths(LENGTHS)
+    real, left, kept, drawn = tg.score_and_adapt, {}, [], []
+    queue = tg.document_queue(validation.documents, 1)
+    pauses = tg.phase_pauses(queue, config)
+
+    def spy(forward: Any, adapters: tg.Adapters, batch: np.ndarray, *rest: Any) -> None:
+        assert all(not b.any() for _, b in adapters.factors.values())
+        assert all(not buffer.any() for state in adapters.optimizer.state.values() for buffer in state.values())
+        number = next(i for i, part in enumerate(queue) if np.array_equal(part, batch))
+        place = (sum(number >= pause for pause in pauses), number % tg.TTT_TRACKS)
+        a = adapters.factors["attn.q"][0].detach().clone()
+        if place in left:
+            assert torch.equal(a, left[place])
+            kept.append(number)
+        else:
+            assert not any(torch.equal(a, other) for other in drawn)
+            drawn.append(a)
+        real(forward, adapters, batch, *rest)
+        left[place] = adapters.factors["attn.q"][0].detach().clone()
+
+    monkeypatch.setattr(tg, "score_and_adapt", spy)
+    tg.adapt(random_model(config), validation, config, RUN, QUIET)
+    assert len(kept) == 10 and len(drawn) == 10  # 2 batches on 2 tracks, a pause, then 18 on 8
+
+
+def test_adapters_have_the_published_shapes_and_start() -> None:
+    """A uniform within 1 / sqrt(in), B zero, one pair per visit and kind, the head once; nothing for the MLP's first map."""
+    config = toy_config()
+    model, slots = random_model(config), len(tg.layer_plan(config, True))
+    adapters = tg.Adapters(config, model, 3, seed=1)
+    outs = {"attn.q": 32, "attn.k": 16, "attn.v": 16, "attn.o": 32, "mlp.down": 32, "head": 64}
+    assert adapters.factors.keys() == outs.keys()
+    for name, (a, b) in adapters.factors.items():
+        n = 1 if name == "head" else slots
+        assert a.shape == (n, 3, 4, 32) and b.shape == (n, 3, outs[name], 4)
+        assert not b.any() and 0.9 < a.abs().max() * math.sqrt(32) <= 1 and a.unique().numel() > 0.99 * a.numel()
+    assert adapters.lora(torch.float32).scale == config.ttt_lora_alpha / config.ttt_lora_rank
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8, 9])
+def test_ranks_share_the_work_without_changing_the_sums(world_size: int) -> None:
+    """With phases off, the ranks' own sums add up to those of one rank (with phases: test_train, real processes)."""
+    config, validation = toy_config(PHASED_TTT_PREFIX_DOCS=0, TTT_BATCH_SIZE=2), validation_of_lengths(LENGTHS)
+    whole = tg.adapt(random_model(config), validation, config, RUN, QUIET)
+    parts = [tg.adapt(random_model(config), validation, config, OneOf(rank, world_size), QUIET) for rank in range(world_size)]
+    assert sum(part.tokens for part in parts) == whole.tokens and sum(part.bytes for part in parts) == whole.bytes
+    assert sum(part.nats for part in parts) == pytest.approx(whole.nats, rel=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Queue, pauses, global update
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=40), st.integers(1, 7))
+def test_queue_is_longest_first_in_groups_of_similar_length(lengths: list[int], batch: int) -> None:
+    """The queue equals: sort ascending (stable), cut into groups from the short end, reverse everything."""
+    documents = np.array([[10 * i, length] for i, length in enumerate(lengths)])
+    queue = tg.document_queue(documents, batch)
+    rows = sorted(documents.tolist(), key=lambda row: row[1])
+    groups = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+    slow = [group[::-1] for group in groups[::-1]]
+    assert [part.tolist() for part in queue] == slow
+    assert sorted(row for part in queue for row in part.tolist()) == sorted(documents.tolist())
+    flat = [row[1] for part in queue for row in part.tolist()]
+    assert flat == sorted(flat, reverse=True)
+    assert all(len(part) == batch for part in queue[1:])  # only the group of the longest may be short
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 80), st.integers(1, 6))
+def test_pauses_follow_the_first_batch_that_completes_each_share(count: int, batch: int, prefix: int, phases: int) -> None:
+    """A pause comes after the first batch by which limit * (i + 1) // phases documents are scored."""
+    documents = np.array([[i, 1 + i % 5] for i in range(count)])
+    queue = tg.document_queue(documents, batch)
+    config = toy_config(PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=phases)
+    limit, expected = min(prefix, count), []
+    for i in range(phases):
+        share, scored = limit * (i + 1) // phases, 0
+        for position, part in enumerate(queue):
+            scored += len(part)
+            if share and scored >= share:
+                expected.append(position + 1)
+                break
+    assert tg.phase_pauses(queue, config) == sorted(set(expected))
+
+
+def test_published_shares_of_the_prefix() -> None:
+    """2,000 documents in three phases: pauses after 666, 1,333 and 2,000 scored documents, rounded up to batches."""
+    queue = tg.document_queue(np.array([[i, 1 + i % 97] for i in range(50_000)]), 64)
+    pauses = tg.phase_pauses(queue, tg.load_config({})[0])
+    scored = [sum(len(part) for part in queue[:pause]) for pause in pauses]
+    assert scored == [16 + 64 * 11, 16 + 64 * 21, 16 + 64 * 31]
+
+
+def test_global_update_equals_sgd_by_hand() -> None:
+    """One pass of clipped momentum SGD, half-cosine rate, over the scored documents' windows, weighted by tokens."""
+    config, validation = toy_config(GLOBAL_TTT_LR=0.1), validation_of_lengths([70, 33, 50, 20, 9, 64])
+    documents = validation.documents[[0, 2, 3, 5]]
+    model, slow = random_model(config), random_model(config)
+    steps = tg.global_update(model, documents, all_scored(validation), config, RUN)
+    windows = []
+    for start, count in documents.tolist():
+        windows += [(start + i, start + min(i + 32, count)) for i in range(0, count, 32)]
+    chunks, room = [], 0
+    for begin, end in windows:  # consecutive windows, at most 128 targets a step
+        if end - begin > room:
+            chunks.append([])
+            room = 128
+        chunks[-1].append((begin, end))
+        room -= end - begin
+    assert steps == len(chunks) >= 2
+    velocity = [torch.zeros_like(p) for p in slow.parameters()]
+    plan, clipped = tg.layer_plan(config, True), 0
+    for number, chunk in enumerate(chunks):
+        losses = [slow(validation.tokens[b:e][None], validation.tokens[b + 1 : e + 1][None], plan).sum() for b, e in chunk]
+        loss = sum(losses) / sum(e - b for b, e in chunk)
+        gradients = torch.autograd.grad(loss, list(slow.parameters()))
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+        clipped += norm > 1
+        rate = 0.1 * 0.5 * (1 + math.cos(math.pi * number / (len(chunks) - 1)))
+        with torch.no_grad():
+            for parameter, gradient, kept in zip(slow.parameters(), gradients, velocity):
+                kept.mul_(0.9).add_(gradient / max(norm, 1.0))
+                parameter.sub_(rate * kept)
+    assert clipped
+    for (name, fast), parameter in zip(model.named_parameters(), slow.parameters()):
+        torch.testing.assert_close(fast, parameter, atol=2e-5, rtol=1e-4, msg=lambda text: f"{name}: {text}")
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_global_update_uses_only_the_documents_it_is_given() -> None:
+    """Replacing every token of the other documents leaves the updated weights exactly as they were."""
+    config, validation = toy_config(), validation_of_lengths([20, 33, 18])
+    start, count = validation.documents[1].tolist()
+    changed = with_tokens(validation, {q: another(validation.tokens[q]) for q in range(start + 1, start + count)})
+    models = [random_model(config) for _ in range(2)]
+    for model, v in zip(models, (validation, changed)):
+        tg.global_update(model, validation.documents[[0, 2]], all_scored(v), config, RUN)
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
+
+
+def test_global_update_refuses_a_document_that_is_not_scored() -> None:
+    """One missing target among those to learn from stops the pass before any weight moves."""
+    config, validation = toy_config(), validation_of_lengths([20, 33, 18])
+    model, tally = random_model(config), all_scored(validation)
+    before = model.qo_bank.detach().clone()
+    tally.times[30] = 0
+    with pytest.raises(RuntimeError, match="target 30"):
+        tg.global_update(model, validation.documents, tally, config, RUN)
+    assert torch.equal(before, model.qo_bank)
+
+
+def test_adapting_changes_the_weights_only_through_global_updates() -> None:
+    """Without phases the model comes out as it went in, ready to train; with phases it does not."""
+    validation = validation_of_lengths(LENGTHS)
+    for prefix, same in ((0, True), (12, False)):
+        config = toy_config(PHASED_TTT_PREFIX_DOCS=prefix)
+        model = random_model(config)
+        before = {name: array.copy() for name, array in model.arrays().items()}
+        tg.adapt(model, validation, config, RUN, QUIET)
+        after = model.arrays()
+        assert all(np.array_equal(before[name], after[name]) for name in before) == same
+        assert all(parameter.requires_grad for parameter in model.parameters())

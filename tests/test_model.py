@@ -1,0 +1,696 @@
+"""MODEL: the one forward pass against a slow reference written from the published equations."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TOY, random_model, random_tokens, toy_config
+from torch import Tensor
+
+import train_gpt as tg
+
+# Five layers, layers 1 and 2 visited three times, lanes in layers 3 and 4: 9 visits and 4 skip connections when
+# looped (3 and 4 with one), and XSA on some layers only, so that every mechanism has a case with and without it.
+DEEP = dict(NUM_LAYERS=5, NUM_LOOPS=2, LOOP_START=1, LOOP_END=2, PARALLEL_START_LAYER=3, XSA_LAST_N=4, ROPE_BASE=50)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The slow reference: one segment, token by token and head by head, in float64.
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def unit_rms(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 2.0**-23)
+
+
+class SlowModel:
+    """The equations of the network for one sequence; `low_rank` may hold (A, B) per kind of weight and visit."""
+
+    def __init__(self, model: tg.GPT, config: tg.Config, looping: bool, low_rank: dict | None = None, scale: float = 0.0):
+        self.p = {name: tensor.detach().double().numpy() for name, tensor in model.named_parameters()}
+        self.c, self.looping, self.low_rank, self.scale = config, looping, low_rank or {}, scale
+        self.seen: dict[tuple[str, int], list[np.ndarray]] = {}  # inputs of each weight, for the Hessians
+
+    def block(self, layer: int, name: str) -> np.ndarray:
+        return self.p[f"blocks.{layer}.{name}"]
+
+    def linear(self, x: np.ndarray, weight: np.ndarray, kind: str, layer: int, slot: int, low_input: np.ndarray) -> np.ndarray:
+        self.seen.setdefault((kind, layer), []).append(x)
+        y = x @ weight.T
+        if kind in self.low_rank:
+            a, b = self.low_rank[kind][slot]
+            y = y + self.scale * (b @ (a @ low_input))
+        return y
+
+    def turn(self, head: np.ndarray, t: int) -> np.ndarray:
+        """Rotary embedding of one head's vector at position t: channel j with channel j + R / 2."""
+        R, out = self.c.rope_dims, head.copy()
+        for j in range(R // 2):
+            angle = t * self.c.rope_base ** (-2 * j / R)
+            u, v = head[j], head[j + R // 2]
+            out[j] = u * math.cos(angle) + v * math.sin(angle)
+            out[j + R // 2] = -u * math.sin(angle) + v * math.cos(angle)
+        return out
+
+    def attention(self, m: np.ndarray, layer: int, slot: int) -> np.ndarray:
+        c, L = self.c, self.c.num_layers
+        T, d, group = len(m), c.model_dim // c.num_heads, c.num_heads // c.num_kv_heads
+        n = unit_rms(m) / math.sqrt(layer + 1)
+        queries, keys, values = [], [], []
+        for t in range(T):
+            q = self.linear(n[t], self.p["qo_bank"][layer], "attn.q", layer, slot, n[t]).reshape(-1, d)
+            k = self.linear(n[t], self.p["kv_bank"][layer], "attn.k", layer, slot, n[t]).reshape(-1, d)
+            v = self.linear(n[t], self.p["kv_bank"][L + layer], "attn.v", layer, slot, n[t]).reshape(-1, d)
+            gain = self.block(layer, "q_gain")
+            queries.append([self.turn(unit_rms(q[h]), t) * gain[h] for h in range(c.num_heads)])
+            keys.append([self.turn(unit_rms(k[g]), t) for g in range(c.num_kv_heads)])
+            values.append(v)
+        out = np.zeros_like(m)
+        for t in range(T):
+            y = np.zeros((c.num_heads, d))
+            for h in range(c.num_heads):
+                g = h // group
+                logits = np.array([queries[t][h] @ keys[s][g] for s in range(t + 1)]) / math.sqrt(d)
+                weights = np.exp(logits - logits.max())
+                weights /= weights.sum()
+                y[h] = sum(weights[s] * values[s][g] for s in range(t + 1))
+                if layer >= L - c.xsa_last_n:
+                    own = values[t][g] / max(np.linalg.norm(values[t][g]), 1e-12)
+                    y[h] -= (y[h] @ own) * own
+                y[h] *= sigmoid(self.block(layer, "attn_gate_w")[h] @ n[t])
+            out[t] = self.linear(y.reshape(-1), self.p["qo_bank"][L + layer], "attn.o", layer, slot, n[t])
+        return self.block(layer, "attn_scale") * out
+
+    def mlp(self, r: np.ndarray, layer: int, slot: int) -> np.ndarray:
+        u = unit_rms(r) / math.sqrt(layer + 1)
+        out = np.zeros_like(r)
+        for t in range(len(r)):
+            pre = self.linear(u[t], self.p["mlp_up_bank"][layer], "mlp.up", layer, slot, u[t])
+            hidden = np.where(pre > 0, pre, 0.5 * pre) ** 2
+            f = self.linear(hidden, self.p["mlp_down_bank"][layer], "mlp.down", layer, slot, u[t])
+            window = r[t, : self.c.gate_window]
+            gate = sigmoid(self.block(layer, "mlp_gate_w")[0] @ window + self.block(layer, "mlp_gate_b")[0])
+            out[t] = self.block(layer, "mlp_scale") * gate * f
+        return out
+
+    def orders(self) -> tuple[list[int], list[int], int]:
+        """(encoder layers, decoder layers, number of skip slots) as the specification builds them."""
+        c = self.c
+        before, after = list(range(c.loop_start)), list(range(c.loop_end + 1, c.num_layers))
+        looped = before + list(range(c.loop_start, c.loop_end + 1)) * (c.num_loops + 1) + after
+        order = looped if self.looping else list(range(c.num_layers))
+        return order[: len(order) // 2], order[len(order) // 2 :], min(len(looped) // 2, len(looped) - len(looped) // 2)
+
+    def nll(self, ids: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        c, p = self.c, self.p
+        raw = p["tok_emb.weight"][ids]
+        e = raw.copy()
+        if c.smear_gate_enabled:
+            for t in range(1, len(ids)):
+                if ids[t] != 1:
+                    gate = sigmoid(p["smear_gate_w"][0] @ raw[t, : c.gate_window])
+                    e[t] = raw[t] + p["smear_lambda"][0] * gate * raw[t - 1]
+        x = x0 = unit_rms(e)
+        encoder, decoder, slots = self.orders()
+        stack, lanes, slot = [], None, 0
+        mixed = lambda i, x: self.block(i, "resid_mix")[0] * x + self.block(i, "resid_mix")[1] * x0
+
+        def serial(i: int, x: np.ndarray) -> np.ndarray:
+            m = mixed(i, x)
+            r = m + self.attention(m, i, slot)
+            return r + self.mlp(r, i, slot)
+
+        for i in encoder:
+            x = serial(i, x)
+            stack.append(x)
+            slot += 1
+        for s, i in enumerate(decoder):
+            has_lanes = 0 < c.parallel_start_layer <= i
+            if has_lanes and lanes is None:
+                lanes = [x, x]
+            if s < slots and stack:
+                g, w = sigmoid(p[f"skip_gates.{s}"]), p[f"skip_weights.{s}"]
+                blend = lambda stream: (1 - g) * (w * skip) + g * stream
+                skip = stack.pop()
+                if has_lanes:
+                    lanes[0] = blend(lanes[0])
+                else:
+                    x = blend(x)
+            if has_lanes:
+                post, keep = self.block(i, "post_lambdas"), self.block(i, "resid_lambdas")
+                a, m = self.attention(mixed(i, lanes[0]), i, slot), self.mlp(lanes[1], i, slot)
+                lanes = [keep[lane] * lanes[lane] + post[0, lane] * a + post[1, lane] * m for lane in (0, 1)]
+            else:
+                x = serial(i, x)
+            slot += 1
+        h = unit_rms(x if lanes is None else 0.5 * (lanes[0] + lanes[1]))
+        out = np.zeros(np.shape(targets))
+        for t in range(len(ids)):
+            z = self.linear(h[t], p["tok_emb.weight"], "head", 0, 0, h[t])
+            z = c.logit_softcap * np.tanh(z / c.logit_softcap)
+            out[t] = z.max() + math.log(np.exp(z - z.max()).sum()) - z[targets[t]]
+        return out
+
+
+def packed(lengths: list[int], limit: int) -> tg.Docs:
+    return tg.pack_segments(np.array(lengths), limit, torch.device("cpu"))
+
+
+def pair(config: tg.Config, T: int, seed: int = 1, bos_every: int = 9) -> tuple[Tensor, Tensor]:
+    """Random inputs and targets (1, T) of one stream with BOS inside."""
+    tokens = torch.from_numpy(random_tokens(T + 1, config.vocab_size, seed, bos_every))
+    return tokens[None, :-1], tokens[None, 1:]
+
+
+def random_lora(config: tg.Config, B: int, seed: int = 5, zero_b: bool = False) -> tg.Lora:
+    """Adapters of every kind of weight that has one, at every visit, for B rows."""
+    generator = torch.Generator().manual_seed(seed)
+    d, kv, slots, rank = config.model_dim, config.num_kv_heads * config.head_dim, len(tg.layer_plan(config, True)), 3
+    outs = {"attn.q": d, "attn.k": kv, "attn.v": kv, "attn.o": d, "mlp.down": d, "head": config.vocab_size}
+    factors = {}
+    for kind, out in outs.items():
+        draw = lambda *shape: torch.randn(shape, generator=generator) * 0.3
+        pairs = [(draw(B, rank, d), draw(B, out, rank)) for _ in range(1 if kind == "head" else slots)]
+        factors[kind] = [(a, b * 0 if zero_b else b) for a, b in pairs]
+    return tg.Lora(1.5, factors)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The whole forward pass
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("looping", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(SMEAR_GATE_ENABLED=0, XSA_LAST_N=0), dict(PARALLEL_START_LAYER=0, ROPE_DIMS=0), dict(NUM_LOOPS=0, ROPE_DIMS=8)],
+    ids=["all", "no-smear-no-xsa", "no-lanes-no-rope", "no-loops-full-rope"],
+)
+def test_whole_forward_equals_a_slow_float64_reference(looping: bool, changes: dict) -> None:
+    """Every nll of a random model equals the published equations, looped and unlooped."""
+    config = toy_config(**DEEP | changes)
+    model = random_model(config, seed=3)
+    inputs, targets = pair(config, 21)
+    assert (inputs == tg.BOS_ID).any()
+    with torch.no_grad():
+        fast = model(inputs, targets, tg.layer_plan(config, looping))[0].numpy()
+    slow = SlowModel(model, config, looping).nll(inputs[0].numpy(), targets[0].numpy())
+    assert slow.std() > 0.3  # the random model is far from uniform, so agreement means something
+    np.testing.assert_allclose(fast, slow, atol=1e-4)
+
+
+def test_reference_notices_a_changed_parameter() -> None:
+    """Planted fault: disturbing any single parameter of the network moves the reference away from the model."""
+    config = toy_config(**DEEP)
+    model = random_model(config, seed=3)
+    inputs, targets = pair(config, 12)
+    plan = tg.layer_plan(config, True)
+    with torch.no_grad():
+        before = model(inputs, targets, plan)
+        for name, parameter in model.named_parameters():
+            saved = parameter.clone()
+            parameter.mul_(0.3).add_(0.5)
+            assert (model(inputs, targets, plan) - before).abs().max() > 5e-4, name
+            parameter.copy_(saved)
+
+
+@pytest.mark.parametrize("looping", [False, True])
+def test_packed_row_equals_each_segment_alone(looping: bool) -> None:
+    """A packed row gives each segment, also one of a single token, the slow reference's nll of that segment alone."""
+    config = toy_config(**DEEP)
+    model = random_model(config, seed=4)
+    lengths = [5, 1, 16, 1, 9]
+    inputs, targets = pair(config, sum(lengths), bos_every=7)
+    with torch.no_grad():
+        fast = model(inputs, targets, tg.layer_plan(config, looping), packed(lengths, 16))[0].numpy()
+    begin = 0
+    for length in lengths:
+        part = slice(begin, begin + length)
+        slow = SlowModel(model, config, looping).nll(inputs[0, part].numpy(), targets[0, part].numpy())
+        np.testing.assert_allclose(fast[part], slow, atol=1e-4)
+        begin += length
+
+
+def test_lora_equals_a_slow_computation_per_row_and_visit() -> None:
+    """Low-rank deltas enter where the specification says, per row of the batch and per visit of a layer."""
+    config = toy_config(**DEEP)
+    model, B, T = random_model(config, seed=6), 2, 9
+    lora = random_lora(config, B)
+    tokens = torch.from_numpy(random_tokens(B * (T + 1), config.vocab_size, 8)).view(B, T + 1)
+    with torch.no_grad():
+        fast = model(tokens[:, :-1], tokens[:, 1:], tg.layer_plan(config, True), lora=lora).numpy()
+        bare = model(tokens[:, :-1], tokens[:, 1:], tg.layer_plan(config, True)).numpy()
+    assert np.abs(fast - bare).mean() > 0.1
+    for row in range(B):
+        low_rank = {k: [(a[row].double().numpy(), b[row].double().numpy()) for a, b in ps] for k, ps in lora.factors.items()}
+        slow = SlowModel(model, config, True, low_rank, lora.scale).nll(tokens[row, :-1].numpy(), tokens[row, 1:].numpy())
+        np.testing.assert_allclose(fast[row], slow, atol=1e-4)
+
+
+def test_lora_with_zero_b_changes_nothing() -> None:
+    """Adapters whose B is zero leave every nll exactly as it was."""
+    config = toy_config(**DEEP)
+    model, B = random_model(config), 2
+    tokens = torch.from_numpy(random_tokens(B * 13, config.vocab_size)).view(B, 13)
+    with torch.no_grad():
+        bare = model(tokens[:, :-1], tokens[:, 1:], tg.layer_plan(config, True))
+        with_lora = model(tokens[:, :-1], tokens[:, 1:], tg.layer_plan(config, True), lora=random_lora(config, B, zero_b=True))
+    assert torch.equal(bare, with_lora)
+
+
+def test_taps_sum_the_inputs_of_every_weight_over_all_visits() -> None:
+    """The recorded Hessians equal X^T X of the slow reference's inputs, and recording changes no nll."""
+    config = toy_config(**DEEP)
+    model = random_model(config, seed=2)
+    inputs, targets = pair(config, 11)
+    taps = tg.Taps()
+    with torch.no_grad():
+        tapped = model(inputs, targets, tg.layer_plan(config, True), taps=taps)
+        assert torch.equal(tapped, model(inputs, targets, tg.layer_plan(config, True)))
+    slow = SlowModel(model, config, True)
+    slow.nll(inputs[0].numpy(), targets[0].numpy())
+    own = {name for name, matrix in tg.MATRICES.items() if matrix.hessian == name}
+    assert taps.hessians.keys() == {(name, layer) for name in own for layer in range(5)} | {("head", 0)}
+    for key, hessian in taps.hessians.items():
+        x = np.stack(slow.seen[key])
+        assert len(x) == 11 * (3 if key[1] in (1, 2) and key[0] != "head" else 1)
+        np.testing.assert_allclose(hessian.numpy(), x.T @ x, rtol=1e-4, atol=1e-4)
+    for name, matrix in tg.MATRICES.items():  # kinds that share a Hessian really have the same inputs
+        for layer in range(5):
+            np.testing.assert_array_equal(np.stack(slow.seen[name, layer]), np.stack(slow.seen[matrix.hessian, layer]))
+
+
+def test_looped_layer_shares_its_weights_between_visits() -> None:
+    """The gradient of a layer's weight is the sum of the gradients of its visits, seen through full-rank adapters."""
+    config = toy_config(**DEEP)
+    model, d = random_model(config), config.model_dim
+    plan = tg.layer_plan(config, True)
+    inputs, targets = pair(config, 10)
+    b = [torch.zeros(1, d, d, requires_grad=True) for _ in plan]
+    lora = tg.Lora(1.0, {"attn.q": [(torch.eye(d)[None], matrix) for matrix in b]})
+    model(inputs, targets, plan, lora=lora).sum().backward()
+    for layer in range(config.num_layers):
+        visits = [b[visit.slot].grad[0] for visit in plan if visit.layer == layer]
+        assert len(visits) == (3 if layer in (1, 2) else 1)
+        torch.testing.assert_close(model.qo_bank.grad[layer], sum(visits), rtol=1e-4, atol=1e-5)
+
+
+def test_no_token_influences_an_earlier_loss() -> None:
+    """Changing input t leaves the nll of all positions before t as it was, and changes the one at t."""
+    config = toy_config(**DEEP)
+    model = random_model(config)
+    inputs, targets = pair(config, 24, bos_every=0)
+    plan = tg.layer_plan(config, True)
+    for docs in (None, packed([24], 24)):
+        with torch.no_grad():
+            before = model(inputs, targets, plan, docs)[0]
+            for t in range(24):
+                changed = inputs.clone()
+                changed[0, t] = 4 + (changed[0, t] - 3) % 60
+                after = model(changed, targets, plan, docs)[0]
+                torch.testing.assert_close(after[:t], before[:t], rtol=0, atol=1e-6)
+                assert (after[t] - before[t]).abs() > 1e-4
+
+
+def test_nothing_flows_between_the_segments_of_a_row() -> None:
+    """Changing all tokens of one segment leaves the losses of every other segment as they were."""
+    config = toy_config(**DEEP)
+    model = random_model(config)
+    lengths = [7, 1, 12, 4]
+    inputs, targets = pair(config, sum(lengths))
+    inputs = inputs.clamp(min=4)  # no BOS: the segment table alone must separate them
+    docs, plan = packed(lengths, 12), tg.layer_plan(config, True)
+    with torch.no_grad():
+        before = model(inputs, targets, plan, docs)[0]
+        for segment, length in enumerate(lengths):
+            begin = sum(lengths[:segment])
+            changed = inputs.clone()
+            changed[0, begin : begin + length] = 4 + (changed[0, begin : begin + length] - 3) % 60
+            same = torch.ones(sum(lengths), dtype=torch.bool)
+            same[begin : begin + length] = False
+            after = model(changed, targets, plan, docs)[0]
+            torch.testing.assert_close(after[same], before[same], rtol=0, atol=1e-6)
+            assert (after - before)[~same].abs().min() > 1e-4
+
+
+def test_targets_may_cover_the_last_positions_only() -> None:
+    """Losses asked for the last C positions equal the last C of all losses."""
+    config = toy_config()
+    model = random_model(config)
+    inputs, targets = pair(config, 16)
+    with torch.no_grad():
+        full = model(inputs, targets, tg.layer_plan(config, True))
+        part = model(inputs, targets[:, -5:], tg.layer_plan(config, True))
+    torch.testing.assert_close(part, full[:, -5:])
+
+
+def test_forward_prices_every_id_and_the_probabilities_sum_to_one() -> None:
+    """Targets (B, T, V) of all ids give a normalised distribution that contains the plain losses."""
+    config = toy_config()
+    model, T = random_model(config), 6
+    inputs, targets = pair(config, T)
+    everything = torch.arange(config.vocab_size).expand(1, T, -1)
+    with torch.no_grad():
+        nll = model(inputs, everything, tg.layer_plan(config, True))
+        plain = model(inputs, targets, tg.layer_plan(config, True))
+    assert nll.shape == (1, T, config.vocab_size)
+    torch.testing.assert_close(torch.exp(-nll.double()).sum(-1), torch.ones(1, T, dtype=torch.float64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(nll.gather(-1, targets[..., None])[..., 0], plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Plan, counts, initialisation
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_default_visit_orders_and_skip_pairs_are_the_published_ones() -> None:
+    """With the defaults the looped plan has 17 visits and 8 connections, the unlooped one 11 and 5."""
+    config = tg.load_config({})[0]
+    plain, looped = tg.layer_plan(config, False), tg.layer_plan(config, True)
+    assert [v.layer for v in plain] == list(range(11))
+    assert [v.layer for v in looped] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert [v.push for v in plain] == [True] * 5 + [False] * 6
+    assert [v.push for v in looped] == [True] * 8 + [False] * 9
+    assert tg.skip_pairs(plain) == [[0, 5, 4], [1, 6, 3], [2, 7, 2], [3, 8, 1], [4, 9, 0]]
+    assert tg.skip_pairs(looped) == [
+        [0, 5, 4], [1, 3, 3], [2, 4, 5], [3, 5, 4], [4, 6, 3], [5, 7, 2], [6, 8, 1], [7, 9, 0]
+    ]  # fmt: skip
+    for plan in (plain, looped):
+        assert [v.slot for v in plan] == list(range(len(plan)))
+        assert all((v.wiring == "two_lane") == (v.layer >= 8) for v in plan)
+        assert plan[-1].skip is None
+
+
+def test_skip_sources_are_taken_back_last_first() -> None:
+    """Each connection of the looped plan pairs with the visit that mirrors it, also where a layer repeats."""
+    looped = tg.layer_plan(tg.load_config({})[0], True)
+    stack, pairs = [], []
+    for visit in looped:
+        if visit.skip is not None:
+            pairs.append((visit.skip, visit.slot, stack.pop()))
+        if visit.push:
+            stack.append(visit.slot)
+    assert pairs == [(s, 8 + s, 7 - s) for s in range(8)]
+
+
+def test_parameter_counts_of_the_published_system() -> None:
+    """PR #1941 has 35,989,801 parameters in the published convention; the SmearGate adds 13."""
+    described = tg.describe(tg.load_config({"PRESET": "pr1941"})[0])
+    assert described["parameters_published_convention"] == 35_989_801
+    assert described["parameters_per_group"]["matrix"] == 31_719_424
+    assert described["parameters_per_group"]["embed"] == 4_194_304
+    unused_lanes = 8 * (4 + 2)  # the published code stores lane factors of all 11 layers, and uses three
+    assert described["parameters_per_group"]["scalar"] == 76_073 - unused_lanes
+    assert described["parameters"] == 35_989_801 - unused_lanes
+    assert described["matrix_flops_per_token"] == {
+        "unlooped": 6 * (31_719_424 + 4_194_304),
+        "looped": 6 * (31_719_424 * 17 // 11 + 4_194_304),
+    }
+    smeared = tg.describe(tg.load_config({})[0])
+    assert smeared["parameters"] == described["parameters"] + 13
+
+
+def test_every_parameter_is_in_exactly_one_group() -> None:
+    """The optimizer groups partition the parameters, in every preset."""
+    for preset in tg.PRESETS:
+        model = tg.GPT(tg.load_config({"PRESET": preset})[0], tg.Run(), "meta")
+        members = [name for group in model.groups().values() for name in group]
+        assert sorted(members) == sorted(name for name, _ in model.named_parameters())
+        owners = [id(p) for group in model.groups().values() for p in group.values()]
+        assert len(set(owners)) == len(owners) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("looping", [False, True])
+def test_every_used_parameter_moves_in_the_first_steps(looping: bool) -> None:
+    """From the true initialisation every parameter gets a gradient within three steps, except those a plan names."""
+    config = toy_config(**DEEP)
+    run, model = tg.Run(), tg.GPT(config, tg.Run())
+    optimizer, plan = tg.Optimizer(model, config, run), tg.layer_plan(config, looping)
+    unused = model.unused(plan)
+    slots = () if looping else (2, 3)
+    assert unused == {f"{kind}.{slot}" for kind in ("skip_weights", "skip_gates") for slot in slots}
+    moved = set()
+    for step in range(3):
+        inputs, targets = pair(config, 32, seed=step)
+        model(inputs, targets, plan).mean().backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is None) == (name in unused), name
+            if parameter.grad is not None and parameter.grad.abs().max() > 0:
+                moved.add(name)
+        gradients, _ = optimizer.exchange(plan, [])
+        optimizer.step(gradients, 1.0, 0.9)
+    assert moved == {name for name, _ in model.named_parameters()} - unused
+
+
+@pytest.mark.parametrize("preset", [None, "tiny"])
+def test_first_loss_is_that_of_a_uniform_guess(preset: str | None) -> None:
+    """At initialisation the loss is ln(vocab) within 0.02, with and without loops."""
+    config = tg.load_config({"PRESET": preset})[0] if preset else toy_config(**DEEP)
+    model = tg.GPT(config, tg.Run())
+    inputs, targets = pair(config, 128)
+    for looping in (False, True):
+        with torch.no_grad():
+            loss = model(inputs, targets, tg.layer_plan(config, looping)).mean().item()
+        assert abs(loss - math.log(config.vocab_size)) < 0.02
+
+
+def test_initial_values_follow_the_published_table() -> None:
+    """Constants, orthogonality and spreads at initialisation, parameter by parameter."""
+    config = toy_config(**DEEP | dict(TIED_EMBED_INIT_STD=0.02, GATED_ATTN_INIT_STD=0.03))
+    L, p = 5, {name: tensor.detach() for name, tensor in tg.GPT(config, tg.Run()).named_parameters()}
+    for i in range(L):
+        block = {name.removeprefix(f"blocks.{i}."): t for name, t in p.items() if name.startswith(f"blocks.{i}.")}
+        assert (block["q_gain"] == 5).all() and (block["mlp_gate_b"] == 5).all() and (block["mlp_gate_w"] == 0).all()
+        assert (block["attn_scale"] == 1).all() and (block["mlp_scale"] == 1).all()
+        assert (block["resid_mix"][0] == 1).all() and (block["resid_mix"][1] == 0).all()
+        assert 0.02 < block["attn_gate_w"].std() < 0.04
+        assert ("post_lambdas" in block) == (i >= 3)
+        if i >= 3:
+            assert (block["post_lambdas"] == 1).all() and torch.allclose(block["resid_lambdas"], torch.tensor(1.1))
+        for w in (p["qo_bank"][i], p["kv_bank"][i], p["kv_bank"][L + i], p["mlp_up_bank"][i]):
+            small = w @ w.T if w.size(0) <= w.size(1) else w.T @ w
+            torch.testing.assert_close(small, torch.eye(len(small)), atol=1e-5, rtol=0)
+        assert (p["qo_bank"][L + i] == 0).all() and (p["mlp_down_bank"][i] == 0).all()
+    assert 0.018 < p["tok_emb.weight"].std() < 0.022
+    for s in range(4):
+        assert (p[f"skip_weights.{s}"] == 1).all() and (p[f"skip_gates.{s}"] == 0).all()
+    assert (p["smear_gate_w"] == 0).all() and (p["smear_lambda"] == 0).all()
+
+
+def test_initial_weights_depend_on_the_seed_alone() -> None:
+    """The same SEED draws the same weights whatever torch's global generator did; another SEED other ones."""
+    torch.manual_seed(1)
+    first = tg.GPT(toy_config(), tg.Run()).arrays()
+    torch.manual_seed(2)
+    second = tg.GPT(toy_config(), tg.Run()).arrays()
+    other = tg.GPT(toy_config(SEED=7), tg.Run()).arrays()
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert not np.array_equal(first["qo_bank"], other["qo_bank"])
+
+
+def test_loops_add_no_weights_but_skips() -> None:
+    """Repeating layers adds parameters for its skip connections and nothing else."""
+    names = lambda config: {name for name, _ in tg.GPT(config, tg.Run(), "meta").named_parameters()}
+    extra = names(toy_config(**DEEP)) - names(toy_config(**DEEP | dict(NUM_LOOPS=0)))
+    assert extra == {f"{kind}.{slot}" for kind in ("skip_weights", "skip_gates") for slot in (2, 3)}
+
+
+def test_loading_weights_of_another_shape_is_refused() -> None:
+    """GPT.load names what differs instead of loading a part."""
+    model = tg.GPT(toy_config(), tg.Run())
+    arrays = model.arrays()
+    with pytest.raises(tg.UserError, match="smear_lambda"):
+        model.load({name: array for name, array in arrays.items() if name != "smear_lambda"})
+    with pytest.raises(tg.UserError, match="shapes"):
+        model.load(arrays | {"qo_bank": arrays["qo_bank"][:, :-1]})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pieces
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [[24], [1, 1, 22], [5, 1, 17, 1], [16, 8], [1] * 24])
+def test_packed_attention_equals_a_naive_softmax(lengths: list[int]) -> None:
+    """attend inside segments equals explicit loops over queries, heads and keys, forward and backward."""
+    torch.manual_seed(0)
+    T, H, K, d = 24, 4, 2, 8
+    q, k, v = (torch.randn(1, T, heads, d, requires_grad=True) for heads in (H, K, K))
+    fast = tg.attend_sdpa(q, k, v, packed(lengths, 24))
+    begins = np.cumsum([0, *lengths[:-1]]).repeat(lengths)
+    rows = []
+    for t in range(T):
+        for h in range(H):
+            keys, values = k[0, begins[t] : t + 1, h // 2].double(), v[0, begins[t] : t + 1, h // 2].double()
+            weights = torch.softmax(keys @ q[0, t, h].double() / math.sqrt(d), 0)
+            rows.append(weights @ values)
+    slow = torch.stack(rows).view(1, T, H, d)
+    torch.testing.assert_close(fast.double(), slow, atol=1e-5, rtol=1e-5)
+    direction = torch.randn(1, T, H, d)
+    for got, want in zip(torch.autograd.grad((fast * direction).sum(), (q, k, v)), torch.autograd.grad((slow * direction).sum(), (q, k, v))):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    if len(lengths) == 1:
+        torch.testing.assert_close(tg.attend_sdpa(q, k, v, None), fast, atol=1e-6, rtol=1e-5)
+
+
+def test_query_heads_read_their_group_of_value_heads() -> None:
+    """Query head h reads key/value head h // (H / K), on the packed and on the dense path."""
+    H, K, d = 8, 4, 4
+    q, k = torch.randn(1, 5, H, d), torch.randn(1, 5, K, d)
+    v = torch.arange(K).float().view(1, 1, K, 1).expand(1, 5, K, d).contiguous()
+    for docs in (None, packed([2, 3], 3)):
+        out = tg.attend_sdpa(q, k, v, docs)
+        torch.testing.assert_close(out, (torch.arange(H) // 2).float().view(1, 1, H, 1).expand_as(out))
+
+
+def test_softcapped_nll_equals_float64_cross_entropy() -> None:
+    """Losses and gradients equal cross-entropy of c tanh(z / c) in float64, also for saturated logits."""
+    torch.manual_seed(1)
+    logits = (torch.randn(2, 7, 50) * 20).requires_grad_()
+    targets = torch.randint(0, 50, (2, 7))
+    targets[0, 0], targets[0, 1] = 0, 49
+    fast = tg.softcapped_nll(logits, targets, 30.0)
+    exact = logits.detach().double().requires_grad_()
+    slow = F.cross_entropy(30 * torch.tanh(exact / 30).flatten(0, 1), targets.flatten(), reduction="none").view(2, 7)
+    torch.testing.assert_close(fast.double(), slow, atol=1e-5, rtol=1e-5)
+    fast.sum().backward()
+    slow.sum().backward()
+    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-5, rtol=1e-4)
+    saturated = tg.softcapped_nll(torch.tensor([[[1000.0, -1000.0, 0.0]]]), torch.tensor([[1]]), 30.0)
+    assert abs(saturated.item() - 60.0) < 1e-3
+    assert fast.dtype == torch.float32 and tg.softcapped_nll(logits.bfloat16(), targets, 30.0).dtype == torch.float32
+
+
+def test_softcapped_nll_prices_several_ids_at_once() -> None:
+    """Targets (B, T, n) give the n losses that n separate calls give."""
+    logits, targets = torch.randn(2, 5, 11), torch.randint(0, 11, (2, 5, 3))
+    together = tg.softcapped_nll(logits, targets, 3.0)
+    for i in range(3):
+        torch.testing.assert_close(together[..., i], tg.softcapped_nll(logits, targets[..., i], 3.0))
+
+
+def test_leaky_relu_squared_is_its_formula_with_its_slope() -> None:
+    """phi(p) = p^2 above zero and p^2 / 4 below; phi'(p) = 2 p above and p / 2 below."""
+    p = torch.tensor([-3.0, -0.5, 0.0, 0.25, 2.0], dtype=torch.float64, requires_grad=True)
+    y = tg.leaky_relu_squared(p)
+    y.sum().backward()
+    assert y.tolist() == [2.25, 0.0625, 0.0, 0.0625, 4.0]
+    assert p.grad.tolist() == [-1.5, -0.25, 0.0, 0.5, 4.0]
+    assert torch.autograd.gradcheck(tg.leaky_relu_squared, torch.tensor([-1.7, -0.2, 0.3, 1.1], dtype=torch.float64, requires_grad=True))
+
+
+def test_own_value_is_removed_and_nothing_else() -> None:
+    """The result is orthogonal to the token's own value; what is orthogonal already, and a zero value, change nothing."""
+    y, v = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 2, 8)
+    v[0, 0] = 0
+    out = tg.remove_own_value(y, v)
+    own = v.repeat_interleave(2, dim=2)
+    torch.testing.assert_close((out * own).sum(-1), torch.zeros(2, 3, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out[0, 0], y[0, 0])
+    slow = y - (y * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp_min(1e-20) * own
+    torch.testing.assert_close(out, slow)
+    torch.testing.assert_close(tg.remove_own_value(out, v), out, atol=1e-6, rtol=1e-4)
+
+
+def test_first_token_of_a_segment_has_no_attention_result() -> None:
+    """With exclusive self-attention a token that sees only itself gets exactly nothing, up to rounding."""
+    q, k, v = torch.randn(1, 6, 4, 8), torch.randn(1, 6, 2, 8), torch.randn(1, 6, 2, 8)
+    out = tg.remove_own_value(tg.attend_sdpa(q, k, v, packed([1, 2, 3], 3)), v)[0]
+    firsts = torch.tensor([True, True, False, True, False, False])
+    assert out[firsts].abs().max() < 1e-6 and out[~firsts].abs().amax(-1).min() > 1e-4
+
+
+def test_rotation_is_relative_and_keeps_lengths() -> None:
+    """Rotated products depend on distance alone; lengths and the channels behind the rotated ones do not change."""
+    R, d, T = 4, 8, 12
+    angles = torch.arange(T)[:, None, None] * 100.0 ** -(torch.arange(R // 2) * 2 / R)
+    q, k = torch.randn(d), torch.randn(d)
+    turned_q = tg.rotate(q.expand(1, T, 1, d), angles.cos(), angles.sin())[0, :, 0]
+    turned_k = tg.rotate(k.expand(1, T, 1, d), angles.cos(), angles.sin())[0, :, 0]
+    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(T))
+    assert torch.equal(turned_q[:, R:], q[R:].expand(T, -1))
+    products = turned_q @ turned_k.T
+    for distance in range(-5, 6):
+        diagonal = products.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=1e-5)
+    assert (products[0, 1:] - products[0, :1]).abs().min() > 1e-4
+
+
+def test_smear_gate_adds_the_raw_previous_embedding_inside_a_document() -> None:
+    """e_t + lambda sigmoid(w e_t[:12]) e_(t-1), but not at the start of a segment nor at BOS."""
+    config = toy_config()
+    model = random_model(config)
+    ids = torch.tensor([[9, 5, 1, 7, 8, 6, 5]])
+    positions = torch.tensor([0, 1, 2, 3, 0, 1, 2])  # a segment begins at index 4 without BOS
+    table = model.tok_emb.weight.detach()
+    with torch.no_grad():
+        out = model.embed(ids, table, positions)[0]
+    for t in range(7):
+        e = table[ids[0, t]].clone()
+        if t not in (0, 2, 4):
+            gate = torch.sigmoid((model.smear_gate_w[0] * table[ids[0, t], :12]).sum())
+            e += (model.smear_lambda * gate * table[ids[0, t - 1]]).detach()
+        torch.testing.assert_close(out[t], e / (e.square().mean() + 2.0**-23).sqrt())
+
+
+class FakeBlock:
+    """A block whose sub-layers are easy to recognise in a result."""
+
+    def __init__(self) -> None:
+        self.post_lambdas = torch.tensor([[2.0, 3.0], [5.0, 7.0]])
+        self.resid_lambdas = torch.tensor([11.0, 13.0])
+
+    def mix(self, x: Tensor, x0: Tensor) -> Tensor:
+        return 0.5 * x + 0.25 * x0
+
+    def attention(self, m: Tensor, visit: object, call: object) -> Tensor:
+        return m.square()
+
+    def mlp(self, r: Tensor, visit: object, call: object) -> Tensor:
+        return r.sin()
+
+
+def test_wirings_equal_their_formulas() -> None:
+    """Serial: the mixed stream is the base. Two lanes: the lanes are the base, both read before either is written."""
+    a, b, x0 = torch.randn(3, 1, 4, 6).unbind(0)
+    first, second = tg.serial(FakeBlock(), (a, a), x0, None, None)
+    m = 0.5 * a + 0.25 * x0
+    r = m + m**2
+    torch.testing.assert_close(first, r + torch.sin(r))
+    assert torch.equal(first, second)
+    first, second = tg.two_lane(FakeBlock(), (a, b), x0, None, None)
+    m = 0.5 * a + 0.25 * x0
+    torch.testing.assert_close(first, 11 * a + 2 * m**2 + 5 * torch.sin(b))
+    torch.testing.assert_close(second, 13 * b + 3 * m**2 + 7 * torch.sin(b))
+
+
+def test_skip_blends_the_scaled_source_into_the_stream() -> None:
+    """(1 - g) w S + g x with g the sigmoid of the gate, channel by channel."""
+    model = random_model(toy_config())
+    source, x = torch.randn(2, 1, 5, 32).unbind(0)
+    with torch.no_grad():
+        for skip in range(len(model.skip_weights)):
+            g = torch.sigmoid(model.skip_gates[skip])
+            torch.testing.assert_close(model.take_skip(skip, source, x), (1 - g) * (model.skip_weights[skip] * source) + g * x)
+
+
+def test_attention_backend_that_cannot_run_is_refused() -> None:
+    """Asking for a GPU back-end on a CPU names the setting and what is usable."""
+    with pytest.raises(tg.UserError, match="ATTN_BACKEND=fa3.*sdpa"):
+        tg.GPT(toy_config(ATTN_BACKEND="fa3"), tg.Run())
+
+
+def test_toy_configuration_has_every_mechanism_switched_on() -> None:
+    """The other tests rely on loops, lanes, skips, XSA, rotation and SmearGate being present in the toy size."""
+    config = toy_config()
+    looped = tg.layer_plan(config, True)
+    assert len(looped) > config.num_layers and any(v.wiring == "two_lane" for v in looped)
+    assert any(v.skip is not None and v.wiring == "two_lane" for v in looped)
+    assert any(v.skip is not None and v.wiring == "serial" for v in looped)
+    assert config.smear_gate_enabled and config.rope_dims < config.head_dim and set(TOY) <= {n.upper() for n in tg.FIELDS}

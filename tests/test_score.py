@@ -1,0 +1,236 @@
+"""SCORE: every target once, with the right context, and the sums that make bits per byte."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    QUIET,
+    OneOf,
+    make_validation,
+    nll_per_target,
+    random_model,
+    random_tokens,
+    toy_config,
+    validation_of_lengths,
+    write_shard,
+)
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import train_gpt as tg
+
+LENGTHS = [1, 2, 7, 8, 9, 31, 32, 33, 34, 40, 41, 64, 65, 90]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    num_targets=st.integers(0, 5000),
+    context=st.sampled_from([1, 2, 31, 32, 48, 256, 2047, 2048]),
+    stride=st.integers(1, 2048),
+    adaptive=st.booleans(),
+)
+@example(0, 2048, 64, False)
+@example(2048, 2048, 2048, False)
+@example(2049, 2048, 64, False)
+@example(5000, 2048, 48, True)
+def test_windows_score_every_target_exactly_once(num_targets: int, context: int, stride: int, adaptive: bool) -> None:
+    """Scored parts tile 0..num_targets-1 in order; no window reads more than the context or past its last target."""
+    stride = min(stride, context)
+    windows = list(tg.plan_windows(num_targets, context, stride, first=stride if adaptive else None))
+    counted = [target for _, first, end in windows for target in range(first, end)]
+    assert counted == list(range(num_targets))
+    for number, (begin, first, end) in enumerate(windows):
+        assert 0 <= begin <= first < end <= begin + context
+        full = stride if adaptive or number else context
+        assert end - first == full or number == len(windows) - 1
+        assert begin == max(0, first + full - context)  # where a full window would begin
+
+
+def test_windows_of_a_worked_example() -> None:
+    """Nine targets, context 4, stride 2: the first window scores 4, the others 2, the last the one that is left."""
+    assert list(tg.plan_windows(9, 4, 2)) == [(0, 0, 4), (2, 4, 6), (4, 6, 8), (6, 8, 9)]
+    assert list(tg.plan_windows(9, 4, 4)) == [(0, 0, 4), (4, 4, 8), (8, 8, 9)]
+    assert list(tg.plan_windows(9, 4, 2, first=2)) == [(0, 0, 2), (0, 2, 4), (2, 4, 6), (4, 6, 8), (6, 8, 9)]
+
+
+def one_token_at_a_time(model: tg.GPT, validation: tg.Validation, config: tg.Config, stride: int) -> np.ndarray:
+    """The definition of sliding scoring: each target alone, from the inputs that its window lets it see."""
+    T, nll = config.eval_seq_len, np.full(len(validation.tokens), np.nan)
+    plan = tg.layer_plan(config, looping=True)
+    starts = [0] + [p for p in range(1, len(nll)) if validation.tokens[p] == tg.BOS_ID]
+    for target in range(1, len(nll)):
+        start = max(s for s in starts if s < target)  # a BOS is the last target of the document before it
+        i = target - 1 - start
+        begin = 0 if i < T else ((i - T) // stride + 1) * stride
+        inputs = validation.tokens[start + begin : target][None]
+        assert inputs.size(1) <= T
+        with torch.no_grad():
+            nll[target] = model(inputs, validation.tokens[target].view(1, 1), plan)
+    return nll
+
+
+@pytest.mark.parametrize("stride", [32, 8, 5])
+def test_score_equals_a_slow_loop_over_single_tokens(stride: int) -> None:
+    """Plain (stride 32 = context) and sliding scores give each target the nll of its own window, bytes included."""
+    config = toy_config()
+    model, validation = random_model(config), validation_of_lengths(LENGTHS)
+    slow = one_token_at_a_time(model, validation, config, stride)
+    scorer = lambda v: tg.score(model, v, config, tg.Run(), QUIET, stride)
+    fast = nll_per_target(validation, scorer)
+    np.testing.assert_allclose(fast[1:], slow[1:], atol=1e-4)
+    tally = scorer(validation)
+    assert tally.tokens == len(validation.tokens) - 1 == sum(LENGTHS)
+    assert tally.bytes == int(validation.bytes.sum())
+    assert tally.nats == pytest.approx(slow[1:].sum(), abs=1e-3)
+
+
+def test_longer_context_is_really_used() -> None:
+    """Planted fault: scoring in plain windows is not the same as sliding, so the test above can tell them apart."""
+    config = toy_config()
+    model, validation = random_model(config), validation_of_lengths([90])
+    plain, sliding = (nll_per_target(validation, lambda v: tg.score(model, v, config, tg.Run(), QUIET, s)) for s in (32, 8))
+    same = np.isclose(plain[1:], sliding[1:], atol=1e-5)
+    assert same[:32].all() and not same[32:64].all()
+
+
+@pytest.mark.parametrize("stride", [32, 8])
+def test_score_does_not_depend_on_the_row_size_or_the_ranks(stride: int) -> None:
+    """Other packed rows, and the sum over 1, 2, 3 or 40 ranks, give the same nats, tokens and bytes."""
+    config = toy_config()
+    model, validation = random_model(config), validation_of_lengths(LENGTHS)
+    whole = tg.score(model, validation, config, tg.Run(), QUIET, stride)
+    for batch in (256, 700, 8192):
+        other = tg.score(model, validation, toy_config(VAL_BATCH_TOKENS=batch), tg.Run(), QUIET, stride)
+        assert (other.tokens, other.bytes) == (whole.tokens, whole.bytes)
+        assert other.nats == pytest.approx(whole.nats, rel=1e-6)
+    for world_size in (2, 3, 40):
+        parts = [tg.score(model, validation, config, OneOf(rank, world_size), QUIET, stride) for rank in range(world_size)]
+        assert sum(part.tokens for part in parts) == whole.tokens
+        assert sum(part.bytes for part in parts) == whole.bytes
+        assert sum(part.nats for part in parts) == pytest.approx(whole.nats, rel=1e-9)
+
+
+@pytest.mark.parametrize("stride", [32, 8])
+def test_no_token_changes_the_score_of_an_earlier_target(stride: int) -> None:
+    """Mutating token p, be it BOS or not, leaves the nll of every target before p as it was, and changes that of p."""
+    config = toy_config()
+    model = random_model(config)
+    tokens = random_tokens(120, 64, seed=3, bos_every=50)
+    tokens[0] = tg.BOS_ID
+    scorer = lambda v: tg.score(model, v, config, tg.Run(), QUIET, stride)
+    before = nll_per_target(make_validation(tokens), scorer)
+    for p in (1, 2, 20, 31, 32, 33, 50, 75, 100, 119):
+        for value in (4 + (tokens[p] - 3) % 60, tg.BOS_ID):
+            changed = tokens.copy()
+            changed[p] = value
+            after = nll_per_target(make_validation(changed), scorer)
+            np.testing.assert_allclose(after[1:p], before[1:p], atol=1e-5)
+            assert changed[p] == tokens[p] or abs(after[p] - before[p]) > 1e-4
+
+
+def test_padding_changes_no_score_and_is_not_counted() -> None:
+    """A row padded to a fixed shape, as on a GPU, gives its real targets the same nll, and its padding no position."""
+    config = toy_config()
+    model, validation = random_model(config), validation_of_lengths([5, 33, 12])
+    plan, device = tg.layer_plan(config, True), torch.device("cpu")
+    windows = tg.document_windows(validation, 32, 8)[:4]
+    bare, positions = tg.window_row(windows, validation, 32, 0, device)
+    count = bare.inputs.size(1)
+    for pad_to in (count, count + 1, count + 75):
+        padded, targets = tg.window_row(windows, validation, 32, pad_to, device)
+        assert padded.inputs.size(1) == pad_to and padded.docs.cu_seqlens.max() == pad_to
+        assert targets[:count].tolist() == positions.tolist() and not targets[count:].any()
+        with torch.no_grad():
+            long = model(padded.inputs, padded.targets, plan, padded.docs)[0, :count]
+            short = model(bare.inputs, bare.targets, plan, bare.docs)[0]
+        torch.testing.assert_close(long, short, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_hold_consecutive_windows_up_to_the_limit() -> None:
+    """Windows keep their order, none is lost or split, and no row exceeds the limit or could take the next window."""
+    generator = np.random.default_rng(0)
+    ends = np.cumsum(generator.integers(1, 33, 200))
+    windows = [tg.Window(int(end) - int(length), int(end) - 1, int(end)) for end, length in zip(ends, np.diff(ends, prepend=0))]
+    rows = tg.fill_rows(windows, 64)
+    assert [window for row in rows for window in row] == windows
+    sizes = [sum(w.end - w.begin for w in row) for row in rows]
+    assert max(sizes) <= 64
+    assert all(size + row[0].end - row[0].begin > 64 for size, row in zip(sizes, rows[1:]))
+
+
+def test_bits_per_byte_by_hand() -> None:
+    """Four targets of ln 2, ln 4, ln 8 and 0 nats over 1, 0, 2 and 3 bytes: 6 bits, 6 bytes, 1 bit per byte."""
+    validation = make_validation(np.array([1, 5, 6, 7, 8]))._replace(bytes=torch.tensor([0, 1, 0, 2, 3]))
+    tally = tg.Tally(validation)
+    tally.add(torch.tensor([math.log(4), math.log(2)]), torch.tensor([2, 1]))
+    assert (tally.tokens, tally.bytes) == (2, 1)
+    tally.add(torch.tensor([math.log(8), 0.0]), np.array([3, 4]))
+    assert (tally.tokens, tally.bytes) == (4, 6)
+    assert tally.bpb == pytest.approx(1.0, abs=1e-7)
+    assert tally.loss == pytest.approx(6 * math.log(2) / 4, abs=1e-7)
+
+
+def test_tally_sums_in_double_precision() -> None:
+    """Small losses behind a large one are not swallowed, as they would be in float32."""
+    tally = tg.Tally(make_validation(random_tokens(1001, 64)))
+    tally.add(torch.tensor([1e8]), torch.tensor([1000]))
+    for begin in range(0, 1000, 10):
+        tally.add(torch.full((10,), 1e-1), torch.arange(begin, begin + 10))
+    assert tally.nats == pytest.approx(1e8 + 100, abs=0.1)
+
+
+def test_ledger_counts_repeated_targets_and_refuses_learning_before_the_score() -> None:
+    """A target that is tallied twice shows in `times`; one that is not tallied yet stops an update that wants it."""
+    tally = tg.Tally(make_validation(random_tokens(9, 64)))
+    tally.add(torch.zeros(3), torch.tensor([2, 3, 4]))
+    tally.require_scored(torch.tensor([[2, 4], [3, 3]]))
+    with pytest.raises(RuntimeError, match="target 5"):
+        tally.require_scored(np.array([4, 5]))
+    tally.add(torch.zeros(3), torch.tensor([4, 4, 5]))
+    assert tally.times.tolist() == [0, 0, 1, 1, 3, 1, 0, 0, 0]
+    tally.require_scored(np.array([4, 5]))
+    assert tally.over_ranks(tg.Run()).times.tolist() == tally.times.tolist()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.sampled_from([1, 1, 5, 6, 7]), min_size=2, max_size=80))
+@example([1, 1])
+@example([5, 6])
+@example([5, 1, 1, 1, 6, 1])
+@example([1, 5, 6, 1])
+def test_documents_of_any_stream_hold_each_target_once(toy_data, tmp_path_factory, tokens: list[int]) -> None:
+    """Streams that begin mid-document, hold empty documents or end in BOS: tokens - 1 targets, BOS as a last target."""
+    folder = tmp_path_factory.mktemp("val")
+    write_shard(folder / "fineweb_val_000000.bin", tokens)
+    config = tg.load_config(toy_data.env() | {"DATA_PATH": str(folder)})[0]
+    validation = tg.load_validation(config)
+    for stride in (32, 8):
+        windows = tg.document_windows(validation, 32, stride)
+        scored = Counter(p + 1 for window in windows for p in range(window.first_scored, window.end))
+        assert scored == Counter(range(1, len(tokens)))
+    for begin, count in validation.documents.tolist():
+        assert begin == 0 or tokens[begin] == tg.BOS_ID
+        assert tg.BOS_ID not in tokens[begin + 1 : begin + count]  # only the last target may be the next BOS
+
+
+def test_constant_model_scores_the_entropy_of_a_uniform_guess() -> None:
+    """A model that gives every id the same probability scores ln(V) per token, whatever the stream."""
+    config = toy_config()
+    validation = validation_of_lengths([40, 3, 9])
+    uniform = lambda inputs, targets, plan, docs: torch.full(targets.shape, math.log(64))
+    tally = tg.score(uniform, validation, config, tg.Run(), QUIET, 32)
+    assert tally.loss == pytest.approx(math.log(64), rel=1e-6)
+    assert tally.bpb == pytest.approx(52 * 6 / int(validation.bytes.sum()), rel=1e-6)
+
+
+def test_scoring_leaves_no_gradients_and_no_changes() -> None:
+    """Plain scoring changes no weight and builds no graph."""
+    config = toy_config()
+    model, validation = random_model(config), validation_of_lengths([20])
+    before = {name: array.copy() for name, array in model.arrays().items()}
+    tg.score(model, validation, config, tg.Run(), QUIET, 8)
+    assert all(np.array_equal(before[name], array) for name, array in model.arrays().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
