@@ -414,7 +414,8 @@ def validate(config: Config) -> None:
     )
     need(
         not c.max_wallclock_seconds or c.gptq_reserve_seconds < c.max_wallclock_seconds,
-        f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g}: leaves nothing of MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}",
+        f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g}: must be less than"
+        f" MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}; lower it",
     )
     stages = ["train", "quantize", "evaluate"]
     picked = c.stage_list
@@ -426,7 +427,10 @@ def validate(config: Config) -> None:
         picked == ["describe"] or "train" in picked or bool(c.run_id),
         f"STAGES={c.stages}: without train it needs RUN_ID, the run whose files it continues from",
     )
-    need(Path(c.run_id).name == c.run_id, f"RUN_ID={c.run_id}: must be a plain folder name")
+    need(
+        c.run_id not in (".", "..") and Path(c.run_id).name == c.run_id,
+        f"RUN_ID={c.run_id}: must be a plain folder name",
+    )
     for looping in (False, True):
         kinds = [visit.wiring for visit in layer_plan(c, looping)]
         pushing = [visit.wiring for visit in layer_plan(c, looping) if visit.push]
@@ -802,7 +806,8 @@ def load_tokenizer(config: Config) -> Any:
         raise UserError(f"{path}: cannot load this tokenizer ({error}); set TOKENIZER_PATH or fetch it again") from None
     if tokenizer.vocab_size() != config.vocab_size:
         raise UserError(
-            f"VOCAB_SIZE={config.vocab_size}: {path} has {tokenizer.vocab_size()} pieces; set VOCAB_SIZE or TOKENIZER_PATH"
+            f"VOCAB_SIZE={config.vocab_size}: {path} has {tokenizer.vocab_size()} pieces;"
+            " set VOCAB_SIZE or TOKENIZER_PATH to match"
         )
     return tokenizer
 
@@ -1449,11 +1454,12 @@ class Optimizer:
         self.adamw = torch.optim.AdamW([embed, scalar], lr=0.0, betas=betas, eps=config.adam_eps, fused=True)
 
     @torch.no_grad()
-    def exchange(self, plan: tuple[Visit, ...], extra: list[float | Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def exchange(self, plan: tuple[Visit, ...], extra: list[float | Tensor]) -> tuple[list[Tensor], Tensor]:
         """Sums all gradients over ranks and clips them to the global norm; sums the `extra` numbers along.
 
         A rank without rows contributes zeros. Parameters that `plan` does not use keep no gradient at all, so that
-        the optimizer leaves them alone, decay included. Returns (this rank's Muon gradients, the summed extras).
+        the optimizer leaves them alone, decay included.
+        Returns (this rank's Muon gradients, a vector of the summed extras and the norm before clipping).
         """
         unused = self.model.unused(plan)
         for name, parameter in self.model.named_parameters():
@@ -1465,13 +1471,14 @@ class Optimizer:
         flat = self.run.sum_(torch.cat([parameter.grad.flatten() for parameter in used] + numbers))
         for parameter, part in zip(used, flat.split([p.numel() for p in used] + [len(extra)])):
             parameter.grad = part.view_as(parameter)
+        numbers_at = len(flat) - len(extra)
+        square = self.run.sum_(sum(share.float().square().sum() for share in shares))
+        norm = (square + flat[:numbers_at].square().sum()).sqrt()
         if self.config.grad_clip_norm:
-            square = self.run.sum_(sum(share.float().square().sum() for share in shares))
-            square = square + flat[: len(flat) - len(extra)].square().sum()
-            factor = (self.config.grad_clip_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
+            factor = (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(shares, factor.to(self.run.dtype))
             torch._foreach_mul_([parameter.grad for parameter in used], factor)
-        return shares, list(flat[len(flat) - len(extra) :])
+        return shares, torch.cat([flat[numbers_at:], norm.view(1)])
 
     def step(self, gradients: list[Tensor], multiplier: float, momentum: float) -> None:
         """Updates every parameter that has a gradient, and drops the gradients."""
@@ -1544,20 +1551,18 @@ class Trainer:
         first = step * self.config.rows_per_step
         return self.deal(range(first, first + self.config.rows_per_step))
 
-    def update(
-        self, rows: list[Row], looping: bool, multiplier: float, momentum: float, clock: float
-    ) -> tuple[float, float]:
-        """One optimizer step. Returns (mean loss over the global batch in nats, rank 0's `clock`), alike on all ranks."""
+    def update(self, rows: list[Row], looping: bool, multiplier: float, momentum: float, clock: float) -> list[float]:
+        """One optimizer step. Returns [mean loss over the global batch in nats, rank 0's `clock` in seconds, norm of
+        the gradient], alike on all ranks."""
         plan, total = self.plans[looping], torch.zeros((), device=self.run.device)
         for row in rows:
             loss = self.forward(row.inputs, row.targets, plan, row.docs).sum() / self.config.train_batch_tokens
             loss.backward()
             total += loss.detach()
-        gradients, extras = self.optimizer.exchange(plan, [total, clock if self.run.is_main else 0.0])
+        gradients, numbers = self.optimizer.exchange(plan, [total, clock if self.run.is_main else 0.0])
         self.optimizer.step(gradients, multiplier, momentum)
         torch._foreach_lerp_(self.average, [p.data for p in self.model.parameters()], 1 - self.config.ema_decay)
-        loss, clock = torch.cat([extra.view(1) for extra in extras]).tolist()  # the one host sync of a step
-        return loss, clock
+        return numbers.tolist()  # the one host sync of a step
 
     def progress(self) -> float:
         """From 0 to 1 over the time budget, by rank 0's clock; without one, over the iterations."""
@@ -1580,10 +1585,13 @@ class Trainer:
                 log("looping", step=self.step, progress=self.progress(), visits=len(self.plans[True]))
             multiplier = lr_multiplier(self.progress(), config)
             momentum = muon_momentum(self.step, config)
-            loss, self.elapsed = self.update(rows, self.looping, multiplier, momentum, time.monotonic() - begin)
+            clock = time.monotonic() - begin
+            loss, self.elapsed, norm = self.update(rows, self.looping, multiplier, momentum, clock)
             self.step, tokens_done = self.step + 1, tokens_done + config.train_batch_tokens
-            if not math.isfinite(loss):
-                raise TrainingDiverged(f"loss {loss} at step {self.step}; lower MATRIX_LR or TIED_EMBED_LR")
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise TrainingDiverged(
+                    f"loss {loss}, gradient {norm} at step {self.step}; lower MATRIX_LR or TIED_EMBED_LR"
+                )
             self.history.append([self.step, loss, self.elapsed])
             if self.step <= 5 or self.step % config.train_log_every == 0 or self.step == config.iterations:
                 speed = tokens_done / max(self.elapsed - logged, 1e-9)
@@ -1963,9 +1971,10 @@ def save_artifact(path: Path, stored: Mapping[str, np.ndarray], config: Config) 
 
 
 def load_artifact(path: Path, config: Config) -> dict[str, np.ndarray]:
-    """The float32 parameters of an artifact file by name. Raises UserError when it is damaged, or of another model than `config` says.
+    """The float32 parameters of an artifact file by name.
 
-    Decompression is bounded by the sizes that follow from the configuration.
+    Raises UserError when it is damaged, or of another model than `config` says. Decompression is bounded by the
+    sizes that follow from the configuration.
     """
     import brotli
 
@@ -2105,11 +2114,11 @@ class Tally:
         self.nats += float(nll.detach().double().sum())
         np.add.at(self.times, np.asarray(positions), 1)
 
-    def require_scored(self, positions: Tensor | np.ndarray) -> None:
-        """Must be called before any update with the targets that it learns from; stops the run if one is unscored."""
+    def learn_from(self, positions: Tensor | np.ndarray, times: np.ndarray) -> None:
+        """To be called before an update, with the targets that it uses: stops the run if `times` has one unscored."""
         positions = np.asarray(positions)
-        if not self.times[positions].all():
-            raise RuntimeError(f"rule broken: target {positions[self.times[positions] == 0][0]} used before its score")
+        if not times[positions].all():
+            raise RuntimeError(f"rule broken: target {positions[times[positions] == 0][0]} used before its score")
         self.learned += positions.size
 
     def over_ranks(self, run: Run) -> "Tally":
@@ -2309,7 +2318,7 @@ def score_and_adapt(
             nll = forward(tokens, wanted, plan, None, adapters.lora(run.dtype))
         tally.add(nll.cpu()[real], targets[real])
         if learns.any():
-            tally.require_scored(targets[learns])
+            tally.learn_from(targets[learns], tally.times)
             adapters.update((nll.mean(1) * learns.to(run.device)).sum())
 
 
@@ -2320,7 +2329,7 @@ def global_update(model: GPT, scored: np.ndarray, tally: Tally, config: Config, 
     are weighted by tokens. The learning rate falls along half a cosine to 0.
     """
     context, plan = config.eval_seq_len, layer_plan(config, looping=True)
-    validation = tally.validation._replace(documents=scored)
+    validation, scored_times = tally.validation._replace(documents=scored), tally.over_ranks(run).times
     windows = document_windows(validation, context, context)
     chunks = fill_rows(windows, max(config.global_ttt_chunk_tokens, context))
     parameters = list(model.parameters())
@@ -2333,7 +2342,7 @@ def global_update(model: GPT, scored: np.ndarray, tally: Tally, config: Config, 
             parameter.grad = torch.zeros_like(parameter)
         if mine := chunk[run.rank :: run.world_size]:
             row, targets = window_row(mine, validation, context, 0, run.device)
-            tally.require_scored(targets)
+            tally.learn_from(targets, scored_times)
             (model(row.inputs, row.targets, plan, row.docs).sum() / total).backward()
         for parameter in parameters:
             run.sum_(parameter.grad)
@@ -2364,7 +2373,7 @@ def adapt(model: GPT, validation: Validation, config: Config, run: Run, log: Log
             score_and_adapt(forward, adapters, queue[number], validation, config, run, tally)
         model.requires_grad_(True)
         if end < len(queue):
-            steps = global_update(model, np.concatenate(queue[:end]), tally.over_ranks(run), config, run)
+            steps = global_update(model, np.concatenate(queue[:end]), tally, config, run)
             log(
                 "global_ttt",
                 phase=f"{phase + 1}/{len(pauses)}",

@@ -151,7 +151,7 @@ def parse_log(text: str, path: Path = Path("log")) -> RunLog:
     facts: dict[str, Any] = {}
     body = text
     if sources:
-        facts["source_found"] = source_is_there(text, sources[-1])
+        facts["source_found"] = find_source(text, sources[-1]) is not None
         body = without_sources(text, sources)
     elif ruler := RULER.search(text):
         head = text[: ruler.start()].strip()
@@ -171,25 +171,25 @@ def parse_log(text: str, path: Path = Path("log")) -> RunLog:
     return RunLog(path, style, facts, read_scores(body), read_settings(body), read_result(body))
 
 
-def source_is_there(text: str, line: re.Match) -> bool:
-    """Whether the characters before a `source bytes:N sha256:H` line really are a source of N bytes and hash H."""
-    count = int(line[1])
+def find_source(text: str, line: re.Match) -> tuple[bytes, int] | None:
+    """The script before a `source bytes:N sha256:H` line and where it begins; None if no N bytes there hash to H."""
+    count, before = int(line[1]), text[: line.start()].removesuffix("\n")
     for encoding in ("utf-8", "latin1"):  # the packed script is logged as Latin-1 characters
         try:
-            data = text[max(0, line.start() - count - 1) : line.start()].encode(encoding)[:-1][-count:]
+            data = before[-count:].encode(encoding)[-count:]
         except UnicodeEncodeError:
             continue
         if hashlib.sha256(data).hexdigest() == line[2]:
-            return True
-    return False
+            return data, len(before) - len(data.decode(encoding))
+    return None
 
 
-def without_sources(text: str, sources: list[re.Match]) -> str:
+def without_sources(text: str, lines: list[re.Match]) -> str:
     """The log without the scripts at the head of each of its runs, so that no line of code is taken for a fact."""
     parts, begin = [], 0
-    for line in sources:
-        # The source ends right before its line; its length in characters is at most its length in bytes.
-        parts.append(text[begin : max(begin, line.start() - int(line[1]) - 1)])
+    for line in lines:
+        found = find_source(text, line)
+        parts.append(text[begin : max(begin, found[1] if found else line.start() - int(line[1]))])
         begin = line.start()
     return "".join(parts) + text[begin:]
 
@@ -197,15 +197,9 @@ def without_sources(text: str, sources: list[re.Match]) -> str:
 def logged_source(path: Path) -> bytes | None:
     """The script at the head of the last run in a log of ours, byte for byte; None where it is not there."""
     text = path.read_bytes().decode("utf-8", errors="replace")
-    for line in list(SOURCE_LINE.finditer(text))[-1:]:
-        for encoding in ("utf-8", "latin1"):
-            try:
-                data = text[: line.start()].encode(encoding)[:-1][-int(line[1]) :]
-            except UnicodeEncodeError:
-                continue
-            if hashlib.sha256(data).hexdigest() == line[2]:
-                return data
-    return None
+    lines = list(SOURCE_LINE.finditer(text))
+    found = find_source(text, lines[-1]) if lines else None
+    return found[0] if found else None
 
 
 def read_scores(body: str) -> list[Score]:
