@@ -157,6 +157,7 @@ class Config:
     mlp_clip_sigmas: float = setting(12.0, 1)
     embed_clip_sigmas: float = setting(15.0, 1)
     gptq_calibration_batches: int = setting(16, 1)  # training rows behind the Hessians, over all ranks
+    fit_artifact: bool = setting(True)  # raise the clips until code and weights fit into 16,000,000 bytes
 
     # scoring and test-time training (the last enabled one of plain, sliding, TTT is the submitted score)
     sliding_window_enabled: bool = setting(False)
@@ -1710,7 +1711,7 @@ def training_settings(config: Config) -> dict[str, Any]:
     """The settings that decide what the train stage computes; a resumed run must have the same."""
     later = ("run_id", "runs_dir", "stages", "compile", "attn_backend", "checkpoint_seconds", "preset", "data_dir")
     shown = ("train_log_every", "val_loss_every", "val_batch_tokens", "eval_seq_len", "eval_stride", "warmup_steps")
-    scoring = ("ttt_", "global_ttt_", "phased_ttt_", "sliding_", "matrix_bits", "embed_bits")
+    scoring = ("ttt_", "global_ttt_", "phased_ttt_", "sliding_", "matrix_bits", "embed_bits", "fit_artifact")
     values = dataclasses.asdict(config)
     skip = {name for name in values if name in later + shown or name.startswith(scoring) or "clip_sigmas" in name}
     return {name: value for name, value in values.items() if name not in skip}
@@ -1799,6 +1800,7 @@ def run_dir(config: Config) -> Path:
 # ------------------------------------------------------------------------------------------------------------
 
 ENTROPY_BITS_AT_ONE_SIGMA = 2.047  # log2 sqrt(2 pi e): entropy of a Gaussian row whose step is one std, in bits
+FIT_MARGIN_BYTES = 3000  # head-room of a refitted artifact; sizes of equal settings differ by a few kB
 BROTLI = {"quality": 10, "lgwin": 22}  # quality 11 saves less than 0.01 % of these streams and takes a third longer
 
 
@@ -2394,29 +2396,50 @@ def adapt(model: GPT, validation: Validation, config: Config, run: Run, log: Log
 
 
 def quantize_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
-    """trained.bin -> artifact.bin, on the main rank. Reads no training data."""
-    result = {}
+    """trained.bin -> artifact.bin, on the main rank. Reads no training data.
+
+    With FIT_ARTIFACT, an artifact over the limit is quantised again with all clips raised (coarser steps, fewer bits)
+    by what the rate model says is missing, until the file fits; the first try is kept to measure the cost in bpb.
+    """
+    result: dict[str, Any] = {}
+    folder, (code_bytes, packed) = run_dir(config), counted_code_bytes()
     if run.is_main:
-        meta, arrays = load_arrays(run_dir(config) / "trained.bin")
+        meta, arrays = load_arrays(folder / "trained.bin")
         if odd := differing(training_settings(config), meta.get("settings")):
-            raise UserError(f"{run_dir(config)}/trained.bin: made with {odd}; set the same values or train again")
-        start = time.monotonic()
-        stored = quantize(arrays, config, run.device)
-        middle = time.monotonic()
-        artifact_bytes = save_artifact(run_dir(config) / "artifact.bin", stored, config)
-        code_bytes, packed = counted_code_bytes()
+            raise UserError(f"{folder}/trained.bin: made with {odd}; set the same values or train again")
+        (folder / "oversize.bin").unlink(missing_ok=True)
+        codes = sum(math.prod(entry.shape) for entry in artifact_table(config) if entry.dtype == "i1")
+        factor = 1.0
+        for number in range(8):
+            start = time.monotonic()
+            stored = quantize(arrays, scaled_clips(config, factor), run.device)
+            middle = time.monotonic()
+            size = save_artifact(folder / "artifact.bin", stored, config)
+            log("artifact", bytes=size, clip_factor=factor, gptq_s=middle - start, compress_s=time.monotonic() - middle)
+            excess = size + code_bytes - ARTIFACT_LIMIT_BYTES
+            if excess <= 0 or not config.fit_artifact:
+                break
+            if not number:
+                os.replace(folder / "artifact.bin", folder / "oversize.bin")
+            factor *= 2 ** (8 * (excess + FIT_MARGIN_BYTES) / codes)
         result = {
-            "artifact_bytes": artifact_bytes,
+            "artifact_bytes": size,
             "code_bytes": code_bytes,
             "code_is_packed": packed,
-            "total_bytes": artifact_bytes + code_bytes,
+            "total_bytes": size + code_bytes,
+            "clip_factor": factor,
             "gptq_seconds": middle - start,
             "compress_seconds": time.monotonic() - middle,
-            "artifact_sha256": hashlib.sha256((run_dir(config) / "artifact.bin").read_bytes()).hexdigest(),
+            "artifact_sha256": hashlib.sha256((folder / "artifact.bin").read_bytes()).hexdigest(),
         }
-        log("artifact", **result, limit_bytes=ARTIFACT_LIMIT_BYTES)
     run.barrier()
     return result
+
+
+def scaled_clips(config: Config, factor: float) -> Config:
+    """`config` with every quantisation clip multiplied: log2(factor) fewer bits per code."""
+    clips = [name for name in FIELDS if name.endswith("_clip_sigmas")]
+    return dataclasses.replace(config, **{name: getattr(config, name) * factor for name in clips})
 
 
 def evaluate_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
@@ -2424,13 +2447,16 @@ def evaluate_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
 
     Diagnostics come first. The submitted score is timed from its own first read of validation data.
     """
-    path, result, tallies = run_dir(config) / "artifact.bin", {}, {}
+    result, tallies = {}, {}
     strides = {"quantized": config.eval_seq_len}
+    if run.share((run_dir(config) / "oversize.bin").exists()):
+        strides = {"oversize": config.eval_seq_len} | strides
     if config.sliding_window_enabled:
         strides["sliding"] = config.eval_stride
     submitted = "ttt" if config.ttt_enabled else list(strides)[-1]
     for kind in [*strides, "ttt"] if config.ttt_enabled else strides:
-        model = artifact_model(path, config, run)
+        file = "oversize.bin" if kind == "oversize" else "artifact.bin"
+        model = artifact_model(run_dir(config) / file, config, run)
         if kind == "ttt":
             warm_up_adapt(model, config, run, log)
         run.synchronize()
@@ -2453,6 +2479,9 @@ def evaluate_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
         )
         result |= {f"{kind}_val_loss": tally.loss, f"{kind}_val_bpb": tally.bpb, f"{kind}_seconds": seconds}
         tallies[kind] = tally
+    if "oversize" in tallies:
+        result["fit_cost_bpb"] = tallies["quantized"].bpb - tallies["oversize"].bpb
+        log("fit", cost_bpb=result["fit_cost_bpb"])
     tally = tallies[submitted]
     return result | {
         "submitted": submitted,
@@ -2557,6 +2586,7 @@ def report(result: dict[str, Any]) -> str:
     rows = []
     for kind, label in (
         ("prequant", "before quantisation"),
+        ("oversize", "quantised, over the limit"),
         ("quantized", "quantised artifact"),
         ("sliding", "sliding window"),
         ("ttt", "test-time training"),

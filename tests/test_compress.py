@@ -1,0 +1,527 @@
+"""COMPRESS: weights to codes to one file and back; sizes that are true; damaged files that are refused."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import brotli
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, ToyData, random_model, random_tokens, toy_config
+
+import train_gpt as tg
+
+RUN, CPU = tg.Run(), torch.device("cpu")
+
+
+def slow_gptq(W: np.ndarray, H: np.ndarray, clip: float, bits: int, damping: float = 0.01) -> tuple[np.ndarray, np.ndarray]:
+    """One matrix, one column at a time, float64; codes and fp16 scales."""
+    rows, cols = W.shape
+    top = 2 ** (bits - 1) - 1
+    scale = np.maximum((clip * W.std(1, ddof=1) / top).astype(np.float16), np.float16(2**-24))
+    W, H, s = W.copy(), H.copy(), scale.astype(np.float64)
+    dead = np.diag(H) == 0
+    H[dead, dead] = 1
+    H += damping * np.diag(H).mean() * np.eye(cols)
+    W[:, dead] = 0
+    order = np.argsort(-np.diag(H), kind="stable")
+    U = np.linalg.cholesky(np.linalg.inv(H[np.ix_(order, order)])).T
+    W, Q = W[:, order], np.zeros((rows, cols), np.int64)
+    for j in range(cols):
+        Q[:, order[j]] = q = np.clip(np.round(W[:, j] / s), -top, top)
+        W[:, j:] -= ((W[:, j] - q * s) / U[j, j])[:, None] * U[j, j:]
+    return Q, scale
+
+
+def correlated(rows: int, cols: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A random matrix and X^T X of inputs that lie near a low-dimensional subspace, at very unequal scales."""
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=(4 * cols, cols // 4)) @ generator.normal(size=(cols // 4, cols))
+    x = (x + 0.3 * generator.normal(size=x.shape)) * np.exp(generator.normal(size=cols))
+    return generator.normal(size=(rows, cols)), x.T @ x
+
+
+def run_gptq(W: np.ndarray, H: np.ndarray, clip: float, bits: int, **options: int) -> tuple[np.ndarray, np.ndarray]:
+    Q, scale = tg.gptq(torch.from_numpy(W).float()[None], torch.from_numpy(H).float()[None], clip, bits, **options)
+    assert Q.dtype == torch.int8 and scale.dtype == torch.float16
+    return Q[0].numpy(), scale[0].numpy()
+
+
+def weighted_error(W: np.ndarray, Q: np.ndarray, scale: np.ndarray, H: np.ndarray) -> float:
+    E = W - Q * scale.astype(np.float64)[:, None]
+    return float(np.trace(E @ H @ E.T))
+
+
+def to_nearest(W: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
+    top = 2 ** (bits - 1) - 1
+    return np.clip(np.round(W / scale.astype(np.float64)[:, None]), -top, top)
+
+
+@pytest.mark.parametrize("bits, clip", [(6, 12.0), (3, 2.0)])
+def test_blocked_gptq_equals_one_column_at_a_time(bits: int, clip: float) -> None:
+    """Codes and scales of a 64 x 300 matrix with a dead column equal the unblocked reference, rare ties aside."""
+    W, H = correlated(64, 300, seed=1)
+    H[17, :] = H[:, 17] = 0
+    Q, scale = run_gptq(W, H, clip, bits)
+    slow, slow_scale = slow_gptq(W, H, clip, bits)
+    assert np.array_equal(scale, slow_scale)
+    assert not Q[:, 17].any() and not slow[:, 17].any()
+    # A rounding tie that float32 breaks the other way carries on along its row, so a few rows may differ.
+    assert (Q != slow).any(1).mean() < 0.2 and np.abs(Q - slow).max() <= 1
+    for block in (1, 7, 300):
+        other = run_gptq(W, H, clip, bits, block=block)[0]
+        assert (Q != other).any(1).mean() < 0.2
+
+
+def test_matrices_of_a_batch_do_not_influence_each_other() -> None:
+    """Two matrices quantised in one call get the codes that they get alone."""
+    first, second = correlated(16, 40, seed=2), correlated(16, 40, seed=3)
+    stack = [torch.from_numpy(np.stack(pair)).float() for pair in zip(first, second)]
+    Q, scale = tg.gptq(*stack, 12.0, 6)
+    for i, (W, H) in enumerate((first, second)):
+        alone, alone_scale = run_gptq(W, H, 12.0, 6)
+        assert np.array_equal(Q[i].numpy(), alone) and np.array_equal(scale[i].numpy(), alone_scale)
+
+
+def test_error_feedback_beats_rounding_on_correlated_inputs() -> None:
+    """The activation-weighted error is clearly below that of rounding to nearest with the same scales."""
+    W, H = correlated(64, 300, seed=4)
+    Q, scale = run_gptq(W, H, 12.0, 6)
+    assert weighted_error(W, Q, scale, H) < 0.5 * weighted_error(W, to_nearest(W, scale, 6), scale, H)
+
+
+def test_uncorrelated_inputs_leave_plain_rounding() -> None:
+    """With a diagonal Hessian nothing can be compensated: the codes are those of rounding to nearest."""
+    W, _ = correlated(32, 100, seed=5)
+    H = np.diag(np.random.default_rng(6).uniform(0.5, 50, 100))
+    Q, scale = run_gptq(W, H, 12.0, 6)
+    assert np.array_equal(Q, to_nearest(W.astype(np.float32).astype(np.float64), scale, 6))
+
+
+def test_zero_rows_give_zero_codes_and_finite_scales() -> None:
+    """A row of zeros, as in an untrained output projection, stays zero and brings no NaN."""
+    W, H = correlated(8, 40, seed=7)
+    W[3] = 0
+    W[5] = 1e-12  # below what a half-precision scale can express
+    Q, scale = run_gptq(W, H, 13.0, 6)
+    assert not Q[3].any() and not Q[5].any() and np.isfinite(scale).all() and (scale > 0).all()
+    untouched = run_gptq(W, np.zeros_like(H), 13.0, 6)[0]
+    assert not untouched.any()  # a layer whose inputs were never seen
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 7, 8])
+def test_codes_stay_within_their_range(bits: int) -> None:
+    """No code exceeds 2^(bits-1) - 1 in magnitude, and a narrow clip really uses both ends."""
+    W, H = correlated(32, 80, seed=8)
+    Q, _ = run_gptq(W, H, 1.0, bits)
+    assert Q.max() == 2 ** (bits - 1) - 1 == -Q.min()
+
+
+def test_scale_is_the_clip_times_the_deviation_of_the_original_row() -> None:
+    """SDClip: unbiased deviation of the row as it came, dead columns included, over the range, in half precision."""
+    W, H = correlated(16, 50, seed=9)
+    H[:, :10] = H[:10] = 0
+    assert np.array_equal(run_gptq(W, H, 15.0, 7)[1], (15.0 * W.std(1, ddof=1) / 63).astype(np.float16))
+
+
+def test_inverse_factor_is_upper_and_reproduces_the_inverse() -> None:
+    """U is upper triangular and U^T U is the inverse of the damped Hessian."""
+    _, H = correlated(1, 30, seed=10)
+    H = torch.from_numpy(H)[None]
+    mean = H.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    U = tg.inverse_factor(H, mean)[0]
+    assert torch.equal(U, U.triu())
+    identity = U.T @ U @ (H[0] + 0.01 * mean[0] * torch.eye(30))
+    torch.testing.assert_close(identity, torch.eye(30, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("lowest, damping", [(-0.05, 0.1), (-0.5, 1.0)])
+def test_hessian_that_needs_more_damping_gets_it(lowest: float, damping: float) -> None:
+    """Where 1 % of the mean diagonal leaves a negative direction, ten and a hundred times that are tried."""
+    vectors = np.linalg.qr(np.random.default_rng(11).normal(size=(20, 20)))[0]
+    values = np.append(np.full(19, (20 - lowest) / 19), lowest)  # mean of the diagonal is 1
+    H = (vectors * values) @ vectors.T
+    W = np.random.default_rng(12).normal(size=(8, 20))
+    with pytest.raises(np.linalg.LinAlgError):
+        np.linalg.cholesky(H + 0.01 * np.eye(20))
+    assert np.array_equal(run_gptq(W, H, 12.0, 6)[0], slow_gptq(W, H, 12.0, 6, damping)[0])
+
+
+def test_hessian_that_is_not_a_number_is_reported() -> None:
+    """NaN statistics stop quantisation with a message instead of producing codes."""
+    W, H = correlated(4, 10, seed=13)
+    H[2, 3] = H[3, 2] = np.nan
+    with pytest.raises(tg.TrainingDiverged, match="not finite"):
+        run_gptq(W, H, 12.0, 6)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Whole models
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Quantised:
+    config: tg.Config
+    arrays: dict[str, np.ndarray]  # weights and Hessians, as in trained.bin
+    stored: dict[str, np.ndarray]
+    path: Path
+    size: int
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Quantised:
+    """A random toy model with real Hessians, quantised and saved."""
+    config = toy_config()
+    model, taps = random_model(config), tg.Taps()
+    tokens = torch.from_numpy(random_tokens(257, 64))[None]
+    with torch.no_grad():
+        model(tokens[:, :-1], tokens[:, 1:], tg.layer_plan(config, True), taps=taps)
+    arrays = {name: array.copy() for name, array in model.arrays().items()}
+    arrays |= {f"hessian.{name}.{layer}": hessian.numpy() for (name, layer), hessian in taps.hessians.items()}
+    stored = tg.quantize(arrays, config, CPU)
+    path = tmp_path_factory.mktemp("artifact") / "artifact.bin"
+    return Quantised(config, arrays, stored, path, tg.save_artifact(path, stored, config))
+
+
+def test_every_matrix_is_quantised_with_its_own_hessian_and_clip(toy: Quantised) -> None:
+    """Codes of all kinds and layers equal the reference called with the right rows, statistics, clip and bits."""
+    c, L = toy.config, toy.config.num_layers
+    cases = [("tok_emb.weight", toy.arrays["tok_emb.weight"], "head.0", c.embed_clip_sigmas, c.embed_bits)]
+    banks = {"attn.q": ("qo_bank", 0), "attn.k": ("kv_bank", 0), "attn.v": ("kv_bank", L), "attn.o": ("qo_bank", L)}
+    banks |= {"mlp.up": ("mlp_up_bank", 0), "mlp.down": ("mlp_down_bank", 0)}
+    for kind, (bank, first) in banks.items():
+        source = "attn.q" if kind in ("attn.k", "attn.v") else kind
+        clip = c.attn_clip_sigmas if kind.startswith("attn") else c.mlp_clip_sigmas
+        for i in range(L):
+            cases.append((f"blocks.{i}.{kind}", toy.arrays[bank][first + i], f"{source}.{i}", clip, c.matrix_bits))
+    assert len({clip for *_, clip, _ in cases}) == 3
+    for name, W, hessian, clip, bits in cases:
+        Q, scale = slow_gptq(W.astype(np.float64), toy.arrays[f"hessian.{hessian}"].astype(np.float64), clip, bits)
+        assert (toy.stored[name + ".codes"] != Q).any(1).mean() < 0.2, name
+        np.testing.assert_allclose(toy.stored[name + ".scale"], scale, rtol=2e-3)
+
+
+def test_everything_else_is_stored_in_half_precision_or_int8_rows(toy: Quantised) -> None:
+    """Gates lose at most half a step of their row, the small tensors at most fp16 rounding, and no tensor is missing."""
+    restored = tg.dequantize(toy.stored, toy.config)
+    weights = {name: array for name, array in toy.arrays.items() if not name.startswith("hessian.")}
+    assert restored.keys() == weights.keys()
+    for name, array in weights.items():
+        assert restored[name].shape == array.shape and restored[name].dtype == np.float32
+        if name.endswith("attn_gate_w"):
+            step = np.abs(array).max(1, keepdims=True) / 127
+            assert (np.abs(restored[name] - array) <= 0.502 * step).all()
+        elif name not in tg.BANKS and name != "tok_emb.weight":
+            assert np.array_equal(restored[name], array.astype(np.float16).astype(np.float32)), name
+
+
+def test_streams_hold_all_arrays_and_come_back_unchanged(toy: Quantised) -> None:
+    """stream_arrays is the inverse of stream_bytes, and together the streams hold every code and every half."""
+    table = tg.artifact_table(toy.config)
+    streams = tg.stream_bytes(toy.stored, table)
+    assert sum(map(len, streams.values())) == sum(array.nbytes for array in toy.stored.values())
+    back = tg.stream_arrays(streams, table)
+    assert back.keys() == toy.stored.keys()
+    for name, array in toy.stored.items():
+        assert back[name].dtype == array.dtype and np.array_equal(back[name], array), name
+
+
+def test_saved_artifact_reloads_with_identical_codes_and_losses(toy: Quantised) -> None:
+    """The file gives back exactly codes times scales, and a model with the same nll as those weights."""
+    expected = tg.dequantize(toy.stored, toy.config)
+    loaded = tg.load_artifact(toy.path, toy.config)
+    assert loaded.keys() == expected.keys() and all(np.array_equal(loaded[name], expected[name]) for name in expected)
+    model = tg.GPT(toy.config, RUN)
+    model.load(expected)
+    tokens, plan = torch.from_numpy(random_tokens(65, 64, seed=5))[None], tg.layer_plan(toy.config, True)
+    with torch.no_grad():
+        ours = model(tokens[:, :-1], tokens[:, 1:], plan)
+        theirs = tg.artifact_model(toy.path, toy.config, RUN)(tokens[:, :-1], tokens[:, 1:], plan)
+    assert torch.equal(ours, theirs)
+
+
+def test_reported_bytes_are_the_size_of_the_file(toy: Quantised) -> None:
+    """save_artifact returns what is on disk, and saving twice gives the same bytes."""
+    assert toy.size == toy.path.stat().st_size
+    twin = toy.path.with_name("twin.bin")
+    tg.save_artifact(twin, toy.stored, toy.config)
+    assert twin.read_bytes() == toy.path.read_bytes()
+    assert sorted(path.name for path in toy.path.parent.iterdir()) == ["artifact.bin", "twin.bin"]
+
+
+def refused(path: Path, config: tg.Config, data: bytes, match: str = "") -> None:
+    path.write_bytes(data)
+    with pytest.raises(tg.UserError, match=match) as caught:
+        tg.load_artifact(path, config)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_truncated_artifacts_are_refused(toy: Quantised, tmp_path: Path) -> None:
+    """Cut anywhere, or with bytes behind the end, the file is not read."""
+    data = toy.path.read_bytes()
+    for size in (0, 4, 8, 11, 12, 40, len(data) // 2, len(data) - 1):
+        refused(tmp_path / "cut.bin", toy.config, data[:size])
+    refused(tmp_path / "long.bin", toy.config, data + b"x", "left over")
+
+
+def test_flipped_bits_are_refused_wherever_they_are(toy: Quantised, tmp_path: Path) -> None:
+    """A single changed bit in the magic, the header or any stream is noticed."""
+    data = toy.path.read_bytes()
+    header = 12 + int.from_bytes(data[8:12], "little")
+    generator = np.random.default_rng(0)
+    for position in [0, 7, 8, 9, 11, *generator.integers(12, header, 60), *generator.integers(header, len(data), 30)]:
+        changed = bytearray(data)
+        changed[position] ^= 1 << int(generator.integers(8))
+        path = tmp_path / "flipped.bin"
+        path.write_bytes(changed)
+        try:
+            loaded = tg.load_artifact(path, toy.config)
+        except tg.UserError:
+            continue
+        # Letters of the JSON may change case without changing its meaning, for example in a hexadecimal number.
+        assert 12 <= position < header
+        assert all(np.array_equal(loaded[name], a) for name, a in tg.dequantize(toy.stored, toy.config).items())
+
+
+def test_artifact_of_another_configuration_is_refused_naming_the_settings(toy: Quantised) -> None:
+    """Settings that the forward pass depends on must be the artifact's; others may differ."""
+    for key, value in dict(NUM_LOOPS=2, LOGIT_SOFTCAP=20, ROPE_BASE=500, SMEAR_GATE_ENABLED=0, MLP_MULT=3, XSA_LAST_N=1).items():
+        with pytest.raises(tg.UserError, match=key):
+            tg.load_artifact(toy.path, toy_config(**{key: value}))
+    others = toy_config(SEED=5, EVAL_SEQ_LEN=16, MATRIX_LR=1, ENABLE_LOOPING_AT=0.1, QK_GAIN_INIT=2, TTT_ENABLED=0, MATRIX_BITS=5)
+    tg.load_artifact(toy.path, others)
+
+
+def test_forward_settings_all_travel_in_the_artifact() -> None:
+    """Every setting that changes the loss of given weights is among those that the artifact is checked against."""
+    tokens = torch.from_numpy(random_tokens(50, 64, bos_every=20))[None]
+    base = random_model(toy_config())
+    weights = base.arrays()
+    reference = base(tokens[:, :-1], tokens[:, 1:], tg.layer_plan(base.config, True))
+    settings = tg.model_settings(base.config)
+    changes = dict(NUM_HEADS=8, ROPE_DIMS=2, ROPE_BASE=77, XSA_LAST_N=2, LOGIT_SOFTCAP=9, GATE_WINDOW=11, NUM_LOOPS=2)
+    changes |= dict(LOOP_START=0, LOOP_END=1, PARALLEL_START_LAYER=0, EVAL_SEQ_LEN=16, TRAIN_SEQ_LEN=16, QK_GAIN_INIT=1, MLP_GATE_BIAS=0)
+    seen = set()
+    for key, value in changes.items():
+        config = toy_config(**{key: value})
+        model = tg.GPT(config, RUN)
+        try:
+            model.load(weights)
+            changed = not torch.equal(model(tokens[:, :-1], tokens[:, 1:], tg.layer_plan(config, True)), reference)
+        except tg.UserError:
+            changed = True
+        if changed:
+            assert key.lower() in settings, key
+            seen.add(key)
+    assert seen == set(changes) - {"EVAL_SEQ_LEN", "TRAIN_SEQ_LEN", "QK_GAIN_INIT", "MLP_GATE_BIAS"}
+
+
+def test_decompression_bombs_are_refused_without_unpacking_them(toy: Quantised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that would expand to a gigabyte, with correct checksums, is given up after its expected size."""
+    table = tg.artifact_table(toy.config)
+    streams = tg.stream_bytes(toy.stored, table)
+    packer = brotli.Compressor(quality=1)
+    bomb = b"".join(packer.process(bytes(2**20)) for _ in range(1024)) + packer.finish()
+    assert len(bomb) < 2**20
+    unpacked = []
+
+    class Watched:
+        def __init__(self) -> None:
+            self.inner = real()
+
+        def process(self, data: bytes, **options: int) -> bytes:
+            out = self.inner.process(data, **options)
+            unpacked.append(len(out))
+            return out
+
+        def is_finished(self) -> bool:
+            return self.inner.is_finished()
+
+    real = brotli.Decompressor
+    monkeypatch.setattr(brotli, "Decompressor", Watched)
+    meta = {"model": tg.model_settings(toy.config)}
+    for victim in streams:
+        unpacked.clear()
+        packed = [bomb if stream == victim else brotli.compress(data, quality=1) for stream, data in streams.items()]
+        tg.write_container(tmp_path / "bomb.bin", meta, packed)
+        with pytest.raises(tg.UserError, match=f"stream {victim} does not expand"):
+            tg.load_artifact(tmp_path / "bomb.bin", toy.config)
+        assert sum(unpacked) < sum(map(len, streams.values())) + 2**17
+
+
+def test_wrong_streams_are_refused(toy: Quantised, tmp_path: Path) -> None:
+    """Too few streams, a stream of another length, a stream that is not compressed, and meta that is no table."""
+    streams = [brotli.compress(data) for data in tg.stream_bytes(toy.stored, tg.artifact_table(toy.config)).values()]
+    meta, path = {"model": tg.model_settings(toy.config)}, tmp_path / "wrong.bin"
+    longer = brotli.compress(brotli.decompress(streams[0]) + b"\0")
+    for blobs in (streams[:-1], [longer, *streams[1:]], [b"no brotli", *streams[1:]], [streams[0] + b"x", *streams[1:]], []):
+        tg.write_container(path, meta, blobs)
+        with pytest.raises(tg.UserError, match="damaged artifact"):
+            tg.load_artifact(path, toy.config)
+    for other in ({}, {"model": None}, {"model": 3}, {"model": ["vocab_size"]}):
+        tg.write_container(path, other, streams)
+        with pytest.raises(tg.UserError, match="VOCAB_SIZE"):
+            tg.load_artifact(path, toy.config)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Containers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_container_gives_back_what_was_written(tmp_path: Path) -> None:
+    """Meta and blobs, empty ones included, survive the round trip, and the size is the file's."""
+    meta, blobs = {"a": [1, 2.5, None, "é"], "b": {"c": True}}, [b"", b"x" * 1000, bytes(range(256)), b""]
+    for contents in (blobs, []):
+        size = tg.write_container(tmp_path / "c.bin", meta, contents)
+        assert size == (tmp_path / "c.bin").stat().st_size
+        assert tg.read_container(tmp_path / "c.bin") == (meta, contents)
+
+
+def test_arrays_give_back_what_was_written(tmp_path: Path) -> None:
+    """Names, shapes (scalars and empty arrays too), types and values survive the round trip."""
+    arrays = {
+        "matrix": np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32),
+        "transposed": np.arange(6, dtype=np.float64).reshape(2, 3).T,
+        "scalar": np.array(3.5, np.float32),
+        "empty": np.zeros((0, 3), np.float32),
+        "whole": np.arange(5),
+    }
+    tg.save_arrays(tmp_path / "a.bin", {"step": 3}, arrays)
+    meta, back = tg.load_arrays(tmp_path / "a.bin")
+    assert meta == {"step": 3} and list(back) == list(arrays)
+    for name, array in arrays.items():
+        assert back[name].shape == array.shape and back[name].dtype == array.dtype and np.array_equal(back[name], array)
+
+
+def test_missing_and_unwritable_containers_are_user_errors(tmp_path: Path) -> None:
+    """Reading what is not there, and writing where it cannot be written, names the path and leaves no partial file."""
+    with pytest.raises(tg.UserError, match="absent.bin"):
+        tg.read_container(tmp_path / "absent.bin")
+    with pytest.raises(tg.UserError, match="nowhere"):
+        tg.write_container(tmp_path / "nowhere" / "x.bin", {}, [b"1"])
+    (tmp_path / "folder.bin").mkdir()
+    with pytest.raises(tg.UserError, match="folder.bin"):
+        tg.write_container(tmp_path / "folder.bin", {}, [b"1"])
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.bin"]
+
+
+@pytest.mark.parametrize(
+    "table",
+    [{}, {"x": ["<f4", [3]]}, {"x": ["|O", [2]]}, {"x": ["<f4"]}, {"x": 3}, ["x"], None, {"x": ["<f4", [-7]]}, {"x": ["<f4", "2"]}],
+)
+def test_array_tables_that_do_not_fit_are_refused(table: Any, tmp_path: Path) -> None:
+    """A header that announces other shapes, odd types or no table at all is an error, not a crash."""
+    tg.write_container(tmp_path / "t.bin", {"arrays": table}, [bytes(8)])
+    with pytest.raises(tg.UserError, match="t.bin"):
+        tg.load_arrays(tmp_path / "t.bin")
+
+
+def test_interrupted_write_keeps_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When writing fails half-way the old file is still whole."""
+    path = tmp_path / "c.bin"
+    tg.write_container(path, {"n": 1}, [b"old"])
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(tg.UserError, match="No space left"):
+        tg.write_container(path, {"n": 2}, [b"new"])
+    assert tg.read_container(path) == ({"n": 1}, [b"old"]) and [p.name for p in tmp_path.iterdir()] == ["c.bin"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sizes
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_artifact_over_the_limit_is_written_and_reported_and_fails(
+    toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Too large is still on disk with its true size; the result says invalid and why, and the exit status is not 0."""
+    env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="big", ITERATIONS=1, STAGES="train,quantize")
+    for limit, status in ((1000, 1), (16_000_000, 0)):
+        monkeypatch.setattr(tg, "ARTIFACT_LIMIT_BYTES", limit)
+        monkeypatch.setattr(os, "environ", {**os.environ, **env})
+        assert tg.command_line() == status
+        result = json.loads((tmp_path / "big" / "result.json").read_text())
+        artifact = tmp_path / "big" / "artifact.bin"
+        assert result["artifact_bytes"] == artifact.stat().st_size
+        assert result["total_bytes"] == result["artifact_bytes"] + result["code_bytes"] > 1000
+        assert result["valid"] == (status == 0)
+        assert ("1000" in " ".join(result["violations"])) == (status == 1)
+        assert ("INVALID" in capsys.readouterr().out) == (status == 1)
+        tg.load_artifact(artifact, tg.load_config(env)[0])
+
+
+def test_packed_script_runs_alone_and_its_length_is_what_counts(tmp_path: Path) -> None:
+    """In a clean folder the packed file describes the same system, and counts exactly its own bytes."""
+    packed = tg.packed_script((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
+    assert tg.counted_code_bytes() == (len(packed), False)
+    (tmp_path / "train_gpt.py").write_bytes(packed)
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PRESET")}
+    done = subprocess.run(
+        [sys.executable, "train_gpt.py"], cwd=tmp_path, env=env | {"STAGES": "describe"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    described = json.loads(done.stdout)
+    assert described == json.loads(json.dumps(tg.describe(tg.load_config({})[0])))
+    assert described["forecast"]["code_bytes"] == len(packed)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["train_gpt.py"]
+
+
+def test_packed_text_has_no_comments_and_the_same_program() -> None:
+    """Packing removes comments and docstrings only: what is left parses to the same tree without its docstrings."""
+    import ast
+
+    source = '"""Doc."""\nclass A:\n    """Only a docstring."""\n\n\ndef f(x):\n    """Doc."""\n    return x + 1  # note\n\nprint(f(1), "#no")\n'
+    names: dict[str, Any] = {"__file__": "none"}
+    packed = tg.packed_script(source)
+    text = packed.decode("latin1").removeprefix("#coding:latin1\n")
+    captured: list[str] = []
+    real = brotli.decompress
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(brotli, "decompress", lambda data: captured.append(real(data).decode()) or real(data))
+        exec(compile(text, "packed", "exec"), names)
+    assert names["f"](4) == 5 and names["A"].__doc__ is None
+    assert ast.unparse(ast.parse(captured[0])) == "class A:\n    pass\n\ndef f(x):\n    return x + 1\nprint(f(1), '#no')"
+
+
+@pytest.mark.parametrize("clip, bits, published", [(12.85, 6, 3.328), (12.0, 6, 3.425), (15.0, 7, 4.121), (20.0, 8, 4.715)])
+def test_rate_model_equals_the_entropy_of_gaussian_codes(clip: float, bits: int, published: float) -> None:
+    """The forecast's bits per weight match the entropy of quantised Gaussian rows within 0.02 bits."""
+    keys = ("ATTN_CLIP_SIGMAS", "MLP_CLIP_SIGMAS", "EMBED_CLIP_SIGMAS")
+    config = toy_config(MATRIX_BITS=bits, EMBED_BITS=bits, **dict.fromkeys(keys, clip))
+    count, gates, halves = 0, 0, 0
+    for entry in tg.artifact_table(config):
+        elements = int(np.prod(entry.shape))
+        count += elements * (entry.dtype == "i1" and entry.stream != "gates")
+        gates += elements * (entry.stream == "gates")
+        halves += elements * (entry.dtype == "<f2")
+    weights = tg.predicted_artifact_bytes(config)["artifact_bytes"] - 0.85 * 2 * halves
+    forecast = (weights * 8 / 1.012 - 7 * gates) / count
+    W = np.random.default_rng(0).normal(size=(256, 2048))
+    Q, _ = run_gptq(W, np.eye(2048), clip, bits, block=2048)
+    p = np.unique(Q, return_counts=True)[1] / Q.size
+    entropy = float(-(p * np.log2(p)).sum())
+    assert abs(entropy - published) < 0.01 and abs(forecast - entropy) < 0.02
+
+
+def test_forecast_is_close_to_the_file_of_a_gaussian_model(tmp_path: Path) -> None:
+    """At a size where headers do not matter, the predicted bytes are within 3 % of the saved file's."""
+    config = toy_config(MODEL_DIM=128, VOCAB_SIZE=256, MLP_MULT=4)
+    arrays = {name: array.copy() for name, array in random_model(config).arrays().items()}
+    for name, matrix in tg.MATRICES.items():
+        for layer in range(config.num_layers):
+            arrays[f"hessian.{name}.{layer}"] = np.eye(arrays[matrix.bank].shape[-1], dtype=np.float32)
+    arrays["hessian.head.0"] = np.eye(128, dtype=np.float32)
+    size = tg.save_artifact(tmp_path / "a.bin", tg.quantize(arrays, config, CPU), config)
+    assert size > 250_000
+    assert tg.predicted_artifact_bytes(config)["artifact_bytes"] == pytest.approx(size, rel=0.03)
