@@ -29,6 +29,7 @@ L physical layers, R LoRA rank. Linear maps are y = x W^T with W of shape (out, 
 """
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -36,7 +37,9 @@ import math
 import os
 import platform
 import resource
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -1526,6 +1529,24 @@ class TrainingDiverged(RuntimeError):
     """The loss is no longer a number."""
 
 
+class Interrupted(Exception):
+    """A signal ended the run; its number is the only argument. What had been reached is on disk."""
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying from them, so that a step can be finished first."""
+    noted: list[int] = []
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    kinds = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
+    before = {kind: signal.signal(kind, lambda number, frame: noted.append(number)) for kind in kinds}
+    try:
+        yield noted
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
 class Trainer:
     """The training state and the loop over it."""
 
@@ -1552,15 +1573,17 @@ class Trainer:
         first = step * self.config.rows_per_step
         return self.deal(range(first, first + self.config.rows_per_step))
 
-    def update(self, rows: list[Row], looping: bool, multiplier: float, momentum: float, clock: float) -> list[float]:
-        """One optimizer step. Returns [mean loss over the global batch in nats, rank 0's `clock` in seconds, norm of
-        the gradient], alike on all ranks."""
+    def update(
+        self, rows: list[Row], looping: bool, multiplier: float, momentum: float, clock: float = 0.0, stop: int = 0
+    ) -> list[float]:
+        """One optimizer step. Returns [mean loss over the global batch in nats, rank 0's `clock` in seconds, sum of
+        `stop` over ranks, norm of the gradient], alike on all ranks."""
         plan, total = self.plans[looping], torch.zeros((), device=self.run.device)
         for row in rows:
             loss = self.forward(row.inputs, row.targets, plan, row.docs).sum() / self.config.train_batch_tokens
             loss.backward()
             total += loss.detach()
-        gradients, numbers = self.optimizer.exchange(plan, [total, clock if self.run.is_main else 0.0])
+        gradients, numbers = self.optimizer.exchange(plan, [total, clock if self.run.is_main else 0.0, stop])
         self.optimizer.step(gradients, multiplier, momentum)
         torch._foreach_lerp_(self.average, [p.data for p in self.model.parameters()], 1 - self.config.ema_decay)
         return numbers.tolist()  # the one host sync of a step
@@ -1574,45 +1597,47 @@ class Trainer:
         return self.step >= self.config.iterations or self.elapsed >= self.config.train_seconds
 
     def loop(self) -> None:
-        """Trains until the budget or the iterations are used up. Raises TrainingDiverged on a non-finite loss."""
+        """Trains until the budget or the iterations are used up.
+
+        Raises TrainingDiverged on a loss or gradient that is no number, and Interrupted after a signal, when the step
+        has been finished and saved.
+        """
         config, log, begin = self.config, self.log, time.monotonic() - self.elapsed
         saved = logged = self.elapsed
         tokens_done = 0
-        for rows in prefetch(self.step_rows, range(self.step, config.iterations), self.run.device):
-            if self.finished():
-                break
-            if not self.looping and self.progress() >= config.enable_looping_at and config.num_loops:
-                self.looping = True
-                log("looping", step=self.step, progress=self.progress(), visits=len(self.plans[True]))
-            multiplier = lr_multiplier(self.progress(), config)
-            momentum = muon_momentum(self.step, config)
-            clock = time.monotonic() - begin
-            loss, self.elapsed, norm = self.update(rows, self.looping, multiplier, momentum, clock)
-            self.step, tokens_done = self.step + 1, tokens_done + config.train_batch_tokens
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise TrainingDiverged(
-                    f"loss {loss}, gradient {norm} at step {self.step}; lower MATRIX_LR or TIED_EMBED_LR"
-                )
-            self.history.append([self.step, loss, self.elapsed])
-            if self.step <= 5 or self.step % config.train_log_every == 0 or self.step == config.iterations:
-                speed = tokens_done / max(self.elapsed - logged, 1e-9)
-                log(
-                    "train",
-                    step=f"{self.step}/{config.iterations}",
-                    loss=loss,
-                    lr_multiplier=multiplier,
-                    seconds=self.elapsed,
-                    tokens_per_s=round(speed),
-                )
-                logged, tokens_done = self.elapsed, 0
-            if config.checkpoint_seconds and self.elapsed - saved >= config.checkpoint_seconds:
-                saved = self.elapsed
-                self.save_checkpoint()
-            if config.val_loss_every and self.step % config.val_loss_every == 0:
-                paused = time.monotonic()
-                tally = self.validate()
-                log("validation", step=self.step, val_loss=tally.loss, val_bpb=tally.bpb)
-                begin += time.monotonic() - paused
+        with noted_signals() as signals:
+            for rows in prefetch(self.step_rows, range(self.step, config.iterations), self.run.device):
+                if self.finished():
+                    break
+                if not self.looping and self.progress() >= config.enable_looping_at and config.num_loops:
+                    self.looping = True
+                    log("looping", step=self.step, progress=self.progress(), visits=len(self.plans[True]))
+                multiplier = lr_multiplier(self.progress(), config)
+                momentum = muon_momentum(self.step, config)
+                clock, stop = time.monotonic() - begin, signals[0] if signals else 0
+                numbers = self.update(rows, self.looping, multiplier, momentum, clock, stop)
+                loss, self.elapsed, stop, norm = numbers
+                self.step, tokens_done = self.step + 1, tokens_done + config.train_batch_tokens
+                if not math.isfinite(loss) or not math.isfinite(norm):
+                    text = f"loss {loss}, gradient {norm} at step {self.step}; lower MATRIX_LR or TIED_EMBED_LR"
+                    raise TrainingDiverged(text)
+                self.history.append([self.step, loss, self.elapsed])
+                if self.step <= 5 or self.step % config.train_log_every == 0 or self.step == config.iterations:
+                    speed = round(tokens_done / max(self.elapsed - logged, 1e-9))
+                    done = f"{self.step}/{config.iterations}"
+                    log("train", step=done, loss=loss, lr=multiplier, seconds=self.elapsed, tokens_per_s=speed)
+                    logged, tokens_done = self.elapsed, 0
+                due = config.checkpoint_seconds and self.elapsed - saved >= config.checkpoint_seconds
+                if due or stop:
+                    saved = self.elapsed
+                    self.save_checkpoint()
+                if stop:
+                    raise Interrupted(signals[0] if signals else signal.SIGTERM)
+                if config.val_loss_every and self.step % config.val_loss_every == 0:
+                    paused = time.monotonic()
+                    tally = self.validate()
+                    log("validation", step=self.step, val_loss=tally.loss, val_bpb=tally.bpb)
+                    begin += time.monotonic() - paused
         self.run.synchronize()
         self.elapsed = self.run.share(time.monotonic() - begin)
 
@@ -1633,7 +1658,7 @@ class Trainer:
         tokens = torch.from_numpy(random.integers(2, self.config.vocab_size, (1, length))).to(self.run.device)
         for looping in (False, True):
             for _ in range(self.config.warmup_steps):
-                self.update([Row(tokens, tokens, docs)], looping, 1.0, 0.9, 0.0)
+                self.update([Row(tokens, tokens, docs)], looping, 1.0, 0.9)
         self.set_state(*before)
         self.log("warm_up", steps=2 * self.config.warmup_steps, seconds=time.monotonic() - start)
 
@@ -2699,7 +2724,7 @@ def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> 
 
 
 def command_line() -> int:
-    """Exit status: 0 done, 1 diverged or a rule is broken, 2 a mistake in settings or files."""
+    """Exit status: 0 done, 1 diverged or a rule is broken, 2 a mistake in settings or files, 128 + n signal n."""
     run = Run(rank=int(os.environ.get("RANK", 0)))
     try:
         config, origins = load_config(os.environ)
@@ -2712,6 +2737,14 @@ def command_line() -> int:
         if run.is_main:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
+    except (Interrupted, KeyboardInterrupt) as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        if run.is_main:
+            print(
+                f"stopped by {signal.Signals(number).name}; start again with the same RUN_ID to continue",
+                file=sys.stderr,
+            )
+        return 128 + number
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,0 +1,1042 @@
+#!/usr/bin/env python3
+"""Checks record folders of Parameter Golf, ours or anybody's, against the rules of the challenge.
+
+    python records/check.py records/2030-01-01_Name                     every rule, one line each
+    python records/check.py FOLDER --reference OLDER_FOLDER             and whether it beats that record
+    python records/check.py FOLDER... --json                            for programs
+    python records/check.py FOLDER --not-a-record                       time, hardware, seeds and margin are not asked for
+
+Each line says what was found, what the limit is, and where the rule comes from: its number in the list of RULES, its
+strength, and the thread of github.com/openai/parameter-golf behind it. Strength H is a hard rule (README or a ruling of a
+maintainer), P a precedent, C the criterion of issue #1017, G a grey area. Verdicts: ok, FAIL, warn (should be explained),
+`?` (cannot be judged from the folder), `-` (does not apply to a folder that is no record).
+
+Nothing in a folder is executed or imported. Exit status: 0 nothing failed, 1 some rule failed, 2 a folder cannot be read.
+"""
+
+import argparse
+import ast
+import dataclasses
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from records.logs import RunLog, Score, logged_source, read_log
+
+CAP_BYTES = 16_000_000  # decimal: counted code + compressed model (README FAQ)
+NARROW_BYTES = 5_000  # the compressed size moves by several kB between runs (#568, #1978)
+LIMIT_S = 600.0  # training, and again evaluation, on 8xH100 (README)
+MARGIN_NATS = 0.005  # a record beats the one before by this much, in nats per token (README)
+RECORD_P, BOARD_P = 0.01, 0.25  # the written test, and the one the board was built with (#1902)
+DOCUMENTS = 50_000  # validation is the first 50,000 documents of the frozen list (data README)
+TRUE_BYTES = (151.07e6, 151.09e6)  # bytes of their text, whatever the export; the dropped tail moves the last digits
+LN2 = math.log(2)
+
+
+class Export(NamedTuple):
+    """What the logs of merged records say about one export of the validation documents."""
+
+    name: str
+    targets: int  # scored by the stock loader, which drops the tail
+    bytes_per_token: float
+
+
+EXPORTS = (
+    Export("sp1024", 62_021_632, 2.4359),
+    Export("sp4096", 45_508_608, 3.3197),
+    Export("sp8192", 40_540_160, 3.7266),
+    Export("sp8192 CaseOps", 47_851_520, 3.1572),
+)
+FIRST_EXPORT = Export("sp1024 before the documents were frozen", 63_779_840, 2.4423)  # the naive baseline's log
+LONGEST_TAIL = 4096  # targets that the stock loader may drop
+KNOWN_TRUNCATED = 9_662_464  # 10,000 documents, or a cut shard (#1854, #1923)
+
+PREINSTALLED = {"torch", "numpy", "sentencepiece", "tqdm", "huggingface_hub", "datasets", "tiktoken", "kernels"}
+PREINSTALLED |= {"setuptools", "typing_extensions", "triton", "flash_attn_interface", "flash_attn"}
+
+
+class FolderError(ValueError):
+    """A folder that cannot be checked at all. The message is one line."""
+
+
+class Finding(NamedTuple):
+    """What a rule found: status ok, fail, warn or unknown."""
+
+    status: str
+    found: str
+    limit: str = ""
+
+
+def ok(found: Any, limit: Any = "") -> Finding:
+    return Finding("ok", str(found), str(limit))
+
+
+def fail(found: Any, limit: Any = "") -> Finding:
+    return Finding("fail", str(found), str(limit))
+
+
+def warn(found: Any, limit: Any = "") -> Finding:
+    return Finding("warn", str(found), str(limit))
+
+
+def unknown(found: Any, limit: Any = "") -> Finding:
+    return Finding("unknown", str(found), str(limit))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# FOLDER: what is read before any rule is applied
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Folder:
+    """The contents of a record folder, parsed once."""
+
+    path: Path
+    is_record: bool
+    submission: dict[str, Any]  # empty where the file is missing or no object
+    submission_error: str
+    readme: str
+    script: bytes
+    logs: list[RunLog]  # one per seed where the folder tells seeds apart
+    seeds: dict[int, dict[str, Any]]  # what submission.json says of each seed
+
+    def stated(self, *names: str) -> float | None:
+        """The first of these keys of submission.json that holds a number."""
+        return next((value for name in names if (value := number(self.submission.get(name))) is not None), None)
+
+    def log_of(self, seed: int) -> RunLog | None:
+        return next((log for log in self.logs if log.facts.get("seed") == seed), None)
+
+    def scored(self, log: RunLog) -> Score | None:
+        """The score of a log that the folder claims, or else the one it ends with."""
+        claims = [self.seed_value(log.facts.get("seed"), "val_bpb"), self.stated("val_bpb")]
+        for claim in claims:
+            for score in reversed(log.scores):
+                if claim is not None and score.kind in ("quantized", "final") and agree(claim, score.bpb, score.decimals):
+                    return with_loss(score, log)
+        return with_loss(log.final, log) if log.final else None
+
+    def seed_value(self, seed: int | None, name: str) -> float | None:
+        return number(self.seeds.get(seed, {}).get(name)) if seed is not None else None
+
+    def results(self) -> dict[str, tuple[float | None, float]]:
+        """(nats per token, bits per byte) of each run: from its log, or where there is none from submission.json."""
+        found = {log.path.name: self.scored(log) for log in self.logs}
+        runs = {name: (score.loss, score.bpb) for name, score in found.items() if score}
+        stated = {f"seed {seed}": (number(v.get("val_loss")), number(v.get("val_bpb"))) for seed, v in self.seeds.items()}
+        listed = {name: (loss, bpb) for name, (loss, bpb) in stated.items() if bpb is not None}
+        return runs if len(runs) >= len(listed) else listed
+
+
+SEED_ALIASES = {
+    "val_bpb": ("val_bpb", "ttt_val_bpb", "bpb"),
+    "val_loss": ("val_loss", "ttt_val_loss"),
+    "artifact_bytes": ("artifact_bytes", "bytes_total", "total_bytes"),
+    "steps": ("steps", "train_steps", "step_stop"),
+    "eval_time_s": ("eval_time_s", "eval_s", "eval_time_seconds", "ttt_eval_time_s"),
+    "train_time_s": ("train_time_s", "train_s", "train_time_seconds"),
+}
+
+
+def with_loss(score: Score, log: RunLog) -> Score:
+    """The score with the loss of the line that states both to the same bpb, and ours with all digits of the result."""
+    if log.result and agree(score.bpb, number(log.result.get("val_bpb")) or 0.0, score.decimals):
+        return score._replace(loss=log.result.get("val_loss"), bpb=log.result["val_bpb"], decimals=8)
+    return score
+
+
+def number(value: Any) -> float | None:
+    """A finite JSON number, or None for anything else, truth values included."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
+def decimals(value: float) -> int:
+    """How many decimals a number was written with, as far as JSON keeps them: 1.0810 counts as 3."""
+    text = repr(float(value))
+    return int(text.split("e-")[1]) if "e-" in text else len(text.split(".")[1])
+
+
+def agree(stated: float, exact: float, digits: int = 8) -> bool:
+    """Whether a stated number is the exact one, rounded or cut to the digits it is stated with, of which at least three
+    decimals must be; both are known to `digits` decimals at most."""
+    places = min(max(decimals(stated), 3), digits)
+    return abs(stated - exact) < 1.01 * 10.0**-places
+
+
+def read_folder(path: Path, not_a_record: bool) -> Folder:
+    """Parses a folder. Raises FolderError when there is nothing to check."""
+    if not path.is_dir():
+        raise FolderError(f"{path}: no such folder; give the folder of a record")
+    try:
+        files = {file.name: file for file in path.iterdir() if file.is_file()}
+        if not files.keys() & {"submission.json", "README.md", "train_gpt.py"} and not read_logs(path, {}):
+            raise FolderError(f"{path}: holds neither submission.json, README.md, train_gpt.py nor a log; is it a record?")
+        submission, error = read_submission(path / "submission.json")
+        readme = files["README.md"].read_text(errors="replace") if "README.md" in files else ""
+        script = files["train_gpt.py"].read_bytes() if "train_gpt.py" in files else b""
+        seeds = seed_table(submission)
+        track = f"{submission.get('track') or ''} {path.resolve().parent.name}".lower()
+        is_record = not (not_a_record or re.search(r"non[-_ ]?record|unlimited", track))
+        return Folder(path, is_record, submission, error, readme, script, read_logs(path, seeds), seeds)
+    except OSError as error:
+        raise FolderError(f"{path}: cannot read ({error})") from None
+
+
+def read_submission(path: Path) -> tuple[dict[str, Any], str]:
+    """submission.json, and what is wrong with it as a file."""
+    if not path.exists():
+        return {}, "no submission.json"
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        return {}, f"not JSON: {error}"
+    return (value, "") if isinstance(value, dict) else ({}, f"holds a {type(value).__name__}, not an object")
+
+
+def seed_table(submission: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The per-seed part of submission.json in any of its layouts, under the names of SEED_ALIASES."""
+    rows = submission.get("seed_results")
+    if not isinstance(rows, dict | list):
+        rows = submission.get("seeds") if isinstance(submission.get("seeds"), dict) else {}
+    if isinstance(rows, list):
+        rows = {str(row.get("seed", "")): row for row in rows if isinstance(row, dict)}
+    table = {}
+    for key, row in rows.items():
+        digits = re.fullmatch(r"(?:seed[ _-]?)?(\d+)", str(key))
+        row = {"val_bpb": row} if number(row) is not None else row
+        if digits and isinstance(row, dict):
+            known = {n: next((row[a] for a in names if number(row.get(a)) is not None), None) for n, names in SEED_ALIASES.items()}
+            table[int(digits[1])] = {name: value for name, value in known.items() if value is not None}
+    return table
+
+
+def read_logs(path: Path, seeds: dict[int, dict[str, Any]]) -> list[RunLog]:
+    """The logs of the submitted runs: train_seed<SEED>.log; without these, the file that fits each seed best."""
+    places = [path, path / "logs"]
+    files = [f for place in places if place.is_dir() for f in sorted(place.iterdir()) if f.suffix in (".log", ".txt")]
+    files = [f for f in files if f.is_file() and not f.name.startswith("requirements")]
+    proper = [f for f in files if re.fullmatch(r"train_seed\d+\.log", f.name)]
+    with_seed = [f for f in files if re.search(r"seed[_-]?\d+", f.name)]
+    logs = [read_log(f) for f in proper or with_seed or files]
+    logs = [log for log in logs if proper or log.final]
+    for log in logs:
+        named = re.search(r"(?:seed|_s)[_-]?(\d+)", log.path.name)
+        if named:
+            log.facts.setdefault("seed", int(named[1]))
+            log.facts["seed_in_name"] = int(named[1])
+    if proper:
+        return logs
+    chosen: dict[Any, RunLog] = {}
+    for log in logs:
+        seed = log.facts.get("seed", log.path.name)
+        claim = number(seeds.get(seed, {}).get("val_bpb")) if isinstance(seed, int) else None
+        fits = claim is not None and any(agree(claim, s.bpb, s.decimals) for s in log.scores)
+        if seed not in chosen or fits:
+            chosen[seed] = log
+    return list(chosen.values())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# RULES: one small function each, folder -> finding
+# ------------------------------------------------------------------------------------------------------------
+
+
+def worst(findings: Iterable[Finding], nothing: str) -> Finding:
+    """All findings as one: the worst status, and what was found with that status."""
+    found = list(findings)
+    for status in ("fail", "warn", "unknown", "ok"):
+        chosen = [finding for finding in found if finding.status == status]
+        if chosen:
+            texts = list(dict.fromkeys(finding.found for finding in chosen))
+            return Finding(status, "; ".join(texts[:3]) + (f"; and {len(texts) - 3} more" if len(texts) > 3 else ""), chosen[0].limit)
+    return unknown(nothing)
+
+
+def of_logs(folder: Folder, rule: Callable[[RunLog], Finding | None]) -> Finding:
+    """The worst finding over the logs; None means that a log says nothing of the matter."""
+    found = [(log, rule(log)) for log in folder.logs]
+    if len(found) > 1 and len({finding for _, finding in found}) == 1 and found[0][1]:
+        return found[0][1]  # all logs alike
+    named = [finding._replace(found=f"{log.path.name}: {finding.found}") for log, finding in found if finding]
+    return worst(named, "no log says" if folder.logs else "no logs")
+
+
+def folder_name(folder: Folder) -> Finding:
+    name = folder.path.resolve().name
+    good = re.fullmatch(r"20\d\d-[01]\d-[0-3]\d_[A-Za-z0-9._+-]+", name)
+    return (ok if good else fail)(name, "YYYY-MM-DD_Short_Name, ASCII, no spaces")
+
+
+def files(folder: Folder) -> Finding:
+    missing = [name for name in ("README.md", "submission.json", "train_gpt.py") if not (folder.path / name).is_file()]
+    missing += [] if folder.logs else ["a log with a final score"]
+    return fail("missing: " + ", ".join(missing)) if missing else ok(f"README, submission.json, train_gpt.py, {len(folder.logs)} logs")
+
+
+def script_compiles(folder: Folder) -> Finding:
+    if not folder.script:
+        return unknown("no train_gpt.py")
+    try:
+        compile(folder.script, "train_gpt.py", "exec", dont_inherit=True)
+        return ok(f"{len(folder.script)} bytes")
+    except (SyntaxError, ValueError) as error:
+        newer = sys.version_info < (3, 12) and "f-string" in str(error)  # 3.12 reads more f-strings than this Python
+        return (unknown if newer else fail)(f"{error}")
+
+
+def parsed_script(folder: Folder) -> ast.AST | None:
+    try:
+        return ast.parse(folder.script) if folder.script else None
+    except (SyntaxError, ValueError):
+        return None
+
+
+def is_packed(script: bytes) -> bool:
+    """A script that unpacks itself, so that its text says little."""
+    return b"exec(" in script and re.search(rb"b85decode|decompress", script) is not None and script.count(b"\n") < 40
+
+
+def installs(folder: Folder) -> Finding:
+    tree = parsed_script(folder)
+    if tree is None or is_packed(folder.script):
+        return unknown("script is packed" if folder.script else "no train_gpt.py")
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    runners = [c for c in calls if re.search(r"\b(subprocess|system|popen|check_call|check_output)\b", ast.unparse(c.func))]
+    words = r"\b(pip3?['\", ]+install|apt(-get)?['\", ]+install|curl|wget|git['\", ]+clone)\b"
+    found = [ast.unparse(call)[:80] for call in runners if re.search(words, ast.unparse(call))]
+    return fail("installs or downloads by itself: " + found[0]) if found else ok("no installation in the script")
+
+
+def imports(folder: Folder) -> set[str]:
+    """Top-level names of the modules that train_gpt.py imports."""
+    names: set[str] = set()
+    for node in ast.walk(parsed_script(folder) or ast.Module([], [])):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def requirements(folder: Folder) -> Finding:
+    needed = imports(folder) - PREINSTALLED - sys.stdlib_module_names
+    needed = {name for name in needed if not (folder.path / f"{name}.py").exists()}
+    listed = "".join(f.read_text(errors="replace").lower() for f in folder.path.glob("requirements*.txt"))
+    missing = sorted(name for name in needed if name.lower().replace("_", "-") not in listed.replace("_", "-"))
+    missing = [name for name in missing if name.lower() not in folder.readme.lower()]
+    return warn("imported but not listed: " + ", ".join(missing)) if missing else ok(f"{len(needed)} further packages, all listed")
+
+
+def code_closure(folder: Folder) -> Finding:
+    helpers = sorted(name for name in imports(folder) if (folder.path / f"{name}.py").exists())
+    if not helpers:
+        return ok("no helper modules") if parsed_script(folder) else unknown("script cannot be read")
+    size = sum((folder.path / f"{name}.py").stat().st_size for name in helpers)
+    counted = max([log.facts.get("code_bytes", 0) for log in folder.logs], default=0)
+    text = f"imports {', '.join(helpers)} ({size} bytes); counted code {counted}"
+    return ok(text) if counted >= len(folder.script) + size else warn(text, "all code needed at evaluation counts")
+
+
+def packed_script(folder: Folder) -> Finding:
+    """Ours: train_gpt_packed.py must be train_gpt.py without comments, and as long as the logs count it."""
+    path = folder.path / "train_gpt_packed.py"
+    if not path.exists():
+        return unknown("no train_gpt_packed.py")
+    packed = path.read_bytes()
+    counted = {log.facts["code_bytes"] for log in folder.logs if "code_bytes" in log.facts}
+    if counted - {len(packed)}:
+        return fail(f"{len(packed)} bytes, but the logs count {', '.join(map(str, sorted(counted)))}")
+    try:
+        same = ast.dump(ast.parse(unpack(packed))) == ast.dump(without_docstrings(ast.parse(folder.script)))
+    except (SyntaxError, ValueError) as error:
+        return fail(f"cannot be unpacked: {error}")
+    return ok(f"{len(packed)} bytes, the same program as train_gpt.py") if same else fail("another program than train_gpt.py")
+
+
+def unpack(packed: bytes) -> str:
+    """The program inside a script that train_gpt.packed_script made, without running it. Raises ValueError."""
+    import brotli
+
+    tree = ast.parse(packed)
+    texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    try:
+        return brotli.decompress(max(texts, key=len, default="").encode("latin1")).decode()
+    except (brotli.error, UnicodeError) as error:
+        raise ValueError(f"no brotli text inside ({error})") from None
+
+
+def without_docstrings(tree: ast.AST) -> ast.AST:
+    """The tree as the packer leaves it: bodies without their leading text."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            body[:1] = [] if len(body) > 1 else [ast.Pass()]
+    return tree
+
+
+def json_fields(folder: Folder) -> Finding:
+    if folder.submission_error:
+        return fail(folder.submission_error)
+    s = folder.submission
+    missing = [key for key in ("author", "github_id", "name") if not isinstance(s.get(key), str) or not s[key].strip()]
+    date = s.get("date")
+    if not isinstance(date, str) or not re.fullmatch(r"\d{4}-\d\d-\d\d([T ][\d:.]+(Z|[+-]\d\d:?\d\d)?)?", date):
+        missing.append(f"date (is {date!r})")
+    return fail("missing or of another type: " + ", ".join(missing)) if missing else ok("author, github_id, name, date")
+
+
+def val_bpb(folder: Folder) -> Finding:
+    value = folder.submission.get("val_bpb")
+    if number(value) is None:
+        return fail(f"val_bpb is {value!r}", "a number at the top level")
+    return ok(f"{value:.8f}") if 0 < value < 10 else fail(f"val_bpb is {value}", "between 0 and 10")
+
+
+def bytes_total(folder: Folder) -> Finding:
+    value = folder.submission.get("bytes_total")
+    return ok(f"{value:,}") if isinstance(value, int) and number(value) else fail(f"bytes_total is {value!r}", "a whole number")
+
+
+def val_loss_unit(folder: Folder) -> Finding:
+    loss, bpb = folder.stated("val_loss"), folder.stated("val_bpb")
+    if loss is None or bpb is None:
+        return unknown("no val_loss")
+    return fail(f"val_loss {loss} is the bpb again", "nats per token") if abs(loss - bpb) < 1e-4 else ok(f"{loss} nats per token")
+
+
+def stated_sizes(folder: Folder) -> dict[str, int]:
+    sizes = {f"seed {seed}": int(row["artifact_bytes"]) for seed, row in folder.seeds.items() if "artifact_bytes" in row}
+    top = {key: folder.stated(key) for key in ("bytes_total", "artifact_bytes_max", "artifact_bytes")}
+    return sizes | {key: int(value) for key, value in top.items() if value is not None}
+
+
+def size_stated(folder: Folder) -> Finding:
+    sizes = stated_sizes(folder)
+    over = [f"{name}: {size:,}" for name, size in sizes.items() if size > CAP_BYTES]
+    if over:
+        return fail("; ".join(over), f"{CAP_BYTES:,}")
+    return ok(f"{max(sizes.values()):,}", f"{CAP_BYTES:,}") if sizes else unknown("no sizes in submission.json")
+
+
+def size_logged(folder: Folder) -> Finding:
+    def judge(log: RunLog) -> Finding | None:
+        total = log.total_bytes
+        return None if total is None else (ok if total <= CAP_BYTES else fail)(f"{total:,}", f"{CAP_BYTES:,}")
+
+    return of_logs(folder, judge)
+
+
+def size_margin(folder: Folder) -> Finding:
+    sizes = [log.total_bytes for log in folder.logs if log.total_bytes] or list(stated_sizes(folder).values())
+    if not sizes:
+        return unknown("no sizes")
+    left = CAP_BYTES - max(sizes)
+    return (ok if left >= NARROW_BYTES or left < 0 else warn)(f"{left:,} bytes left", f"{NARROW_BYTES:,}")
+
+
+def train_time(folder: Folder) -> Finding:
+    def judge(log: RunLog) -> Finding | None:
+        seconds = log.facts.get("last_read_s", log.facts.get("train_s"))
+        if log.style == "ours":
+            seconds = number((log.result or {}).get("train_seconds")) or seconds
+        if seconds is None:
+            return None
+        step_in_flight = max(log.facts.get("step_ms", 0) / 1000, 0.15)  # the loop looks at the clock once a step
+        limit = LIMIT_S if log.style == "ours" else LIMIT_S + step_in_flight
+        return (ok if seconds <= limit else fail)(f"{seconds:.1f} s", f"{LIMIT_S:g} s")
+
+    return of_logs(folder, judge)
+
+
+def calibration_time(folder: Folder) -> Finding:
+    def judge(log: RunLog) -> Finding | None:
+        if log.style == "ours" or "calibration_s" not in log.facts or "train_s" not in log.facts:
+            return None
+        last = log.facts["train_s"] + log.facts["calibration_s"]
+        text = f"last training read at {last:.1f} s"
+        return ok(text) if last <= LIMIT_S else warn(text, f"{LIMIT_S:g} s in the strict reading")
+
+    return of_logs(folder, judge)
+
+
+def stopped_by_clock(folder: Folder) -> Finding:
+    def judge(log: RunLog) -> Finding | None:
+        forced = {k: v for k, v in log.settings.items() if k.lower() in ("forced_stop_step", "stop_after_step", "force_stop_step")}
+        found = [f"{key} {value}" for key, value in forced.items() if value not in ("0", "-1", "None", "")]
+        return fail("; ".join(found), "no forced step") if found else ok("no forced step") if log.settings else None
+
+    return of_logs(folder, judge)
+
+
+def eval_time(folder: Folder) -> Finding:
+    logged = {log.path.name: log.eval_seconds for log in folder.logs if log.eval_seconds is not None}
+    stated = {f"seed {s}": row["eval_time_s"] for s, row in folder.seeds.items() if "eval_time_s" in row}
+    times = logged or stated
+    over = [f"{name}: {seconds:.1f} s" for name, seconds in times.items() if seconds > LIMIT_S]
+    if over:
+        return fail("; ".join(over[:3]), f"{LIMIT_S:g} s")
+    return ok(f"{max(times.values()):.1f} s at most", f"{LIMIT_S:g} s") if times else unknown("no evaluation time in logs or submission.json")
+
+
+def hardware(folder: Folder) -> Finding:
+    text = " ".join(str(folder.submission.get(key, "")) for key in ("hardware", "gpu", "platform"))
+    gpus = {f"{log.facts.get('ranks', '?')} x {log.facts.get('gpu', '?')}" for log in folder.logs}
+    if wrong := [log.facts["ranks"] for log in folder.logs if log.facts.get("ranks", 8) != 8]:
+        return fail(f"{wrong[0]} processes in a log", "8xH100 SXM")
+    if wrong := [log.facts["gpu"] for log in folder.logs if "H100" not in log.facts.get("gpu", "H100")]:
+        return fail(wrong[0], "8xH100 SXM")
+    if re.search(r"8\s*x?\s*(nvidia\s*)?H100", text.replace("×", "x"), re.I) or any(gpu.startswith("8 x NVIDIA H100") for gpu in gpus):
+        return ok(text.strip() or sorted(gpus)[0], "8xH100 SXM")
+    return fail(text.strip(), "8xH100 SXM") if text.strip() else unknown("no hardware in submission.json or logs")
+
+
+def seeds(folder: Folder) -> Finding:
+    numbers = [log.facts.get("seed", log.path.name) for log in folder.logs if log.final]
+    claimed = folder.submission.get("seeds")
+    claimed = sorted(folder.seeds) or (claimed if isinstance(claimed, list) else [])
+    if len(set(map(str, numbers))) < len(numbers):
+        return fail(f"seeds of the logs: {numbers}", "distinct")
+    if len(numbers) < 3:
+        return fail(f"{len(numbers)} logs with a final score" + (f", seeds claimed: {claimed}" if claimed else ""), "3 seeds")
+    if claimed and not set(map(str, claimed)) <= set(map(str, numbers)):
+        return fail(f"seeds claimed: {claimed}, in the logs: {numbers}", "a log for each")
+    return ok(f"{len(numbers)} seeds: {', '.join(map(str, numbers))}", "3 seeds")
+
+
+def seed_names(folder: Folder) -> Finding:
+    def judge(log: RunLog) -> Finding | None:
+        inside, outside = log.facts.get("seed"), log.facts.get("seed_in_name")
+        return None if outside is None else (ok if inside == outside else fail)(f"seed {inside} inside")
+
+    return of_logs(folder, judge)
+
+
+# Settings that may differ between the seeds of one record: what names a run or its files, or follows from the process.
+PER_RUN = re.compile(r"seed|run_id|run_name|path|file|dir|rank|device|main_process|timestamp|model_params", re.I)
+
+
+def same_settings(folder: Folder) -> Finding:
+    blocks = {log.path.name: {k: v for k, v in log.settings.items() if not PER_RUN.search(k)} for log in folder.logs if log.settings}
+    if len(blocks) < 2:
+        return unknown("fewer than two logs state their settings")
+    first, *others = blocks.values()
+    odd = sorted({key for other in others for key in first.keys() | other.keys() if first.get(key) != other.get(key)})
+    shown = [f"{key}: " + ", ".join(dict.fromkeys(str(block.get(key)) for block in blocks.values())) for key in odd]
+    return fail("differ between logs: " + "; ".join(shown[:4])) if odd else ok(f"{len(first)} settings alike in {len(blocks)} logs")
+
+
+def same_source(folder: Folder) -> Finding:
+    hashes = {log.path.name: log.facts["source_sha256"] for log in folder.logs if "source_sha256" in log.facts}
+    if not hashes:
+        return unknown("no log holds its source or a hash of it")
+    if any(log.facts.get("source_found") is False for log in folder.logs):
+        return fail("a log whose source does not have the hash that it states")
+    if len(set(hashes.values())) > 1:
+        return fail(f"{len(set(hashes.values()))} different sources in {len(hashes)} logs")
+    log = next(log for log in folder.logs if "source_sha256" in log.facts)
+    text = log.facts.get("source_text")
+    logged = logged_source(log.path) if log.style == "ours" else text.encode() if text else b""
+    mine = [folder.script.replace(b"\r\n", b"\n").strip()]
+    packed = folder.path / "train_gpt_packed.py"
+    mine += [packed.read_bytes().strip()] if packed.exists() else []
+    if (logged or b"").strip() in mine:
+        return ok(f"train_gpt.py, sha256 {next(iter(hashes.values()))[:12]}")
+    return unknown("train_gpt.py is packed, the logs hold text") if is_packed(folder.script) else fail("the logs hold another train_gpt.py")
+
+
+def score_in_logs(folder: Folder) -> Finding:
+    """The scores that submission.json states are final scores of the logs."""
+    if not folder.logs:
+        return fail("no log with a final score") if not folder.submission_error else unknown("neither logs nor submission.json")
+    if cut := [log.path.name for log in folder.logs if not log.final]:
+        return fail(f"no final score in {', '.join(cut[:3])}")
+    for seed, row in folder.seeds.items():
+        log, claim = folder.log_of(seed), number(row.get("val_bpb"))
+        if log and claim is not None and not any(agree(claim, s.bpb, s.decimals) for s in log.scores if s.kind != "running"):
+            return fail(f"seed {seed}: {claim} in submission.json, {log.final.bpb} in {log.path.name}")
+        if log and claim is not None and not any(agree(claim, s.bpb, s.decimals) for s in log.scores if s.kind in ("quantized", "final")):
+            return fail(f"seed {seed}: {claim} is the score before quantisation in {log.path.name}")
+    claim, runs = folder.stated("val_bpb"), [bpb for _, bpb in folder.results().values()]
+    if claim is None:
+        return unknown("no val_bpb")
+    single = [s for log in folder.logs for s in log.scores if s.kind in ("quantized", "final") and agree(claim, s.bpb, s.decimals)]
+    if agree(claim, statistics.fmean(runs)) or (single and len(runs) == 1):
+        return ok(f"{claim} in {len(runs)} logs")
+    if single:
+        return warn(f"{claim} is the score of one of {len(runs)} logs, their mean is {statistics.fmean(runs):.8f}")
+    return fail(f"{claim} in submission.json, mean of the logs {statistics.fmean(runs):.8f}")
+
+
+def mean_and_std(folder: Folder) -> Finding:
+    rows = [row["val_bpb"] for row in folder.seeds.values() if "val_bpb" in row]
+    rows = rows if len(rows) > 1 else [bpb for _, bpb in folder.results().values()]
+    claim, spread = folder.stated("val_bpb"), folder.stated("val_bpb_std")
+    if claim is None or len(rows) < 2:
+        return unknown("fewer than two scores")
+    mean, sample = statistics.fmean(rows), statistics.stdev(rows)
+    text = f"mean {mean:.8f}, std {sample:.8f} of {len(rows)}"
+    if not agree(claim, mean):
+        best = agree(claim, min(rows))
+        return (warn if best else fail)(f"val_bpb {claim} is {'the best seed' if best else 'not the mean'}: {text}")
+    if spread is not None and not agree(spread, sample):
+        return (warn if agree(spread, statistics.pstdev(rows)) else fail)(f"val_bpb_std {spread}: {text}")
+    return ok(text)
+
+
+def loss_in_logs(folder: Folder) -> Finding:
+    claim, losses = folder.stated("val_loss"), [loss for loss, _ in folder.results().values() if loss is not None]
+    if claim is None or not losses:
+        return unknown("no val_loss in submission.json or logs")
+    shown = [s.loss for log in folder.logs for s in log.scores if s.loss is not None and s.kind in ("quantized", "final")]
+    if agree(claim, statistics.fmean(losses), 5) or any(agree(claim, loss, 5) for loss in shown):
+        return ok(f"{claim} nats per token")
+    return fail(f"val_loss {claim}, mean of the runs {statistics.fmean(losses):.8f}")
+
+
+def sizes_in_logs(folder: Folder) -> Finding:
+    logged = {log.facts.get("seed"): log.total_bytes for log in folder.logs if log.total_bytes}
+    odd = [
+        f"seed {seed}: {row['artifact_bytes']:,} in submission.json, {logged[seed]:,} in the log"
+        for seed, row in folder.seeds.items()
+        if "artifact_bytes" in row and seed in logged and row["artifact_bytes"] != logged[seed]
+    ]
+    # Some count the model alone as the artifact of a seed, and the code apart.
+    alone = {log.facts.get("seed"): log.facts.get("model_bytes") for log in folder.logs}
+    if odd and all(row.get("artifact_bytes") == alone.get(seed) for seed, row in folder.seeds.items() if seed in logged):
+        return warn("artifact_bytes of the seeds leave out the code", "code + model")
+    total = folder.stated("bytes_total")
+    if odd:
+        return fail("; ".join(odd[:3]))
+    if not logged or total is None:
+        return unknown("no total in the logs" if not logged else "no bytes_total")
+    if total == max(logged.values()):
+        return ok(f"{int(total):,}, the largest of {len(logged)}")
+    if total in logged.values():
+        return warn(f"bytes_total {int(total):,} is not the largest, {max(logged.values()):,}")
+    return fail(f"bytes_total {int(total):,}, the logs say {', '.join(f'{size:,}' for size in sorted(set(logged.values()))[:3])}")
+
+
+def steps_in_logs(folder: Folder) -> Finding:
+    logged = {log.facts.get("seed"): log.facts["steps"] for log in folder.logs if "steps" in log.facts}
+    odd = [
+        f"seed {seed}: {row['steps']} in submission.json, {logged[seed]} in the log"
+        for seed, row in folder.seeds.items()
+        if "steps" in row and seed in logged and row["steps"] != logged[seed]
+    ]
+    mean, stated = (statistics.fmean(logged.values()) if logged else 0), folder.stated("train_steps_mean")
+    if not odd and stated is not None and logged and abs(stated - mean) > 1 and len(logged) > 1:
+        odd = [f"train_steps_mean {stated}, the logs' mean is {mean:.1f}"]
+    one = folder.stated("step_stop", "steps")
+    if not odd and one is not None and logged and one not in logged.values() and abs(one - mean) > 1:
+        odd = [f"{int(one)} steps in submission.json, {', '.join(map(str, sorted(set(logged.values()))[:3]))} in the logs"]
+    if odd:
+        return fail("; ".join(odd[:3]))
+    return ok(", ".join(map(str, logged.values())) + " steps") if logged else unknown("no steps in the logs")
+
+
+def same_parameters(folder: Folder) -> Finding:
+    counts = {log.facts["parameters"] for log in folder.logs if "parameters" in log.facts}
+    if not counts:
+        return unknown("no parameter count in the logs")
+    return fail(f"{sorted(counts)} parameters in the logs") if len(counts) > 1 else ok(f"{counts.pop():,} parameters")
+
+
+def readme_agrees(folder: Folder) -> Finding:
+    claim = folder.stated("val_bpb")
+    if not folder.readme or claim is None:
+        return unknown("no README or no val_bpb")
+    shown = {text for text in re.findall(r"(?<![\d.])\d\.\d{3,}", folder.readme)}
+    there = lambda value: any(agree(float(text), value, len(text) - 2) for text in shown)
+    missing = [f"val_bpb {claim}"] if not there(claim) else []
+    missing += [f"seed {s}: {r['val_bpb']}" for s, r in folder.seeds.items() if "val_bpb" in r and not there(r["val_bpb"])]
+    return fail("not in the README: " + "; ".join(missing[:3])) if missing else ok(f"val_bpb and {len(folder.seeds)} seeds are in the README")
+
+
+def readme_sizes(folder: Folder) -> Finding:
+    rows = {seed: int(row["artifact_bytes"]) for seed, row in folder.seeds.items() if "artifact_bytes" in row}
+    numbers = {int(text.replace(",", "").replace("_", "")) for text in re.findall(r"\b\d{2}[,_]?\d{3}[,_]?\d{3}\b", folder.readme)}
+    if not numbers or not rows:
+        return unknown("no byte counts in the README or of the seeds")
+    missing = [f"seed {seed}: {size:,}" for seed, size in rows.items() if size not in numbers]
+    return warn("not in the README: " + "; ".join(missing[:3])) if missing else ok(f"{len(rows)} sizes are in the README")
+
+
+def export_of(log: RunLog, score: Score) -> tuple[float, float, float] | None:
+    """(targets, implied bytes, uncertainty of these in bytes) of a score; targets are those of the log, or those of the
+    export whose bytes per token fit."""
+    if not score.loss or not score.bpb:
+        return None
+    per_token = score.loss / (score.bpb * LN2)
+    nearest = min(EXPORTS, key=lambda export: abs(per_token / export.bytes_per_token - 1))
+    targets = number((log.result or {}).get("scored_tokens")) or log.facts.get("val_targets")
+    if targets is None and abs(per_token / nearest.bytes_per_token - 1) > 0.002:
+        return None
+    targets = targets or nearest.targets
+    rounding = 0.5 * 10.0**-score.decimals * (1 / score.bpb + 1 / score.loss)
+    return targets, targets * per_token, targets * per_token * rounding
+
+
+def implied_bytes(folder: Folder) -> Finding:
+    def judge(log: RunLog) -> Finding | None:
+        score = folder.scored(log)
+        found = export_of(log, score) if score else None
+        if found is None:
+            return None
+        targets, size, slack = found
+        limit = f"{TRUE_BYTES[0] / 1e6:.2f} to {TRUE_BYTES[1] / 1e6:.2f} M"
+        text = f"{size / 1e6:.2f} M bytes of text implied by {int(targets):,} targets"
+        if TRUE_BYTES[0] - slack <= size <= TRUE_BYTES[1] + slack:
+            return ok(text, limit)
+        if int(targets) == FIRST_EXPORT.targets and abs(size / targets / FIRST_EXPORT.bytes_per_token - 1) < 1e-3:
+            return warn(f"{text}: {FIRST_EXPORT.name}", limit)
+        if not folder.is_record and own_corpus(log):
+            return unknown(f"{text}: another corpus, not comparable", limit)
+        excess = size / TRUE_BYTES[0] - 1
+        if 0.155 < excess < 0.185:
+            text += f", {excess:.1%} too many: the leading space is counted twice"
+        elif abs(size / 164.6e6 - 1) < 0.002:
+            text += ": CaseOps scored with the plain byte table"
+        return fail(text, limit)
+
+    return of_logs(folder, judge)
+
+
+def own_corpus(log: RunLog) -> bool:
+    """A log of ours that says itself that it was scored on something else than the challenge's documents."""
+    report = {entry.get("rule"): entry for entry in (log.result or {}).get("validity", []) if isinstance(entry, dict)}
+    documents = report.get("documents", {}).get("found", (log.result or {}).get("val_documents"))
+    return log.style == "ours" and documents not in (None, DOCUMENTS)
+
+
+def coverage(folder: Folder) -> Finding:
+    def judge(log: RunLog) -> Finding | None:
+        targets, documents = log.facts.get("val_targets"), log.facts.get("documents")
+        if not folder.is_record and own_corpus(log):
+            return unknown(f"{targets} targets of another corpus")
+        if documents not in (None, DOCUMENTS):
+            return fail(f"{documents:,} documents", f"{DOCUMENTS:,}")
+        if targets is None:
+            return None
+        for export in EXPORTS:
+            if export.targets - LONGEST_TAIL <= targets <= export.targets + LONGEST_TAIL:
+                return ok(f"{targets:,} targets of {export.name}")
+        if targets == KNOWN_TRUNCATED:
+            return fail(f"{targets:,} targets: 10,000 documents or a cut shard", "all 50,000 documents")
+        if targets == FIRST_EXPORT.targets:
+            return warn(f"{targets:,} targets: {FIRST_EXPORT.name}")
+        score = folder.scored(log)
+        found = export_of(log, score) if score else None
+        if found and TRUE_BYTES[0] - found[2] <= found[1] <= TRUE_BYTES[1] + found[2]:
+            return ok(f"{targets:,} targets of an unknown export with the right bytes")
+        return warn(f"{targets:,} targets: no known export", "of all 50,000 documents")
+
+    return of_logs(folder, judge)
+
+
+def disjoint_documents(folder: Folder) -> Finding:
+    for script in sorted(folder.path.glob("*prepare*.py")):
+        text = script.read_text(errors="replace")
+        default = re.search(r"--val[-_]docs['\"][^)]*?default\s*=\s*([\d_]+)", text)
+        if default and int(default[1]) != DOCUMENTS:
+            return warn(f"{script.name} defaults to {default[1]} validation documents", f"{DOCUMENTS:,}")
+
+    def judge(log: RunLog) -> Finding | None:
+        nested = any("datasets/datasets" in value for value in log.settings.values())
+        count = log.facts.get("train_shards")
+        if count is None:
+            return None
+        print_found = 1490 <= count <= 1510 and nested
+        return (warn if print_found else ok)(f"{count} training shards" + (" in datasets/datasets: 40,000 scored documents may be in them" if print_found else ""))
+
+    return of_logs(folder, judge)
+
+
+# Words in labels and settings that name a method which needs a look, or is out.
+METHODS = (
+    ("fail", "pre-quantisation test-time training", re.compile(r"pre-?quant[-_ ]?(legal[-_ ])?ttt(?!_enabled|_every)", re.I)),
+    ("warn", "SLOT: optimised on the window that is scored", re.compile(r"\bslot\b|_slot(_|\b)|slot_eval", re.I)),
+    ("warn", "count cache", re.compile(r"n-?gram", re.I)),
+    ("warn", "byte mixture", re.compile(r"\bppm\b|_ppm_|byte_?mix", re.I)),
+)
+
+
+def methods(folder: Folder) -> Finding:
+    def judge(log: RunLog) -> Finding:
+        score = folder.scored(log)
+        labels = [score.label if score else ""]
+        labels += [s.label for s in log.scores if re.search("pre-?quant-?ttt", s.label, re.I)]
+        labels += [k for k, v in log.settings.items() if re.fullmatch(r"pre_?quant_?ttt(_enabled)?", k, re.I) and v in ("1", "True")]
+        found = [(status, name) for status, name, words in METHODS for label in labels if words.search(label + " ")]
+        found += [("fail", "pre-quantisation test-time training") for label in labels[1:]]
+        return Finding(*min(found)) if found else ok(f"scored by {labels[0]}")
+
+    return of_logs(folder, judge)
+
+
+def gates(folder: Folder) -> Finding:
+    def judge(log: RunLog) -> Finding | None:
+        count = log.facts.get("gated_tokens")
+        return None if count is None else (ok if count == 0 else fail)(f"{count} tokens gated by their own class", "0")
+
+    return of_logs(folder, judge)
+
+
+def own_report(folder: Folder) -> Finding:
+    def judge(log: RunLog) -> Finding | None:
+        if log.style != "ours":
+            return None
+        if not log.result:
+            return fail("no result line: the run did not finish")
+        report = [entry for entry in log.result.get("validity", []) if isinstance(entry, dict)]
+        broken = [f"{e.get('rule')}: {e.get('found')} (limit {e.get('limit')})" for e in report if e.get("ok") is False]
+        broken = broken or (log.result.get("violations") or [] if not log.result.get("valid") else [])
+        open_ = [str(e.get("rule")) for e in report if e.get("ok") is None]
+        if broken:
+            return fail("; ".join(map(str, broken[:3])))
+        return ok(f"{len(report) - len(open_)} rules kept" + (f", not judged there: {', '.join(open_)}" if open_ else ""))
+
+    return of_logs(folder, judge)
+
+
+def versions(folder: Folder) -> Finding:
+    stated = folder.submission.get("pytorch_version")
+
+    def judge(log: RunLog) -> Finding:
+        names = {"torch": stated or log.facts.get("torch"), "gpu": folder.submission.get("hardware") or log.facts.get("gpu")}
+        names |= {"training shards": log.facts.get("train_shards") or log.style == "ours", "steps": log.facts.get("steps") or (log.result or {}).get("steps")}
+        missing = [name for name, value in names.items() if not value]
+        return warn("not stated: " + ", ".join(missing)) if missing else ok(f"torch {names['torch']}")
+
+    return of_logs(folder, judge)
+
+
+def credit(folder: Folder) -> Finding:
+    if not folder.readme:
+        return unknown("no README")
+    found = re.search(r"#\d+|pull/\d+|PR \d+", folder.readme)
+    return ok(f"names {found[0]}") if found else warn("the README names no earlier entry", "#N of the base")
+
+
+def student_t_tail(t: float, df: float) -> float:
+    """P(T > t) of Student's t with df >= 1 degrees of freedom, to about 1e-7: with x = tan(a) sqrt(df) the density is
+    proportional to cos(a)^(df - 1), summed here by Simpson's rule."""
+    n = 20_000
+    begin, end = math.atan(abs(t) / math.sqrt(df)), math.pi / 2
+    values = [max(math.cos(begin + (end - begin) * i / n), 0.0) ** (df - 1) for i in range(n + 1)]
+    area = (values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2])) * (end - begin) / n / 3
+    norm = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
+    return norm * area if t >= 0 else 1 - norm * area
+
+
+class Welch(NamedTuple):
+    """One-sided test that the mean of the new scores is below that of the reference by more than a margin."""
+
+    t: float
+    df: float
+    p: float
+
+
+def welch(new: list[float], reference: list[float], margin: float) -> Welch | None:
+    """t = (mean(reference) - mean(new) - margin) / sqrt(s^2/n + s^2/n), Welch-Satterthwaite degrees of freedom; None
+    with fewer than two scores on a side. Lower scores are better."""
+    if min(len(new), len(reference)) < 2:
+        return None
+    a, b = statistics.variance(new) / len(new), statistics.variance(reference) / len(reference)
+    gain = statistics.fmean(reference) - statistics.fmean(new) - margin
+    if a + b == 0:
+        return Welch(math.copysign(math.inf, gain), 1.0, 0.0 if gain > 0 else 1.0)
+    df = (a + b) ** 2 / (a**2 / (len(new) - 1) + b**2 / (len(reference) - 1))
+    t = gain / math.sqrt(a + b)
+    return Welch(t, df, student_t_tail(t, df))
+
+
+class Comparison(NamedTuple):
+    """A folder against a reference: gains are positive where the folder is better."""
+
+    gain_bpb: float
+    gain_nats: float  # per token of the folder's tokenizer
+    with_margin: Welch | None
+    without: Welch | None
+    unit: str  # what the tests were computed in
+
+
+def compare(folder: Folder, reference: Folder) -> Comparison | None:
+    """The comparison of two folders, in nats per token where both use the same tokenizer, else in bpb with the margin
+    converted by the folder's own nats per token and bpb. None where a folder has no scores."""
+    mine, theirs = list(folder.results().values()), list(reference.results().values())
+    if not mine or not theirs:
+        return None
+    ratio = lambda rows: [loss / bpb for loss, bpb in rows if loss]
+    bpb_gain = statistics.fmean(b for _, b in theirs) - statistics.fmean(b for _, b in mine)
+    per_bpb = statistics.fmean(ratio(mine)) if ratio(mine) else None
+    same = len(ratio(mine)) == len(mine) and len(ratio(theirs)) == len(theirs) and abs(ratio(theirs)[0] / per_bpb - 1) < 1e-3
+    if same:
+        a, b, margin, unit = [x for x, _ in mine], [x for x, _ in theirs], MARGIN_NATS, "nats per token"
+        nats = statistics.fmean(b) - statistics.fmean(a)
+    elif per_bpb:
+        a, b, margin, unit = [x for _, x in mine], [x for _, x in theirs], MARGIN_NATS / per_bpb, "bpb"
+        nats = bpb_gain * per_bpb
+    else:
+        return None
+    return Comparison(bpb_gain, nats, welch(a, b, margin), welch(a, b, 0.0), unit)
+
+
+def show_test(comparison: Comparison, test: Welch | None) -> str:
+    gain = f"better by {comparison.gain_bpb:.5f} bpb, {comparison.gain_nats:.5f} nats per token"
+    return gain + (f"; t {test.t:.2f}, {test.df:.1f} degrees of freedom, p {test.p:.4g} ({comparison.unit})" if test else "; one score only, no test")
+
+
+def record_margin(folder: Folder, reference: Folder | None = None) -> Finding:
+    comparison = compare(folder, reference) if reference else None
+    if comparison is None:
+        return unknown("no --reference with scores")
+    test = comparison.with_margin
+    good = test is not None and test.p < RECORD_P
+    return (ok if good else fail)(show_test(comparison, test), f"0.005 nats at p < {RECORD_P}")
+
+
+def board_practice(folder: Folder, reference: Folder | None = None) -> Finding:
+    comparison = compare(folder, reference) if reference else None
+    if comparison is None:
+        return unknown("no --reference with scores")
+    test = comparison.without
+    good = test is not None and test.p < BOARD_P
+    return (ok if good else warn)(show_test(comparison, test), f"p < {BOARD_P} without a margin")
+
+
+class Rule(NamedTuple):
+    """One check. `number` is that of the project's list of rules; `source` the public thread; H, P, C, G the strength."""
+
+    name: str
+    number: str
+    strength: str
+    source: str
+    check: Callable[..., Finding]
+    record_only: bool = False  # not asked of a folder that is no record
+
+
+RULES = (
+    Rule("folder_name", "56", "H", "README", folder_name),
+    Rule("files", "57", "H", "README, #561", files),
+    Rule("script_compiles", "59", "H", "README", script_compiles),
+    Rule("no_installs", "7", "H", "README FAQ, #1855", installs),
+    Rule("requirements", "57", "P", "README", requirements),
+    Rule("code_closure", "3", "H", "README FAQ, #1412", code_closure),
+    Rule("packed_script", "4", "P", "#1394, #1855", packed_script),
+    Rule("json_fields", "58", "H", "README", json_fields),
+    Rule("val_bpb", "58", "H", "README", val_bpb),
+    Rule("bytes_total", "58", "H", "README", bytes_total),
+    Rule("val_loss_unit", "52", "H", "#86", val_loss_unit),
+    Rule("size_stated", "1", "H", "README FAQ", size_stated),
+    Rule("size_logged", "2", "P", "#1835", size_logged),
+    Rule("size_margin", "1", "P", "#568, #1978", size_margin),
+    Rule("train_time", "11", "H", "README, #1908", train_time, record_only=True),
+    Rule("calibration_time", "12", "H", "#677, #1529", calibration_time, record_only=True),
+    Rule("stopped_by_clock", "11", "H", "#1945", stopped_by_clock, record_only=True),
+    Rule("eval_time", "19", "H", "README FAQ, #1972", eval_time, record_only=True),
+    Rule("hardware", "17", "H", "README", hardware, record_only=True),
+    Rule("seeds", "51", "H", "README, #2124", seeds, record_only=True),
+    Rule("seed_names", "51", "H", "#2124", seed_names),
+    Rule("same_settings", "51", "H", "#2124", same_settings),
+    Rule("same_source", "52", "H", "#86", same_source),
+    Rule("score_in_logs", "52", "H", "#86, #1719", score_in_logs),
+    Rule("mean_and_std", "52", "H", "#1719", mean_and_std),
+    Rule("loss_in_logs", "52", "H", "#86", loss_in_logs),
+    Rule("sizes_in_logs", "52", "H", "#86", sizes_in_logs),
+    Rule("steps_in_logs", "52", "H", "#86", steps_in_logs),
+    Rule("same_parameters", "52", "H", "#86", same_parameters),
+    Rule("readme_agrees", "52", "H", "#86", readme_agrees),
+    Rule("readme_sizes", "52", "H", "#86", readme_sizes),
+    Rule("coverage", "37", "H", "README, #1854", coverage),
+    Rule("implied_bytes", "42, 44, 48", "P", "#1719, #2071", implied_bytes),
+    Rule("disjoint_documents", "39", "H", "#2127, #2146", disjoint_documents),
+    Rule("methods", "28, 29, 32, 33", "H/P", "#677, #1376, #1872", methods),
+    Rule("gates", "25", "H", "#1514, #2118", gates),
+    Rule("own_report", "24, 30, 31", "H", "#1017", own_report),
+    Rule("versions", "53", "H", "README FAQ, #86", versions),
+    Rule("credit", "60", "P", "practice", credit),
+    Rule("record_margin", "49", "H", "README", record_margin, record_only=True),
+    Rule("board_practice", "50", "P", "#1902", board_practice, record_only=True),
+)
+
+
+class Verdict(NamedTuple):
+    """One line of the report: status ok, fail, warn, unknown or waived."""
+
+    rule: Rule
+    status: str
+    found: str
+    limit: str
+
+
+def check_folder(folder: Folder, reference: Folder | None = None) -> list[Verdict]:
+    """All rules applied to one folder."""
+    verdicts = []
+    for rule in RULES:
+        takes_reference = rule.check in (record_margin, board_practice)
+        finding = rule.check(folder, reference) if takes_reference else rule.check(folder)
+        waived = rule.record_only and not folder.is_record and finding.status != "ok"
+        verdicts.append(Verdict(rule, "waived" if waived else finding.status, finding.found, finding.limit))
+    return verdicts
+
+
+SYMBOLS = {"ok": "ok", "fail": "FAIL", "warn": "warn", "unknown": "?", "waived": "-"}
+
+
+def show(folder: Folder, verdicts: list[Verdict]) -> str:
+    """The report on one folder."""
+    lines = [f"{folder.path}: {'record' if folder.is_record else 'not a record'}, {len(folder.logs)} logs"]
+    for verdict in verdicts:
+        rule, limit = verdict.rule, f" (limit {verdict.limit})" if verdict.limit else ""
+        lines.append(f"  {SYMBOLS[verdict.status]:4} {rule.name:18} {verdict.found}{limit} [{rule.number} {rule.strength}; {rule.source}]")
+    counts = {status: sum(v.status == status for v in verdicts) for status in SYMBOLS}
+    lines.append("  " + ", ".join(f"{SYMBOLS[status]}: {count}" for status, count in counts.items()))
+    return "\n".join(lines)
+
+
+def as_json(folder: Folder, verdicts: list[Verdict]) -> dict[str, Any]:
+    rows = [
+        {"rule": v.rule.name, "status": v.status, "found": v.found, "limit": v.limit, "number": v.rule.number}
+        | {"strength": v.rule.strength, "source": v.rule.source}
+        for v in verdicts
+    ]
+    return {"folder": str(folder.path), "record": folder.is_record, "passed": passed(verdicts), "verdicts": rows}
+
+
+def passed(verdicts: list[Verdict]) -> bool:
+    return not any(verdict.status == "fail" for verdict in verdicts)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Checks record folders against the rules of Parameter Golf.")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("--reference", type=Path, metavar="FOLDER", help="the record to beat")
+    parser.add_argument("--not-a-record", action="store_true", help="do not ask for time limits, hardware, seeds, margin")
+    parser.add_argument("--json", action="store_true", help="one JSON list instead of text")
+    options = parser.parse_args(arguments)
+    try:
+        reference = read_folder(options.reference, False) if options.reference else None
+        folders = [read_folder(path, options.not_a_record) for path in options.folders]
+    except FolderError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    reports = [(folder, check_folder(folder, reference)) for folder in folders]
+    if options.json:
+        print(json.dumps([as_json(*report) for report in reports], indent=1))
+    else:
+        print("\n\n".join(show(*report) for report in reports))
+    return 0 if all(passed(verdicts) for _, verdicts in reports) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
