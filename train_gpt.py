@@ -37,6 +37,7 @@ import math
 import os
 import platform
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -234,29 +235,29 @@ PRESETS["tiny"] = PRESETS["default"] | dict(
     model_dim=128,
     num_heads=4,
     num_kv_heads=2,
-    train_batch_tokens=4096,
-    row_tokens=2048,
+    train_batch_tokens=1024,
+    row_tokens=512,
     train_seq_len=256,
     eval_seq_len=256,
     val_batch_tokens=65_536,
-    iterations=200,
+    iterations=560,
     max_wallclock_seconds=0.0,
     warmup_steps=0,
-    train_log_every=10,
-    muon_momentum_warmup_steps=60,
-    ema_decay=0.92,
-    gptq_calibration_batches=16,
+    train_log_every=20,
+    muon_momentum_warmup_steps=170,
+    ema_decay=0.96,
+    gptq_calibration_batches=32,
     sliding_window_enabled=True,
     ttt_eval_seq_len=256,
     ttt_chunk_size=64,
     ttt_batch_size=8,
     ttt_lora_rank=16,
     ttt_lora_alpha=18.0,
-    ttt_lora_lr=1e-3,
+    ttt_lora_lr=3e-3,
     phased_ttt_prefix_docs=16,
     phased_ttt_num_phases=2,
     global_ttt_lr=1e-2,
-    global_ttt_chunk_tokens=4096,
+    global_ttt_chunk_tokens=2048,
 )
 
 # Published names that are no longer a choice: the value that is built in (anything else is refused), or None where
@@ -1826,6 +1827,7 @@ def run_dir(config: Config) -> Path:
 
 ENTROPY_BITS_AT_ONE_SIGMA = 2.047  # log2 sqrt(2 pi e): entropy of a Gaussian row whose step is one std, in bits
 FIT_MARGIN_BYTES = 3000  # head-room of a refitted artifact; sizes of equal settings differ by a few kB
+FIT_TRIES, FIT_LARGEST_FACTOR = 6, 4.0  # give up then: what is missing is not for coarser steps to save
 BROTLI = {"quality": 10, "lgwin": 22}  # quality 11 saves less than 0.01 % of these streams and takes a third longer
 
 
@@ -2435,18 +2437,19 @@ def quantize_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
         (folder / "oversize.bin").unlink(missing_ok=True)
         codes = sum(math.prod(entry.shape) for entry in artifact_table(config) if entry.dtype == "i1")
         factor = 1.0
-        for number in range(8):
+        for number in range(1, FIT_TRIES + 1):
             start = time.monotonic()
             stored = quantize(arrays, scaled_clips(config, factor), run.device)
             middle = time.monotonic()
             size = save_artifact(folder / "artifact.bin", stored, config)
             log("artifact", bytes=size, clip_factor=factor, gptq_s=middle - start, compress_s=time.monotonic() - middle)
             excess = size + code_bytes - ARTIFACT_LIMIT_BYTES
-            if excess <= 0 or not config.fit_artifact:
+            coarser = factor * 2 ** min(8 * (excess + FIT_MARGIN_BYTES) / codes, 10)
+            if excess <= 0 or not config.fit_artifact or coarser > FIT_LARGEST_FACTOR or number == FIT_TRIES:
                 break
-            if not number:
-                os.replace(folder / "artifact.bin", folder / "oversize.bin")
-            factor *= 2 ** (8 * (excess + FIT_MARGIN_BYTES) / codes)
+            if number == 1:
+                shutil.copyfile(folder / "artifact.bin", folder / "oversize.bin")
+            factor = coarser
         result = {
             "artifact_bytes": size,
             "code_bytes": code_bytes,

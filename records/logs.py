@@ -35,54 +35,61 @@ FACTS: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
     ("seed", r"^config preset:.* seed:(\d+)", int),
     ("val_targets", r"^val_loader:.*\btokens:(\d+)", int),
     ("val_targets", r"^val_tokens:\s*(\d+)", int),
-    ("val_targets", r"^data .*\bval_tokens:(\d+)", lambda text: int(text) - 1),  # ours counts the first token too
     ("train_shards", r"^(?:train_loader:.*\b)?train_shards:\s*(\d+)", int),
     ("dataset", r"^train_loader:dataset:(\S+)", str),
     ("documents", r"^ttt_phased: total_docs:(\d+)", int),
-    ("documents", r"^ttt documents:(\d+)", int),
     ("parameters", r"^model_params:\s*(\d+)", int),
     ("gated_tokens", r"^.*\b(?:within_word|word_start)_gated?:(\d+)", int),
     ("steps", r"^(?:step:)?(\d+)/\d+ val_loss:", int),
     ("steps", r"^stopping_early: .*\bstep:\s*(\d+)/", int),
     ("train_s", r"^step:\d+/\d+ .*\btrain_time:(\d+)ms", milliseconds),
     ("train_s", r"^stopping_early: .*\btrain_time:\s*([\d.]+)ms", milliseconds),
-    ("last_read_s", r"^calibrated .*\blast_training_read_s:([\d.]+)", float),
     ("calibration_s", r"^GPTQ:collected \d+ Hessians in ([\d.]+)s", float),
     ("step_ms", r"^step:\d+/\d+ .*\bstep_avg:([\d.]+)ms", float),
     ("model_bytes", r"^Serialized model (?!:)\S.*?:\s*([\d,]+) bytes", whole),
-    ("model_bytes", r"^artifact artifact_bytes:(\d+)", int),
     ("code_bytes", r"^Code size(?: \(compressed\))?:\s*([\d,]+) bytes", whole),
-    ("code_bytes", r"^artifact .*\bcode_bytes:(\d+)", int),
     ("total_bytes", r"^Total submission size (?!:)\S.*?:\s*([\d,]+) bytes", whole),
-    ("total_bytes", r"^artifact .*\btotal_bytes:(\d+)", int),
     ("plain_total_bytes", r"^Total submission size:\s*([\d,]+) bytes", whole),
     ("eval_s", r"^total_eval_time:\s*([\d.]+)s", float),
     ("ranks", r"^(?:.*\b)?world_size:\s*(\d+)", int),
-    ("ranks", r"^hardware .*\branks:(\d+)", int),
     ("gpu", r"^\|\s+\d+\s+(NVIDIA [A-Z]+\d+[^|]*?)\s{2,}", str),
-    ("gpu", r"^hardware device:(\S+)", str),
     ("torch", r"^Running PyTorch (\S+)", str),
     ("torch", r"^(?:versions .*\b|.*\b(?:py)?torch(?:_version)?[:=]\s*)(?:torch:)?(\d+\.\d+\.\S+)", str),
     ("source_bytes", r"^source bytes:(\d+)", int),
     ("source_sha256", r"^source .*\bsha256:([0-9a-f]{64})", str),
 )
+# fact -> key of the result line of a log of ours, which is more exact than any other line of it
+RESULT_FACTS = {
+    "model_bytes": "artifact_bytes",
+    "code_bytes": "code_bytes",
+    "total_bytes": "total_bytes",
+    "steps": "steps",
+    "ranks": "ranks",
+    "torch": "torch",
+    "gpu": "hardware",
+    "seed": "seed",
+    "val_targets": "val_targets",
+    "documents": "val_documents",
+    "eval_s": "eval_seconds",
+}
 COMPILED = tuple((name, re.compile(pattern, re.M), convert) for name, pattern, convert in FACTS)
 
-# A line that states a score: `<label> val_loss:2.1 val_bpb:1.2 <rest>`, with = or a blank after the colon as well.
+# A line that states a score: `<label> val_loss:2.1 val_bpb:1.2 <rest>`; = for the colon, blanks after it, vl and bpb for
+# the names, or no loss at all (`Final BPB: 1.2`) occur too.
 SCORE = re.compile(
-    r"^(?P<label>[^\n{}'\"]{0,80}?)[ ,|:]*\b(?:val_loss[:=]\s*(?P<loss>\d+\.\d+)[ ,|]+)?"
-    r"val_bpb[:=]\s*(?P<bpb>\d+\.\d+)\b(?P<rest>[^\n]*)$",
+    r"^(?P<label>[^\n{}'\"]{0,80}?)[ ,|:]*\b(?:(?:val_loss|vl)[:=]\s*(?P<loss>\d+\.\d+)[ ,|]+)?"
+    r"(?:val_)?bpb(?: \([^)\n]*\))?[:=]\s*(?P<bpb>\d+\.\d+)\b(?P<rest>[^\n]*)$",
     re.M | re.I,
 )
 SECONDS = re.compile(r"(?:eval_time|elapsed|seconds)[:=]\s*([\d.]+)(ms|s)?")
-SETTING = re.compile(r"^ {2,4}([A-Za-z_]\w*): (.*)$", re.M)
+SETTINGS_BLOCK = re.compile(r"(?:^ {2,4}[A-Za-z_]\w*: ?(?!.* = ).*\n){15,}", re.M)  # annotated fields of a class have ` = `
 RULER = re.compile(r"^={60,}$", re.M)  # ends the source text in many logs
 SOURCE_LINE = re.compile(r"^source bytes:(\d+) sha256:([0-9a-f]{64})$", re.M)
 
 # What a score is of, by words in its label; the first row that matches. Anything else is a final score.
 SCORE_KINDS = (
-    ("running", re.compile(r"^(\d+/\d+|step[: ]|validation\b)|chunk|progress|batch|running|^$|warmup|swa:", re.I)),
-    ("averaged", re.compile(r"pre[-_ ]?quant(?!-ttt)(?!ization.*ttt)|post_?(ema|swa|average)|weights:averaged", re.I)),
+    ("running", re.compile(r"\d+/\d+|^(step[: ]|validation\b|$)|chunk|progress|batch|running|warmup|swa:|ema:|best", re.I)),
+    ("averaged", re.compile(r"pre[-_ ]?quant(?!-ttt)(?!ization.*ttt)|post_?(ema|swa|average)|^ema$|averaged", re.I)),
     ("quantized", re.compile(r"^(diagnostic )?quantized$|roundtrip|kind:quantized", re.I)),
 )
 
@@ -95,6 +102,7 @@ class Score(NamedTuple):
     loss: float | None  # nats per token
     bpb: float  # bits per byte
     decimals: int  # how many the line shows of bpb
+    loss_decimals: int
     seconds: float | None  # of this evaluation
 
 
@@ -106,7 +114,7 @@ class RunLog:
     style: str  # ours, march, april or unknown
     facts: dict[str, Any]
     scores: list[Score]
-    settings: dict[str, str]  # the `  name: value` block, or the key:value pairs of the head lines
+    settings: list[dict[str, str]]  # the `  name: value` blocks, or one of the key:value pairs of the head lines
     result: dict[str, Any] | None  # of a log of ours
 
     @property
@@ -141,7 +149,9 @@ class RunLog:
 
 def read_log(path: Path) -> RunLog:
     """Parses one log. Raises OSError when the file cannot be read."""
-    return parse_log(path.read_bytes().decode("utf-8", errors="replace").replace("\r\n", "\n"), path)
+    data = path.read_bytes()
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
+    return parse_log(data.decode(encoding, errors="replace").replace("\r\n", "\n"), path)
 
 
 def parse_log(text: str, path: Path = Path("log")) -> RunLog:
@@ -152,13 +162,15 @@ def parse_log(text: str, path: Path = Path("log")) -> RunLog:
     body = text
     if sources:
         facts["source_found"] = find_source(text, sources[-1]) is not None
+        facts["source_hashes"] = sorted({line[2] for line in sources})
         body = without_sources(text, sources)
-    elif ruler := RULER.search(text):
-        head = text[: ruler.start()].strip()
-        if "import torch" in head:
-            facts["source_sha256"] = hashlib.sha256(head.encode()).hexdigest()
-            facts["source_text"] = head
-            body = text[ruler.end() :]
+    else:
+        parts = [split_script(chunk) for chunk in RULER.split(text)]
+        scripts = [script for script, _ in parts if script]
+        if scripts:
+            facts["source_sha256"] = hashlib.sha256(scripts[-1].encode()).hexdigest()
+            facts["source_text"] = scripts[-1]
+            body = "\n".join(rest for _, rest in parts)
     where: dict[str, int] = {}
     for name, pattern, convert in COMPILED:
         for match in pattern.finditer(body):
@@ -168,7 +180,17 @@ def parse_log(text: str, path: Path = Path("log")) -> RunLog:
         style = "march"
     elif style != "ours" and re.search(r"^\d+/\d+ (train|val)_loss:", body, re.M):
         style = "april"
-    return RunLog(path, style, facts, read_scores(body), read_settings(body), read_result(body))
+    result = read_result(body)
+    facts |= {fact: result[key] for fact, key in RESULT_FACTS.items() if result and result.get(key) is not None}
+    return RunLog(path, style, facts, read_scores(body), read_settings(body), result)
+
+
+def split_script(chunk: str) -> tuple[str, str]:
+    """The script at the head of a stretch of a log, which ends with its main guard if it has one, and what follows."""
+    if not re.search(r"^import torch$", chunk, re.M) or not re.search(r"^def \w+\(", chunk, re.M):
+        return "", chunk
+    guard = re.search(r"^if __name__ == .*\n(?:[ \t]+.*\n|\n)*", chunk + "\n", re.M)
+    return (chunk[: guard.end()].strip(), chunk[guard.end() :]) if guard else (chunk.strip(), "")
 
 
 def find_source(text: str, line: re.Match) -> tuple[bytes, int] | None:
@@ -211,19 +233,21 @@ def read_scores(body: str) -> list[Score]:
         seconds = SECONDS.search(match["rest"])
         value = float(seconds[1]) / (1000 if seconds[2] == "ms" else 1) if seconds else None
         loss = float(match["loss"]) if match["loss"] else None
-        scores.append(Score(label, kind, loss, float(match["bpb"]), len(match["bpb"].split(".")[1]), value))
+        shown = [len((match[name] or ".").split(".")[1]) for name in ("bpb", "loss")]
+        scores.append(Score(label, kind, loss, float(match["bpb"]), *shown, value))
     return scores
 
 
-def read_settings(body: str) -> dict[str, str]:
-    """The configuration that a log states: its last `  name: value` block, or the pairs of the lines that have several
-    of them before the first step."""
-    block = {match[1]: match[2].strip() for match in SETTING.finditer(body)}
-    if len(block) >= 20:
-        return block
-    head = re.split(r"^(?:step:|warmup_step)", body, maxsplit=1, flags=re.M)[0]
-    pairs = re.findall(r"\b([a-z_]\w*):([^\s:,]+)", "\n".join(re.findall(r"^[a-z_]+:\S+(?: [a-z_]+:\S+)+$", head, re.M)))
-    return block | dict(pairs)
+def read_settings(body: str) -> list[dict[str, str]]:
+    """The configurations that a log states: its `  name: value` blocks (one per started run), or the pairs of those
+    lines before the first step that hold three or more."""
+    if blocks := SETTINGS_BLOCK.findall(body):
+        lines = [[line.split(":", 1) for line in block.strip("\n").split("\n")] for block in blocks]
+        return [{name.strip(): value.strip() for name, value in pairs} for pairs in lines]
+    head, *steps = re.split(r"^(?:step:|warmup_step)", body, maxsplit=1, flags=re.M)
+    lines = re.findall(r"^[a-z_]+:\S+(?: [a-z_]+:\S+){2,}$", head, re.M) if steps else []
+    pairs = dict(re.findall(r"(?:^| )([a-z_]\w*):(\S+)", "\n".join(lines), re.M))
+    return [pairs] if pairs else []
 
 
 def read_result(body: str) -> dict[str, Any] | None:

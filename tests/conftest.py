@@ -190,7 +190,7 @@ class ToyData:
     val_tokens: np.ndarray
 
     def env(self, **changes: Any) -> dict[str, str]:
-        return toy_env(DATA_PATH=self.folder, TOKENIZER_PATH=self.tokenizer, **changes)
+        return toy_env(**dict(DATA_PATH=self.folder, TOKENIZER_PATH=self.tokenizer) | changes)
 
     def config(self, **changes: Any) -> tg.Config:
         return tg.load_config(self.env(**changes))[0]

@@ -72,10 +72,10 @@ def test_blocked_gptq_equals_one_column_at_a_time(bits: int, clip: float) -> Non
     assert np.array_equal(scale, slow_scale)
     assert not Q[:, 17].any() and not slow[:, 17].any()
     # A rounding tie that float32 breaks the other way carries on along its row, so a few rows may differ.
-    assert (Q != slow).any(1).mean() < 0.2 and np.abs(Q - slow).max() <= 1
+    assert (Q != slow).any(1).mean() < 0.05 and np.abs(Q - slow).max() <= 1
     for block in (1, 7, 300):
         other = run_gptq(W, H, clip, bits, block=block)[0]
-        assert (Q != other).any(1).mean() < 0.2
+        assert (Q != other).any(1).mean() < 0.05
 
 
 def test_matrices_of_a_batch_do_not_influence_each_other() -> None:
@@ -203,7 +203,7 @@ def test_every_matrix_is_quantised_with_its_own_hessian_and_clip(toy: Quantised)
     assert len({clip for *_, clip, _ in cases}) == 3
     for name, W, hessian, clip, bits in cases:
         Q, scale = slow_gptq(W.astype(np.float64), toy.arrays[f"hessian.{hessian}"].astype(np.float64), clip, bits)
-        assert (toy.stored[name + ".codes"] != Q).any(1).mean() < 0.2, name
+        assert (toy.stored[name + ".codes"] != Q).any(1).mean() < 0.05, name
         np.testing.assert_allclose(toy.stored[name + ".scale"], scale, rtol=2e-3)
 
 
@@ -446,7 +446,7 @@ def test_artifact_over_the_limit_is_written_and_reported_and_fails(
     toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Too large is still on disk with its true size; the result says invalid and why, and the exit status is not 0."""
-    env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="big", ITERATIONS=1, STAGES="train,quantize")
+    env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="big", ITERATIONS=1, STAGES="train,quantize", FIT_ARTIFACT=0)
     for limit, status in ((1000, 1), (16_000_000, 0)):
         monkeypatch.setattr(tg, "ARTIFACT_LIMIT_BYTES", limit)
         monkeypatch.setattr(os, "environ", {**os.environ, **env})

@@ -179,11 +179,12 @@ def test_clipping_looks_at_the_sum_over_ranks() -> None:
 
 
 def test_extra_numbers_travel_with_the_gradients() -> None:
-    """What exchange() is given besides is summed, not clipped, and no part of any gradient."""
+    """What exchange() is given besides is summed, not clipped, and no part of any gradient; the full norm follows it."""
     config = toy_config(GRAD_CLIP_NORM=1e-3)
     model = with_gradients(config)
-    _, extras = tg.Optimizer(model, config, RUN).exchange(tg.layer_plan(config, True), [torch.tensor(7.5), 2.25])
-    assert [float(extra) for extra in extras] == [7.5, 2.25]
+    norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+    _, numbers = tg.Optimizer(model, config, RUN).exchange(tg.layer_plan(config, True), [torch.tensor(7.5), 2.25])
+    assert numbers.tolist() == [7.5, 2.25, pytest.approx(norm, rel=1e-5)]
 
 
 def test_rank_without_rows_contributes_zero_gradients() -> None:

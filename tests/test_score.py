@@ -186,12 +186,13 @@ def test_ledger_counts_repeated_targets_and_refuses_learning_before_the_score() 
     """A target that is tallied twice shows in `times`; one that is not tallied yet stops an update that wants it."""
     tally = tg.Tally(make_validation(random_tokens(9, 64)))
     tally.add(torch.zeros(3), torch.tensor([2, 3, 4]))
-    tally.require_scored(torch.tensor([[2, 4], [3, 3]]))
+    tally.learn_from(torch.tensor([[2, 4], [3, 3]]), tally.times)
     with pytest.raises(RuntimeError, match="target 5"):
-        tally.require_scored(np.array([4, 5]))
+        tally.learn_from(np.array([4, 5]), tally.times)
     tally.add(torch.zeros(3), torch.tensor([4, 4, 5]))
     assert tally.times.tolist() == [0, 0, 1, 1, 3, 1, 0, 0, 0]
-    tally.require_scored(np.array([4, 5]))
+    tally.learn_from(np.array([4, 5]), tally.times)
+    assert tally.learned == 6 == tally.over_ranks(tg.Run()).learned
     assert tally.over_ranks(tg.Run()).times.tolist() == tally.times.tolist()
 
 
