@@ -4,7 +4,7 @@ set -euo pipefail
 usage() {
     cat <<'TEXT'
 Usage: ./run.sh          train, quantise and score on whatever this machine has
-       ./run.sh test     run the test suite (further words go to pytest)
+       ./run.sh test     run the test suite (further words go to pytest: -m slow runs the long tests)
        ./run.sh --help   this text
 
 Makes a virtual environment in .venv, installs the pinned requirements, builds the embedded corpus, and starts
@@ -41,7 +41,7 @@ python="$venv/bin/python"
 
 if [ "${1:-}" = test ]; then
     shift
-    exec "$python" -m pytest tests "$@"
+    exec "$python" -m pytest tests -m "not slow" "$@"
 fi
 
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')

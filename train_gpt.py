@@ -31,7 +31,10 @@ L physical layers, R LoRA rank. Linear maps are y = x W^T with W of shape (out, 
 import ast
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import importlib.util
+import inspect
 import json
 import math
 import os
@@ -1059,23 +1062,12 @@ def attend_fa3(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None) -> Tensor:
     return (out[0] if isinstance(out, tuple) else out).unsqueeze(0)
 
 
-@torch.compiler.assume_constant_result
-def varlen_has_causal_flag() -> bool:
-    """How this PyTorch spells a causal mask: 2.10 has a flag, later releases a window."""
-    import inspect
-
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "is_causal" in inspect.signature(varlen_attn).parameters
-
-
-def attend_varlen(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None) -> Tensor:
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None, causal: dict[str, Any]) -> Tensor:
     """PyTorch's own variable-length attention (2.10 and later; FlashAttention-2 inside). Dense rows go to SDPA."""
     from torch.nn.attention.varlen import varlen_attn
 
     if docs is None:
         return attend_sdpa(q, k, v, None)
-    causal = {"is_causal": True} if varlen_has_causal_flag() else {"window_size": (-1, 0)}
     group = q.size(2) // k.size(2)  # repeated, because 2.10 has no grouped heads
     k, v = k[0].repeat_interleave(group, 1), v[0].repeat_interleave(group, 1)
     cu, longest = docs.cu_seqlens, docs.max_seqlen
@@ -1096,25 +1088,24 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-ATTENTION = {"fa3": attend_fa3, "varlen": attend_varlen, "sdpa": attend_sdpa}
-
-
-def choose_attention(config: Config, device: torch.device) -> str:
+def choose_attention(config: Config, device: torch.device) -> Callable:
     """The attention back-end for this device. Raises UserError when the one that is asked for cannot run."""
-    usable = ["sdpa"] if device.type == "cpu" else []
+    usable: dict[str, Callable] = {} if device.type == "cuda" else {"sdpa": attend_sdpa}
     if device.type == "cuda":
-        import importlib.util
-
         if importlib.util.find_spec("flash_attn_interface") and torch.cuda.get_device_capability(device)[0] >= 9:
-            usable.append("fa3")
+            usable["fa3"] = attend_fa3
         if importlib.util.find_spec("torch.nn.attention.varlen"):
-            usable.append("varlen")
+            from torch.nn.attention.varlen import varlen_attn
+
+            flag = "is_causal" in inspect.signature(varlen_attn).parameters  # 2.10; later releases take a window
+            causal = {"is_causal": True} if flag else {"window_size": (-1, 0)}
+            usable["varlen"] = functools.partial(attend_varlen, causal=causal)
     if not usable or config.attn_backend not in ("auto", *usable):
         raise UserError(
             f"ATTN_BACKEND={config.attn_backend}: not available here (usable: {', '.join(usable) or 'none'});"
             " install FlashAttention-3 or PyTorch 2.10, or set ATTN_BACKEND=auto"
         )
-    return usable[0] if config.attn_backend == "auto" else config.attn_backend
+    return usable[next(iter(usable)) if config.attn_backend == "auto" else config.attn_backend]
 
 
 class Block(nn.Module):
@@ -1202,7 +1193,7 @@ class GPT(nn.Module):
         c, L, d = config, config.num_layers, config.model_dim
         self.config, self.dtype = config, run.dtype
         on_meta = torch.device(device or "cpu").type == "meta"
-        attend = ATTENTION["sdpa" if on_meta else choose_attention(config, run.device)]
+        attend = choose_attention(config, run.device)
         kv_dim = c.num_kv_heads * c.head_dim
         with torch.device("meta" if on_meta else "cpu"):  # drawn on the CPU: the same weights on every machine
             self.tok_emb = nn.Embedding(c.vocab_size, d)
@@ -1626,7 +1617,14 @@ class Trainer:
                 if self.step <= 5 or self.step % config.train_log_every == 0 or self.step == config.iterations:
                     speed = round(tokens_done / max(self.elapsed - logged, 1e-9))
                     done = f"{self.step}/{config.iterations}"
-                    log("train", step=done, loss=loss, lr=multiplier, seconds=self.elapsed, tokens_per_s=speed)
+                    log(
+                        "train",
+                        step=done,
+                        loss=loss,
+                        lr_multiplier=multiplier,
+                        seconds=self.elapsed,
+                        tokens_per_s=speed,
+                    )
                     logged, tokens_done = self.elapsed, 0
                 due = config.checkpoint_seconds and self.elapsed - saved >= config.checkpoint_seconds
                 if due or stop:
@@ -2690,31 +2688,16 @@ def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> 
     config = named_run(config, run)
     log = Log(run_dir(config) / "log.txt" if run.is_main else None)
     log_header(config, dict(origins or {}), run, log)
-    path = run_dir(config) / "result.json"
-    fresh = "train" in config.stage_list or not path.exists()
-    result: dict[str, Any] = {} if fresh else json.loads(path.read_text())
-    seconds = result.pop("stage_seconds", {})
+    path, order, result = run_dir(config) / "result.json", list(STAGES), {}
+    parts = earlier_parts(path)
     for stage in config.stage_list:
+        for outdated in order[order.index(stage) :]:
+            parts.pop(outdated, None)
         start = time.monotonic()
-        result |= STAGES[stage](config, run, log)
-        seconds[stage] = time.monotonic() - start
-        log("stage", name=stage, seconds=seconds[stage])
-        result |= {
-            "preset": config.preset,
-            "run_id": config.run_id,
-            "seed": config.seed,
-            "ranks": run.world_size,
-            "hardware": hardware(run),
-            "torch": torch.__version__,
-            "peak_memory_mib": peak_memory_mib(run),
-            "stage_seconds": dict(seconds),
-        }
-        result["validity"] = validity(result, config)
-        broken = [row for row in result["validity"] if row["ok"] is False]
-        result["violations"] = [
-            f"{row['rule']} {row['found']}, limit {row['limit']} ({row['source']})" for row in broken
-        ]
-        result["valid"] = not broken
+        parts[stage] = STAGES[stage](config, run, log)
+        parts[stage]["stage_seconds"] = {stage: time.monotonic() - start}
+        log("stage", name=stage, seconds=parts[stage]["stage_seconds"][stage])
+        result = summary(parts, config, run)
         if run.is_main:
             partial = path.with_suffix(".part")
             partial.write_text(json.dumps(result, indent=1) + "\n")
@@ -2724,6 +2707,42 @@ def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> 
     log.text("\n" + report(result) + "\n")
     log.text("result " + json.dumps(result))
     return result
+
+
+def earlier_parts(path: Path) -> dict[str, dict[str, Any]]:
+    """What each stage of an earlier run in this folder had put into result.json."""
+    if not path.exists():
+        return {}
+    try:
+        result = json.loads(path.read_text())
+        parts = {stage: {key: result[key] for key in keys} for stage, keys in result["stage_keys"].items()}
+        return {
+            stage: {**part, "stage_seconds": {stage: result["stage_seconds"][stage]}} for stage, part in parts.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a result of this script ({error}); delete it") from None
+
+
+def summary(parts: dict[str, dict[str, Any]], config: Config, run: Run) -> dict[str, Any]:
+    """The results of all stages as one flat record, with the verdict on the rules."""
+    result: dict[str, Any] = {}
+    for part in parts.values():
+        result |= part
+    result |= {
+        "preset": config.preset,
+        "run_id": config.run_id,
+        "seed": config.seed,
+        "ranks": run.world_size,
+        "hardware": hardware(run),
+        "torch": torch.__version__,
+        "peak_memory_mib": peak_memory_mib(run),
+        "stage_seconds": {stage: part["stage_seconds"][stage] for stage, part in parts.items()},
+        "stage_keys": {stage: [key for key in part if key != "stage_seconds"] for stage, part in parts.items()},
+    }
+    rows = validity(result, config)
+    broken = [row for row in rows if row["ok"] is False]
+    texts = [f"{row['rule']} {row['found']}, limit {row['limit']} ({row['source']})" for row in broken]
+    return result | {"validity": rows, "violations": texts, "valid": not broken}
 
 
 def command_line() -> int:
@@ -2743,10 +2762,7 @@ def command_line() -> int:
     except (Interrupted, KeyboardInterrupt) as error:
         number = error.args[0] if error.args else signal.SIGINT
         if run.is_main:
-            print(
-                f"stopped by {signal.Signals(number).name}; start again with the same RUN_ID to continue",
-                file=sys.stderr,
-            )
+            print(f"stopped by {signal.Signals(number).name}; the same RUN_ID continues", file=sys.stderr)
         return 128 + number
     finally:
         if dist.is_initialized():

@@ -120,7 +120,11 @@ class Folder:
         claims = [self.seed_value(log.facts.get("seed"), "val_bpb"), self.stated("val_bpb")]
         for claim in claims:
             for score in reversed(log.scores):
-                if claim is not None and score.kind in ("quantized", "final") and agree(claim, score.bpb, score.decimals):
+                if (
+                    claim is not None
+                    and score.kind in ("quantized", "final")
+                    and agree(claim, score.bpb, score.decimals)
+                ):
                     return with_loss(score, log)
         return with_loss(log.final, log) if log.final else None
 
@@ -131,7 +135,9 @@ class Folder:
         """(nats per token, bits per byte) of each run: from its log, or where there is none from submission.json."""
         found = {log.path.name: self.scored(log) for log in self.logs}
         runs = {name: (score.loss, score.bpb) for name, score in found.items() if score}
-        stated = {f"seed {seed}": (number(v.get("val_loss")), number(v.get("val_bpb"))) for seed, v in self.seeds.items()}
+        stated = {
+            f"seed {seed}": (number(v.get("val_loss")), number(v.get("val_bpb"))) for seed, v in self.seeds.items()
+        }
         listed = {name: (loss, bpb) for name, (loss, bpb) in stated.items() if bpb is not None}
         return runs if len(runs) >= len(listed) else listed
 
@@ -180,7 +186,9 @@ def read_folder(path: Path, not_a_record: bool) -> Folder:
     try:
         files = {file.name: file for file in path.iterdir() if file.is_file()}
         if not files.keys() & {"submission.json", "README.md", "train_gpt.py"} and not read_logs(path, {}):
-            raise FolderError(f"{path}: holds neither submission.json, README.md, train_gpt.py nor a log; is it a record?")
+            raise FolderError(
+                f"{path}: holds neither submission.json, README.md, train_gpt.py nor a log; is it a record?"
+            )
         submission, error = read_submission(path / "submission.json")
         readme = files["README.md"].read_text(errors="replace") if "README.md" in files else ""
         script = files["train_gpt.py"].read_bytes() if "train_gpt.py" in files else b""
@@ -215,7 +223,10 @@ def seed_table(submission: dict[str, Any]) -> dict[int, dict[str, Any]]:
         digits = re.fullmatch(r"(?:seed[ _-]?)?(\d+)", str(key))
         row = {"val_bpb": row} if number(row) is not None else row
         if digits and isinstance(row, dict):
-            known = {n: next((row[a] for a in names if number(row.get(a)) is not None), None) for n, names in SEED_ALIASES.items()}
+            known = {
+                n: next((row[a] for a in names if number(row.get(a)) is not None), None)
+                for n, names in SEED_ALIASES.items()
+            }
             table[int(digits[1])] = {name: value for name, value in known.items() if value is not None}
     return table
 
@@ -258,7 +269,11 @@ def worst(findings: Iterable[Finding], nothing: str) -> Finding:
         chosen = [finding for finding in found if finding.status == status]
         if chosen:
             texts = list(dict.fromkeys(finding.found for finding in chosen))
-            return Finding(status, "; ".join(texts[:3]) + (f"; and {len(texts) - 3} more" if len(texts) > 3 else ""), chosen[0].limit)
+            return Finding(
+                status,
+                "; ".join(texts[:3]) + (f"; and {len(texts) - 3} more" if len(texts) > 3 else ""),
+                chosen[0].limit,
+            )
     return unknown(nothing)
 
 
@@ -280,7 +295,11 @@ def folder_name(folder: Folder) -> Finding:
 def files(folder: Folder) -> Finding:
     missing = [name for name in ("README.md", "submission.json", "train_gpt.py") if not (folder.path / name).is_file()]
     missing += [] if folder.logs else ["a log with a final score"]
-    return fail("missing: " + ", ".join(missing)) if missing else ok(f"README, submission.json, train_gpt.py, {len(folder.logs)} logs")
+    return (
+        fail("missing: " + ", ".join(missing))
+        if missing
+        else ok(f"README, submission.json, train_gpt.py, {len(folder.logs)} logs")
+    )
 
 
 def script_compiles(folder: Folder) -> Finding:
@@ -311,7 +330,9 @@ def installs(folder: Folder) -> Finding:
     if tree is None or is_packed(folder.script):
         return unknown("script is packed" if folder.script else "no train_gpt.py")
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    runners = [c for c in calls if re.search(r"\b(subprocess|system|popen|check_call|check_output)\b", ast.unparse(c.func))]
+    runners = [
+        c for c in calls if re.search(r"\b(subprocess|system|popen|check_call|check_output)\b", ast.unparse(c.func))
+    ]
     words = r"\b(pip3?['\", ]+install|apt(-get)?['\", ]+install|curl|wget|git['\", ]+clone)\b"
     found = [ast.unparse(call)[:80] for call in runners if re.search(words, ast.unparse(call))]
     return fail("installs or downloads by itself: " + found[0]) if found else ok("no installation in the script")
@@ -334,7 +355,11 @@ def requirements(folder: Folder) -> Finding:
     listed = "".join(f.read_text(errors="replace").lower() for f in folder.path.glob("requirements*.txt"))
     missing = sorted(name for name in needed if name.lower().replace("_", "-") not in listed.replace("_", "-"))
     missing = [name for name in missing if name.lower() not in folder.readme.lower()]
-    return warn("imported but not listed: " + ", ".join(missing)) if missing else ok(f"{len(needed)} further packages, all listed")
+    return (
+        warn("imported but not listed: " + ", ".join(missing))
+        if missing
+        else ok(f"{len(needed)} further packages, all listed")
+    )
 
 
 def code_closure(folder: Folder) -> Finding:
@@ -360,7 +385,11 @@ def packed_script(folder: Folder) -> Finding:
         same = ast.dump(ast.parse(unpack(packed))) == ast.dump(without_docstrings(ast.parse(folder.script)))
     except (SyntaxError, ValueError) as error:
         return fail(f"cannot be unpacked: {error}")
-    return ok(f"{len(packed)} bytes, the same program as train_gpt.py") if same else fail("another program than train_gpt.py")
+    return (
+        ok(f"{len(packed)} bytes, the same program as train_gpt.py")
+        if same
+        else fail("another program than train_gpt.py")
+    )
 
 
 def unpack(packed: bytes) -> str:
@@ -379,7 +408,12 @@ def without_docstrings(tree: ast.AST) -> ast.AST:
     """The tree as the packer leaves it: bodies without their leading text."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
             body[:1] = [] if len(body) > 1 else [ast.Pass()]
     return tree
 
@@ -404,18 +438,28 @@ def val_bpb(folder: Folder) -> Finding:
 
 def bytes_total(folder: Folder) -> Finding:
     value = folder.submission.get("bytes_total")
-    return ok(f"{value:,}") if isinstance(value, int) and number(value) else fail(f"bytes_total is {value!r}", "a whole number")
+    return (
+        ok(f"{value:,}")
+        if isinstance(value, int) and number(value)
+        else fail(f"bytes_total is {value!r}", "a whole number")
+    )
 
 
 def val_loss_unit(folder: Folder) -> Finding:
     loss, bpb = folder.stated("val_loss"), folder.stated("val_bpb")
     if loss is None or bpb is None:
         return unknown("no val_loss")
-    return fail(f"val_loss {loss} is the bpb again", "nats per token") if abs(loss - bpb) < 1e-4 else ok(f"{loss} nats per token")
+    return (
+        fail(f"val_loss {loss} is the bpb again", "nats per token")
+        if abs(loss - bpb) < 1e-4
+        else ok(f"{loss} nats per token")
+    )
 
 
 def stated_sizes(folder: Folder) -> dict[str, int]:
-    sizes = {f"seed {seed}": int(row["artifact_bytes"]) for seed, row in folder.seeds.items() if "artifact_bytes" in row}
+    sizes = {
+        f"seed {seed}": int(row["artifact_bytes"]) for seed, row in folder.seeds.items() if "artifact_bytes" in row
+    }
     top = {key: folder.stated(key) for key in ("bytes_total", "artifact_bytes_max", "artifact_bytes")}
     return sizes | {key: int(value) for key, value in top.items() if value is not None}
 
@@ -471,7 +515,12 @@ def calibration_time(folder: Folder) -> Finding:
 
 def stopped_by_clock(folder: Folder) -> Finding:
     def judge(log: RunLog) -> Finding | None:
-        forced = {k: v for block in log.settings for k, v in block.items() if k.lower() in ("forced_stop_step", "stop_after_step", "force_stop_step")}
+        forced = {
+            k: v
+            for block in log.settings
+            for k, v in block.items()
+            if k.lower() in ("forced_stop_step", "stop_after_step", "force_stop_step")
+        }
         found = [f"{key} {value}" for key, value in forced.items() if value not in ("0", "-1", "None", "")]
         return fail("; ".join(found), "no forced step") if found else ok("no forced step") if log.settings else None
 
@@ -485,7 +534,11 @@ def eval_time(folder: Folder) -> Finding:
     over = [f"{name}: {seconds:.1f} s" for name, seconds in times.items() if seconds > LIMIT_S]
     if over:
         return fail("; ".join(over[:3]), f"{LIMIT_S:g} s")
-    return ok(f"{max(times.values()):.1f} s at most", f"{LIMIT_S:g} s") if times else unknown("no evaluation time in logs or submission.json")
+    return (
+        ok(f"{max(times.values()):.1f} s at most", f"{LIMIT_S:g} s")
+        if times
+        else unknown("no evaluation time in logs or submission.json")
+    )
 
 
 def hardware(folder: Folder) -> Finding:
@@ -495,7 +548,9 @@ def hardware(folder: Folder) -> Finding:
         return fail(f"{wrong[0]} processes in a log", "8xH100 SXM")
     if wrong := [log.facts["gpu"] for log in folder.logs if "H100" not in log.facts.get("gpu", "H100")]:
         return fail(wrong[0], "8xH100 SXM")
-    if re.search(r"8\s*x?\s*(nvidia\s*)?H100", text.replace("×", "x"), re.I) or any(gpu.startswith("8 x NVIDIA H100") for gpu in gpus):
+    if re.search(r"8\s*x?\s*(nvidia\s*)?H100", text.replace("×", "x"), re.I) or any(
+        gpu.startswith("8 x NVIDIA H100") for gpu in gpus
+    ):
         return ok(text.strip() or sorted(gpus)[0], "8xH100 SXM")
     return fail(text.strip(), "8xH100 SXM") if text.strip() else unknown("no hardware in submission.json or logs")
 
@@ -507,7 +562,9 @@ def seeds(folder: Folder) -> Finding:
     if len(set(map(str, numbers))) < len(numbers):
         return fail(f"seeds of the logs: {numbers}", "distinct")
     if len(numbers) < 3:
-        return fail(f"{len(numbers)} logs with a final score" + (f", seeds claimed: {claimed}" if claimed else ""), "3 seeds")
+        return fail(
+            f"{len(numbers)} logs with a final score" + (f", seeds claimed: {claimed}" if claimed else ""), "3 seeds"
+        )
     if claimed and not set(map(str, claimed)) <= set(map(str, numbers)):
         return fail(f"seeds claimed: {claimed}, in the logs: {numbers}", "a log for each")
     return ok(f"{len(numbers)} seeds: {', '.join(map(str, numbers))}", "3 seeds")
@@ -522,11 +579,15 @@ def seed_names(folder: Folder) -> Finding:
 
 
 # Settings that may differ between the seeds of one record: what names a run or its files, or follows from the process.
-PER_RUN = re.compile(r"seed|run_id|run_name|path|file|_dir$|^rank|local_rank|device|main_process|timestamp|^stages$", re.I)
+PER_RUN = re.compile(
+    r"seed|run_id|run_name|path|file|_dir$|^rank|local_rank|device|main_process|timestamp|^stages$", re.I
+)
 
 
 def same_settings(folder: Folder) -> Finding:
-    return alike([block for log in folder.logs for block in log.settings], sum(bool(log.settings) for log in folder.logs))
+    return alike(
+        [block for log in folder.logs for block in log.settings], sum(bool(log.settings) for log in folder.logs)
+    )
 
 
 def alike(blocks: list[dict[str, str]], logs: int) -> Finding:
@@ -534,9 +595,15 @@ def alike(blocks: list[dict[str, str]], logs: int) -> Finding:
     blocks = [{key: value for key, value in block.items() if not PER_RUN.search(key)} for block in blocks]
     if logs < 2 and len(blocks) < 2:
         return unknown("fewer than two logs state their settings")
-    odd = sorted({key for block in blocks for key in blocks[0].keys() | block.keys() if blocks[0].get(key) != block.get(key)})
+    odd = sorted(
+        {key for block in blocks for key in blocks[0].keys() | block.keys() if blocks[0].get(key) != block.get(key)}
+    )
     shown = [f"{key}: " + ", ".join(dict.fromkeys(str(block.get(key)) for block in blocks)) for key in odd]
-    return fail("differ between logs: " + "; ".join(shown[:4])) if odd else ok(f"{len(blocks[0])} settings alike in {logs} logs")
+    return (
+        fail("differ between logs: " + "; ".join(shown[:4]))
+        if odd
+        else ok(f"{len(blocks[0])} settings alike in {logs} logs")
+    )
 
 
 def same_source(folder: Folder) -> Finding:
@@ -558,7 +625,11 @@ def same_source(folder: Folder) -> Finding:
         return warn("the logs hold train_gpt.py with other comments")
     if not folder.script:
         return unknown("no train_gpt.py")
-    return unknown("train_gpt.py is packed, the logs hold text") if is_packed(folder.script) else fail("the logs hold another train_gpt.py")
+    return (
+        unknown("train_gpt.py is packed, the logs hold text")
+        if is_packed(folder.script)
+        else fail("the logs hold another train_gpt.py")
+    )
 
 
 def same_program(a: bytes, b: bytes) -> bool:
@@ -572,19 +643,36 @@ def same_program(a: bytes, b: bytes) -> bool:
 def score_in_logs(folder: Folder) -> Finding:
     """The scores that submission.json states are final scores of the logs."""
     if not folder.logs:
-        return fail("no log with a final score") if not folder.submission_error else unknown("neither logs nor submission.json")
+        return (
+            fail("no log with a final score")
+            if not folder.submission_error
+            else unknown("neither logs nor submission.json")
+        )
     if cut := [log.path.name for log in folder.logs if not log.final]:
         return fail(f"no final score in {', '.join(cut[:3])}")
     for seed, row in folder.seeds.items():
         log, claim = folder.log_of(seed), number(row.get("val_bpb"))
-        if log and claim is not None and not any(agree(claim, s.bpb, s.decimals) for s in log.scores if s.kind != "running"):
+        if (
+            log
+            and claim is not None
+            and not any(agree(claim, s.bpb, s.decimals) for s in log.scores if s.kind != "running")
+        ):
             return fail(f"seed {seed}: {claim} in submission.json, {log.final.bpb} in {log.path.name}")
-        if log and claim is not None and not any(agree(claim, s.bpb, s.decimals) for s in log.scores if s.kind in ("quantized", "final")):
+        if (
+            log
+            and claim is not None
+            and not any(agree(claim, s.bpb, s.decimals) for s in log.scores if s.kind in ("quantized", "final"))
+        ):
             return fail(f"seed {seed}: {claim} is the score before quantisation in {log.path.name}")
     claim, runs = folder.stated("val_bpb"), [bpb for _, bpb in folder.results().values()]
     if claim is None:
         return unknown("no val_bpb")
-    single = [s for log in folder.logs for s in log.scores if s.kind in ("quantized", "final") and agree(claim, s.bpb, s.decimals)]
+    single = [
+        s
+        for log in folder.logs
+        for s in log.scores
+        if s.kind in ("quantized", "final") and agree(claim, s.bpb, s.decimals)
+    ]
     if agree(claim, statistics.fmean(runs)) or (single and len(runs) == 1):
         return ok(f"{claim} in {len(runs)} logs")
     if single:
@@ -612,7 +700,9 @@ def loss_in_logs(folder: Folder) -> Finding:
     claim, losses = folder.stated("val_loss"), [loss for loss, _ in folder.results().values() if loss is not None]
     if claim is None or not losses:
         return unknown("no val_loss in submission.json or logs")
-    shown = [s.loss for log in folder.logs for s in log.scores if s.loss is not None and s.kind in ("quantized", "final")]
+    shown = [
+        s.loss for log in folder.logs for s in log.scores if s.loss is not None and s.kind in ("quantized", "final")
+    ]
     if agree(claim, statistics.fmean(losses), 5) or any(agree(claim, loss, 5) for loss in shown):
         return ok(f"{claim} nats per token")
     return fail(f"val_loss {claim}, mean of the runs {statistics.fmean(losses):.8f}")
@@ -627,7 +717,9 @@ def sizes_in_logs(folder: Folder) -> Finding:
     ]
     # Some count the model alone as the artifact of a seed, and the code apart.
     alone = {log.facts.get("seed"): log.facts.get("model_bytes") for log in folder.logs}
-    if odd and all(row.get("artifact_bytes") == alone.get(seed) for seed, row in folder.seeds.items() if seed in logged):
+    if odd and all(
+        row.get("artifact_bytes") == alone.get(seed) for seed, row in folder.seeds.items() if seed in logged
+    ):
         return warn("artifact_bytes of the seeds leave out the code", "code + model")
     total = folder.stated("bytes_total")
     if odd:
@@ -639,7 +731,9 @@ def sizes_in_logs(folder: Folder) -> Finding:
     if total in logged.values():
         return warn(f"bytes_total {int(total):,} is not the largest, {max(logged.values()):,}")
     rounded = total % 10_000 == 0 and any(abs(total - size) <= 50_000 for size in logged.values())
-    return (warn if rounded else fail)(f"bytes_total {int(total):,}, the logs say {', '.join(f'{size:,}' for size in sorted(set(logged.values()))[:3])}")
+    return (warn if rounded else fail)(
+        f"bytes_total {int(total):,}, the logs say {', '.join(f'{size:,}' for size in sorted(set(logged.values()))[:3])}"
+    )
 
 
 def steps_in_logs(folder: Folder) -> Finding:
@@ -654,7 +748,9 @@ def steps_in_logs(folder: Folder) -> Finding:
         odd = [f"train_steps_mean {stated}, the logs' mean is {mean:.1f}"]
     one = folder.stated("step_stop", "steps")
     if not odd and one is not None and logged and one not in logged.values() and abs(one - mean) > 1:
-        odd = [f"{int(one)} steps in submission.json, {', '.join(map(str, sorted(set(logged.values()))[:3]))} in the logs"]
+        odd = [
+            f"{int(one)} steps in submission.json, {', '.join(map(str, sorted(set(logged.values()))[:3]))} in the logs"
+        ]
     if odd:
         return fail("; ".join(odd[:3]))
     return ok(", ".join(map(str, logged.values())) + " steps") if logged else unknown("no steps in the logs")
@@ -674,17 +770,25 @@ def readme_agrees(folder: Folder) -> Finding:
     shown = {text for text in re.findall(r"(?<![\d.])\d\.\d{3,}", folder.readme)}
     there = lambda value: any(agree(float(text), value, len(text) - 2) for text in shown)
     missing = [f"val_bpb {claim}"] if not there(claim) else []
-    missing += [f"seed {s}: {r['val_bpb']}" for s, r in folder.seeds.items() if "val_bpb" in r and not there(r["val_bpb"])]
-    return fail("not in the README: " + "; ".join(missing[:3])) if missing else ok(f"val_bpb and {len(folder.seeds)} seeds are in the README")
+    missing += [
+        f"seed {s}: {r['val_bpb']}" for s, r in folder.seeds.items() if "val_bpb" in r and not there(r["val_bpb"])
+    ]
+    return (
+        fail("not in the README: " + "; ".join(missing[:3]))
+        if missing
+        else ok(f"val_bpb and {len(folder.seeds)} seeds are in the README")
+    )
 
 
 def readme_sizes(folder: Folder) -> Finding:
     rows = {seed: int(row["artifact_bytes"]) for seed, row in folder.seeds.items() if "artifact_bytes" in row}
-    numbers = {int(text.replace(",", "").replace("_", "")) for text in re.findall(r"\b\d{2}[,_]?\d{3}[,_]?\d{3}\b", folder.readme)}
-    if not numbers or not rows:
-        return unknown("no byte counts in the README or of the seeds")
-    missing = [f"seed {seed}: {size:,}" for seed, size in rows.items() if size not in numbers]
-    return warn("not in the README: " + "; ".join(missing[:3])) if missing else ok(f"{len(rows)} sizes are in the README")
+    numbers = {re.sub(r"[,_]", "", text) for text in re.findall(r"\b\d[\d,_]*\d\b", folder.readme)}
+    if not rows:
+        return unknown("submission.json has no sizes of the seeds")
+    missing = [f"seed {seed}: {size:,}" for seed, size in rows.items() if str(size) not in numbers]
+    return (
+        warn("not in the README: " + "; ".join(missing[:3])) if missing else ok(f"{len(rows)} sizes are in the README")
+    )
 
 
 def export_of(log: RunLog, score: Score) -> tuple[float, float, float] | None:
@@ -776,14 +880,21 @@ def disjoint_documents(folder: Folder) -> Finding:
         if count is None:
             return None
         print_found = 1490 <= count <= 1510 and nested
-        return (warn if print_found else ok)(f"{count} training shards" + (" in datasets/datasets: 40,000 scored documents may be in them" if print_found else ""))
+        return (warn if print_found else ok)(
+            f"{count} training shards"
+            + (" in datasets/datasets: 40,000 scored documents may be in them" if print_found else "")
+        )
 
     return of_logs(folder, judge)
 
 
 # Words in labels and settings that name a method which needs a look, or is out.
 METHODS = (
-    ("fail", "pre-quantisation test-time training", re.compile(r"pre-?quant[-_ ]?(legal[-_ ])?ttt(?!_enabled|_every)", re.I)),
+    (
+        "fail",
+        "pre-quantisation test-time training",
+        re.compile(r"pre-?quant[-_ ]?(legal[-_ ])?ttt(?!_enabled|_every)", re.I),
+    ),
     ("warn", "SLOT: optimised on the window that is scored", re.compile(r"\bslot\b|_slot(_|\b)|slot_eval", re.I)),
     ("warn", "count cache", re.compile(r"n-?gram", re.I)),
     ("warn", "byte mixture", re.compile(r"\bppm\b|_ppm_|byte_?mix", re.I)),
@@ -795,7 +906,12 @@ def methods(folder: Folder) -> Finding:
         score = folder.scored(log)
         labels = [score.label if score else ""]
         labels += [s.label for s in log.scores if re.search("pre-?quant-?ttt", s.label, re.I)]
-        labels += [k for block in log.settings for k, v in block.items() if re.fullmatch(r"pre_?quant_?ttt(_enabled)?", k, re.I) and v in ("1", "True")]
+        labels += [
+            k
+            for block in log.settings
+            for k, v in block.items()
+            if re.fullmatch(r"pre_?quant_?ttt(_enabled)?", k, re.I) and v in ("1", "True")
+        ]
         found = [(status, name) for status, name, words in METHODS for label in labels if words.search(label + " ")]
         found += [("fail", "pre-quantisation test-time training") for label in labels[1:]]
         return Finding(*min(found)) if found else ok(f"scored by {labels[0]}")
@@ -823,7 +939,9 @@ def own_report(folder: Folder) -> Finding:
         open_ = [str(e.get("rule")) for e in report if e.get("ok") is None]
         if broken:
             return fail("; ".join(map(str, broken[:3])))
-        return ok(f"{len(report) - len(open_)} rules kept" + (f", not judged there: {', '.join(open_)}" if open_ else ""))
+        return ok(
+            f"{len(report) - len(open_)} rules kept" + (f", not judged there: {', '.join(open_)}" if open_ else "")
+        )
 
     return of_logs(folder, judge)
 
@@ -832,8 +950,14 @@ def versions(folder: Folder) -> Finding:
     stated = folder.submission.get("pytorch_version")
 
     def judge(log: RunLog) -> Finding:
-        names = {"torch": stated or log.facts.get("torch"), "gpu": folder.submission.get("hardware") or log.facts.get("gpu")}
-        names |= {"training shards": log.facts.get("train_shards") or log.style == "ours", "steps": log.facts.get("steps") or (log.result or {}).get("steps")}
+        names = {
+            "torch": stated or log.facts.get("torch"),
+            "gpu": folder.submission.get("hardware") or log.facts.get("gpu"),
+        }
+        names |= {
+            "training shards": log.facts.get("train_shards") or log.style == "ours",
+            "steps": log.facts.get("steps") or (log.result or {}).get("steps"),
+        }
         missing = [name for name, value in names.items() if not value]
         return warn("not stated: " + ", ".join(missing)) if missing else ok(f"torch {names['torch']}")
 
@@ -899,7 +1023,11 @@ def compare(folder: Folder, reference: Folder) -> Comparison | None:
     ratio = lambda rows: [loss / bpb for loss, bpb in rows if loss]
     bpb_gain = statistics.fmean(b for _, b in theirs) - statistics.fmean(b for _, b in mine)
     per_bpb = statistics.fmean(ratio(mine)) if ratio(mine) else None
-    same = len(ratio(mine)) == len(mine) and len(ratio(theirs)) == len(theirs) and abs(ratio(theirs)[0] / per_bpb - 1) < 1e-3
+    same = (
+        len(ratio(mine)) == len(mine)
+        and len(ratio(theirs)) == len(theirs)
+        and abs(ratio(theirs)[0] / per_bpb - 1) < 1e-3
+    )
     if same:
         a, b, margin, unit = [x for x, _ in mine], [x for x, _ in theirs], MARGIN_NATS, "nats per token"
         nats = statistics.fmean(b) - statistics.fmean(a)
@@ -913,7 +1041,11 @@ def compare(folder: Folder, reference: Folder) -> Comparison | None:
 
 def show_test(comparison: Comparison, test: Welch | None) -> str:
     gain = f"better by {comparison.gain_bpb:.5f} bpb, {comparison.gain_nats:.5f} nats per token"
-    return gain + (f"; t {test.t:.2f}, {test.df:.1f} degrees of freedom, p {test.p:.4g} ({comparison.unit})" if test else "; one score only, no test")
+    return gain + (
+        f"; t {test.t:.2f}, {test.df:.1f} degrees of freedom, p {test.p:.4g} ({comparison.unit})"
+        if test
+        else "; one score only, no test"
+    )
 
 
 def record_margin(folder: Folder, reference: Folder | None = None) -> Finding:
@@ -935,7 +1067,7 @@ def board_practice(folder: Folder, reference: Folder | None = None) -> Finding:
 
 
 class Rule(NamedTuple):
-    """One check. `number` is that of the project's list of rules; `source` the public thread; H, P, C, G the strength."""
+    """One check. `number` is that of the list of rules, `source` the public thread, H, P, C or G the strength."""
 
     name: str
     number: str
@@ -1018,7 +1150,9 @@ def show(folder: Folder, verdicts: list[Verdict]) -> str:
     lines = [f"{folder.path}: {'record' if folder.is_record else 'not a record'}, {len(folder.logs)} logs"]
     for verdict in verdicts:
         rule, limit = verdict.rule, f" (limit {verdict.limit})" if verdict.limit else ""
-        lines.append(f"  {SYMBOLS[verdict.status]:4} {rule.name:18} {verdict.found}{limit} [{rule.number} {rule.strength}; {rule.source}]")
+        lines.append(
+            f"  {SYMBOLS[verdict.status]:4} {rule.name:18} {verdict.found}{limit} [{rule.number} {rule.strength}; {rule.source}]"
+        )
     counts = {status: sum(v.status == status for v in verdicts) for status in SYMBOLS}
     lines.append("  " + ", ".join(f"{SYMBOLS[status]}: {count}" for status, count in counts.items()))
     return "\n".join(lines)
@@ -1041,7 +1175,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Checks record folders against the rules of Parameter Golf.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument("--reference", type=Path, metavar="FOLDER", help="the record to beat")
-    parser.add_argument("--not-a-record", action="store_true", help="do not ask for time limits, hardware, seeds, margin")
+    parser.add_argument(
+        "--not-a-record", action="store_true", help="do not ask for time limits, hardware, seeds, margin"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON list instead of text")
     options = parser.parse_args(arguments)
     try:

@@ -32,13 +32,16 @@ def milliseconds(text: str) -> float:
 # for one fact, the one whose match comes last. Seconds, bytes and tokens are the units unless the name says otherwise.
 FACTS: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
     ("seed", r"^(?:\s*seed:\s*|.*\bmax_wallclock_seconds:\S+ .*\bseed:)(\d+)\b", int),
+    ("seed", r"^Seed: (\d+)", int),
     ("seed", r"^config preset:.* seed:(\d+)", int),
     ("val_targets", r"^val_loader:.*\btokens:(\d+)", int),
     ("val_targets", r"^val_tokens:\s*(\d+)", int),
+    ("val_targets", r"^Validation tokens: ([\d,]+)", whole),
     ("train_shards", r"^(?:train_loader:.*\b)?train_shards:\s*(\d+)", int),
     ("dataset", r"^train_loader:dataset:(\S+)", str),
     ("documents", r"^ttt_phased: total_docs:(\d+)", int),
     ("parameters", r"^model_params:\s*(\d+)", int),
+    ("parameters", r"^Total params: ([\d,]+)", whole),
     ("gated_tokens", r"^.*\b(?:within_word|word_start)_gated?:(\d+)", int),
     ("steps", r"^(?:step:)?(\d+)/\d+ val_loss:", int),
     ("steps", r"^stopping_early: .*\bstep:\s*(\d+)/", int),
@@ -52,9 +55,12 @@ FACTS: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
     ("plain_total_bytes", r"^Total submission size:\s*([\d,]+) bytes", whole),
     ("eval_s", r"^total_eval_time:\s*([\d.]+)s", float),
     ("ranks", r"^(?:.*\b)?world_size:\s*(\d+)", int),
+    ("ranks", r"^World size: (\d+)", int),
     ("gpu", r"^\|\s+\d+\s+(NVIDIA [A-Z]+\d+[^|]*?)\s{2,}", str),
     ("torch", r"^Running PyTorch (\S+)", str),
     ("torch", r"^(?:versions .*\b|.*\b(?:py)?torch(?:_version)?[:=]\s*)(?:torch:)?(\d+\.\d+\.\S+)", str),
+    ("numpy", r"^versions .*\bnumpy:(\S+)", str),
+    ("cuda", r"^versions .*\bcuda:(\S+)", str),
     ("source_bytes", r"^source bytes:(\d+)", int),
     ("source_sha256", r"^source .*\bsha256:([0-9a-f]{64})", str),
 )
@@ -82,13 +88,18 @@ SCORE = re.compile(
     re.M | re.I,
 )
 SECONDS = re.compile(r"(?:eval_time|elapsed|seconds)[:=]\s*([\d.]+)(ms|s)?")
-SETTINGS_BLOCK = re.compile(r"(?:^ {2,4}[A-Za-z_]\w*: ?(?!.* = ).*\n){15,}", re.M)  # annotated fields of a class have ` = `
+SETTINGS_BLOCK = re.compile(
+    r"(?:^ {2,4}[A-Za-z_]\w*: ?(?!.* = ).*\n){15,}", re.M
+)  # annotated fields of a class have ` = `
 RULER = re.compile(r"^={60,}$", re.M)  # ends the source text in many logs
 SOURCE_LINE = re.compile(r"^source bytes:(\d+) sha256:([0-9a-f]{64})$", re.M)
 
 # What a score is of, by words in its label; the first row that matches. Anything else is a final score.
 SCORE_KINDS = (
-    ("running", re.compile(r"\d+/\d+|^(step[: ]|validation\b|$)|chunk|progress|batch|running|warmup|swa:|ema:|best", re.I)),
+    (
+        "running",
+        re.compile(r"\d+/\d+|^(step[: ]|validation\b|$)|chunk|progress|batch|running|warmup|swa:|ema:|best", re.I),
+    ),
     ("averaged", re.compile(r"pre[-_ ]?quant(?!-ttt)(?!ization.*ttt)|post_?(ema|swa|average)|^ema$|averaged", re.I)),
     ("quantized", re.compile(r"^(diagnostic )?quantized$|roundtrip|kind:quantized", re.I)),
 )
@@ -163,6 +174,7 @@ def parse_log(text: str, path: Path = Path("log")) -> RunLog:
     if sources:
         facts["source_found"] = find_source(text, sources[-1]) is not None
         facts["source_hashes"] = sorted({line[2] for line in sources})
+        facts["origins"] = re.findall(r"^setting name:(\S+) value:(\S*) origin:(\S+)$", text, re.M)
         body = without_sources(text, sources)
     else:
         parts = [split_script(chunk) for chunk in RULER.split(text)]

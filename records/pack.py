@@ -81,11 +81,15 @@ def read_run(folder: Path) -> SeedRun:
     except (OSError, ValueError) as error:
         raise PackError(f"{folder}: not a finished run ({error}); give the folder of a run with all stages") from None
     if missing := [key for key in NEEDED if result.get(key) is None]:
-        raise PackError(f"{folder}: result.json lacks {', '.join(missing[:4])}; run the stages train, quantize, evaluate")
+        raise PackError(
+            f"{folder}: result.json lacks {', '.join(missing[:4])}; run the stages train, quantize, evaluate"
+        )
     if log.result != result:
         raise PackError(f"{folder}: log.txt does not end with the result of result.json; repeat the run")
     if not result["valid"]:
-        raise PackError(f"{folder}: the run is INVALID ({'; '.join(result.get('violations', []))}); it cannot be submitted")
+        raise PackError(
+            f"{folder}: the run is INVALID ({'; '.join(result.get('violations', []))}); it cannot be submitted"
+        )
     if hashlib.sha256(artifact).hexdigest() != result["artifact_sha256"]:
         raise PackError(f"{folder}: artifact.bin is not the file that was scored; run STAGES=quantize,evaluate again")
     if source is None or not log.settings:
@@ -127,18 +131,21 @@ def requirements(source: bytes, run: SeedRun) -> str:
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
     imported = {name.split(".")[0] for name in names}
-    logged = {"torch": run.result["torch"]} | {"numpy": run.log.facts["numpy"]} if "numpy" in run.log.facts else {}
+    logged = {"torch": run.result["torch"], "numpy": run.log.facts.get("numpy")}
     lines = []
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         pinned = re.match(r"([A-Za-z0-9_-]+)==(\S+)", line)
         if pinned and pinned[1].replace("-", "_") in imported:
-            lines.append(f"{pinned[1]}=={logged.get(pinned[1], pinned[2])}")
+            version = (logged.get(pinned[1]) or pinned[2]).split("+")[0]  # without the build, which no index serves
+            lines.append(f"{pinned[1]}=={version}")
     return "\n".join(lines) + "\n"
 
 
 def settings_file(run: SeedRun, tokenizer: Path | None) -> str:
     """Every setting of the runs as environment variables that a shell reads inside the folder."""
-    lines = ["# Every setting of the submitted runs but the seed, for a shell in this folder: set -a; . ./settings.env; set +a"]
+    lines = [
+        "# Every setting of the submitted runs but the seed, for a shell in this folder: set -a; . ./settings.env; set +a"
+    ]
     for name in PLACES:
         value, key = run.settings.get(name, ""), name.upper()
         if name == "tokenizer_path" and tokenizer:
@@ -146,7 +153,9 @@ def settings_file(run: SeedRun, tokenizer: Path | None) -> str:
         elif not value:
             continue
         elif os.path.isabs(value):  # of another machine: to be set before
-            lines.append(f'{key}="${{{key}:?set it: {"a tokenizer model" if "tokenizer" in name else "a data folder"}}}"')
+            lines.append(
+                f'{key}="${{{key}:?set it: {"a tokenizer model" if "tokenizer" in name else "a data folder"}}}"'
+            )
         else:  # relative to the repository, two levels up
             lines.append(f'{key}="${{{key}:-{Path("../..") / value}}}"')
     recorded = {name: value for name, value in run.settings.items() if name not in NOT_RECORDED}
@@ -230,7 +239,7 @@ def submission(runs: list[SeedRun], options: argparse.Namespace, comparison: Com
         **against,
         "hardware": runs[0].result["hardware"],
         "pytorch_version": runs[0].result["torch"],
-        "cuda_version": runs[0].log.facts.get("cuda", "none"),
+        **({"cuda_version": cuda} if (cuda := runs[0].log.facts.get("cuda", "None")) != "None" else {}),
         "compliance": compliance(runs),
     }
 
@@ -242,7 +251,15 @@ def table(head: list[str], rows: list[list[Any]]) -> str:
 
 def results_table(runs: list[SeedRun]) -> str:
     """One row per seed, and their mean and sample standard deviation."""
-    head = ["seed", "steps", "ms/step", "bpb before quantisation", "bpb quantised", "**val_bpb**", "val_loss (nats/token)"]
+    head = [
+        "seed",
+        "steps",
+        "ms/step",
+        "bpb before quantisation",
+        "bpb quantised",
+        "**val_bpb**",
+        "val_loss (nats/token)",
+    ]
     head += ["artifact bytes", "training s", "evaluation s"]
     columns = [
         (lambda run: run.result["steps"], "{:.0f}"),
@@ -267,9 +284,16 @@ def validity_table(runs: list[SeedRun]) -> str:
     rows = []
     for row in runs[0].result["validity"]:
         verdicts = [r for run in runs for r in run.result["validity"] if r["rule"] == row["rule"]]
-        ok = "not judged" if any(r["ok"] is None for r in verdicts) else "yes" if all(r["ok"] for r in verdicts) else "NO"
+        ok = (
+            "not judged"
+            if any(r["ok"] is None for r in verdicts)
+            else "yes"
+            if all(r["ok"] for r in verdicts)
+            else "NO"
+        )
         found = ", ".join(dict.fromkeys(short(r["found"]) for r in verdicts))
-        rows.append([row["rule"], ok, found, "" if row["limit"] is None else row["limit"], row["source"]])
+        source = row["source"].replace("#", "thread ")  # `#N` in a README names the entries that it builds on
+        rows.append([row["rule"], ok, found, "" if row["limit"] is None else row["limit"], source])
     return table(["rule", "kept", "found (per seed where they differ)", "limit", "source"], rows)
 
 
@@ -280,7 +304,9 @@ def short(value: Any) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-def readme(runs: list[SeedRun], options: argparse.Namespace, comparison: Comparison | None, facts: dict[str, Any]) -> str:
+def readme(
+    runs: list[SeedRun], options: argparse.Namespace, comparison: Comparison | None, facts: dict[str, Any]
+) -> str:
     """README.md of the folder."""
     one, title = runs[0], "Not a record" if options.not_a_record else "Record"
     std = spread(runs, "val_bpb")
@@ -295,7 +321,8 @@ def readme(runs: list[SeedRun], options: argparse.Namespace, comparison: Compari
             f" per token. One-sided Welch test on the seeds ({comparison.unit}): {'; '.join(text) or 'too few scores'}."
             f" The written rule asks for p < {RECORD_P} with the margin."
         )
-    set_by_hand = [f"`{name.upper()}={value}`" for name, value, origin in facts["origins"] if origin == "environment"]
+    by_hand = [(name, value) for name, value, origin in facts["origins"] if origin == "environment"]
+    set_by_hand = [f"`{name.upper()}={value}`" for name, value in by_hand if name not in NOT_RECORDED]
     sections = [
         f"# {title}: {options.name} — val_bpb {mean(runs, 'val_bpb'):.4f} ({len(runs)}-seed mean)",
         f"{headline}; at most {largest:,} of 16,000,000 bytes, of which {one.result['code_bytes']:,} are code; {one.result['hardware']}.",
@@ -312,8 +339,7 @@ def readme(runs: list[SeedRun], options: argparse.Namespace, comparison: Compari
         "The rows come from the runs themselves (last line of each log). `python records/check.py` of the repository checks"
         " this folder as a whole.",
         "## Repeat it",
-        "```\npip install -r requirements.txt\nset -a; . ./settings.env; set +a\n"
-        f"{facts['launch']}\n```",
+        f"```\npip install -r requirements.txt\nset -a; . ./settings.env; set +a\n{facts['launch']}\n```",
         f"Tokenizer: {facts['tokenizer']}. Preset `{facts['preset']}`"
         + (f", and by hand: {', '.join(set_by_hand)}" if set_by_hand else "")
         + f". Logged script: {len(one.source)} bytes, SHA-256 `{hashlib.sha256(one.source).hexdigest()}`.",
@@ -333,7 +359,11 @@ def start_packed(folder: Path) -> dict[str, Any]:
     """Runs the packed script inside the folder, with the recorded settings and an otherwise empty environment, as far as
     it goes without data. Returns what it describes. Raises PackError when it does not run."""
     env = {"PATH": os.defpath, "STAGES": "describe", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    env |= {"DATA_DIR": ".", "DATA_PATH": ".", "TOKENIZER_PATH": "."}  # not read here, but settings.env may ask for them
+    env |= {
+        "DATA_DIR": ".",
+        "DATA_PATH": ".",
+        "TOKENIZER_PATH": ".",
+    }  # not read here, but settings.env may ask for them
     command = f"set -a; . ./settings.env; set +a; exec {shlex.quote(sys.executable)} train_gpt_packed.py"
     done = subprocess.run(["sh", "-c", command], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     if done.returncode:
@@ -349,7 +379,9 @@ def write_folder(runs: list[SeedRun], options: argparse.Namespace, folder: Path)
     source = readable_source(runs[0])
     packed = packed_script(source.decode())
     if {run.result["code_bytes"] for run in runs} != {len(packed)}:
-        raise PackError(f"the packed script has {len(packed)} bytes, the runs counted {runs[0].result['code_bytes']}; pack with the commit of the runs")
+        raise PackError(
+            f"the packed script has {len(packed)} bytes, the runs counted {runs[0].result['code_bytes']}; pack with the commit of the runs"
+        )
     (folder / "train_gpt.py").write_bytes(source)
     (folder / "train_gpt_packed.py").write_bytes(packed)
     (folder / "requirements.txt").write_text(requirements(source, runs[0]))
@@ -419,14 +451,21 @@ class RuleFailed(RuntimeError):
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Makes a record folder from the runs of several seeds.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
-    for name, text in (("name", "short title"), ("author", "display name"), ("github-id", "account"), ("blurb", "one paragraph")):
+    for name, text in (
+        ("name", "short title"),
+        ("author", "display name"),
+        ("github-id", "account"),
+        ("blurb", "one paragraph"),
+    ):
         parser.add_argument(f"--{name}", required=True, help=text)
     parser.add_argument("--out", required=True, type=Path, help="the folder to write, YYYY-MM-DD_Short_Name")
     parser.add_argument("--reference", type=Path, help="the record folder to compare with")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer model to include")
     parser.add_argument("--details", type=Path, help="a Markdown file that goes into the README after the results")
     parser.add_argument("--credits", default="", help="earlier entries that this one builds on, with their numbers")
-    parser.add_argument("--not-a-record", action="store_true", help="do not ask for time limits, hardware, seeds, margin")
+    parser.add_argument(
+        "--not-a-record", action="store_true", help="do not ask for time limits, hardware, seeds, margin"
+    )
     try:
         options = parser.parse_args(arguments)
         print(pack(options))

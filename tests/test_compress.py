@@ -461,6 +461,44 @@ def test_artifact_over_the_limit_is_written_and_reported_and_fails(
         tg.load_artifact(artifact, tg.load_config(env)[0])
 
 
+def test_artifact_over_the_limit_is_refitted_by_coarser_steps(
+    toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With FIT_ARTIFACT the clips are raised until the file fits; the first try is kept beside it, both loadable."""
+    env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="fit", ITERATIONS=2, STAGES="train,quantize")
+    config, folder = tg.load_config(env)[0], tmp_path / "fit"
+    first = tg.main(config, RUN)
+    assert first["clip_factor"] == 1 and not (folder / "oversize.bin").exists()
+    original = (folder / "artifact.bin").read_bytes()
+    monkeypatch.setattr(tg, "ARTIFACT_LIMIT_BYTES", first["total_bytes"] - 1500)
+    fitted = tg.main(dataclasses.replace(config, stages="quantize"), RUN)
+    assert fitted["valid"] and fitted["clip_factor"] > 1 and fitted["total_bytes"] <= first["total_bytes"] - 1500
+    assert (folder / "oversize.bin").read_bytes() == original
+    coarse, fine = (tg.load_artifact(folder / name, config) for name in ("artifact.bin", "oversize.bin"))
+    weights = tg.load_arrays(folder / "trained.bin")[1]
+    error = lambda arrays: np.square(arrays["mlp_up_bank"] - weights["mlp_up_bank"]).sum()
+    assert error(coarse) > error(fine)
+    again = tg.quantize(weights, tg.scaled_clips(config, fitted["clip_factor"]), CPU)
+    expected = tg.dequantize(again, config)
+    assert all(np.array_equal(coarse[name], expected[name]) for name in expected)
+
+
+def test_artifact_that_cannot_fit_stays_usable_and_is_reported(
+    toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When no clip is wide enough the result says invalid, and the file on disk still holds finite weights."""
+    env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="fit", ITERATIONS=1, STAGES="train,quantize")
+    config = tg.load_config(env)[0]
+    monkeypatch.setattr(tg, "ARTIFACT_LIMIT_BYTES", 1000)
+    result = tg.main(config, RUN)
+    assert result["valid"] is False and result["artifact_bytes"] == (tmp_path / "fit" / "artifact.bin").stat().st_size
+    loaded = tg.load_artifact(tmp_path / "fit" / "artifact.bin", config)
+    assert all(np.isfinite(array).all() for array in loaded.values())
+    weights = tg.load_arrays(tmp_path / "fit" / "trained.bin")[1]
+    expected = tg.dequantize(tg.quantize(weights, tg.scaled_clips(config, result["clip_factor"]), CPU), config)
+    assert all(np.array_equal(loaded[name], expected[name]) for name in expected)
+
+
 def test_packed_script_runs_alone_and_its_length_is_what_counts(tmp_path: Path) -> None:
     """In a clean folder the packed file describes the same system, and counts exactly its own bytes."""
     packed = tg.packed_script((ROOT / "train_gpt.py").read_text(encoding="utf-8"))

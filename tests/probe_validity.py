@@ -1,0 +1,419 @@
+#!/usr/bin/env python3
+"""Probes of the evaluator: is a score what the rules say it must be?
+
+    python tests/probe_validity.py --run runs/my-run          the artifact and the settings of a run
+
+Each probe drives the script's own evaluation (plain, sliding, and test-time training with its global phases) on a
+made-up token stream and looks at what is scored, and when:
+
+    causality             changing token t and all that is scored after it leaves the whole distribution at t and every
+                          score before it bit-identical
+    normalisation         every vocabulary id, as the target, through the real path: probabilities sum to 1
+    score_before_update   no weight update depends on a target whose score is not final
+    single_pass           every target is scored exactly once
+    isolation             a document scores the same whatever is packed around it, and as it does alone
+    artifact_alone        a new process without training files and network reproduces the run's score from the artifact
+
+Nearly all tokens of the stream are different, so that any forward call tells by its targets which stream positions it
+touches. tests/test_validity.py runs all probes at toy size and shows that each one fails on a broken evaluator.
+Exit status: 0 all probes passed, 1 one failed, 2 the run cannot be read.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import train_gpt as tg
+from records.logs import read_log
+
+SUM_TOLERANCE = 1e-4  # of the probabilities of all ids
+SAME_SCORE = 1e-4  # nats: a document alone and in a packed row differ by rounding only
+KINDS = ("plain", "sliding", "ttt")
+
+
+class Outcome(NamedTuple):
+    """What a probe found."""
+
+    probe: str
+    ok: bool
+    found: str
+
+
+class Subject(NamedTuple):
+    """What is probed: a way to get a fresh copy of the model, and the settings."""
+
+    make_model: Callable[[], tg.GPT]
+    config: tg.Config
+
+
+@dataclasses.dataclass
+class Trace:
+    """One evaluation as seen from outside."""
+
+    tally: Any = None
+    calls: list[np.ndarray] = dataclasses.field(default_factory=list)  # positions of each scoring call, in order
+    scores: dict[int, list[float]] = dataclasses.field(default_factory=dict)  # position -> nats, once per scoring
+    updates: list[np.ndarray] = dataclasses.field(default_factory=list)  # positions with a gradient at each update
+    early: list[int] = dataclasses.field(default_factory=list)  # of these, the ones not yet scored
+    priced: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)  # position -> nats of all ids (V,)
+
+    @property
+    def scored(self) -> np.ndarray:
+        return np.concatenate(self.calls) if self.calls else np.zeros(0, np.int64)
+
+
+def evaluate(kind: str, subject: Subject, validation: tg.Validation) -> Any:
+    """The script's own evaluation of a fresh model; returns its tally."""
+    model, run, log = subject.make_model(), tg.Run(), tg.Log(None)
+    if kind == "ttt":
+        return tg.adapt(model, validation, subject.config, run, log)
+    stride = subject.config.eval_stride if kind == "sliding" else subject.config.eval_seq_len
+    return tg.score(model, validation, subject.config, run, log, stride)
+
+
+def trace(kind: str, subject: Subject, validation: tg.Validation, price: tuple[int, ...] = ()) -> Trace:
+    """Runs an evaluation and records its forward calls, scores and weight updates.
+
+    At the positions `price`, all ids are priced right where the score is computed, with the adapters of that moment.
+    """
+    result = Trace()
+    tokens = validation.tokens.numpy()
+    ids, counts = np.unique(tokens, return_counts=True)
+    position_of = np.full(subject.config.vocab_size, -1)
+    position_of[ids[counts == 1]] = [int(np.flatnonzero(tokens == i)[0]) for i in ids[counts == 1]]
+    pending: list[np.ndarray] = []
+    last_call: dict[str, torch.Tensor] = {}
+    forward, add = tg.GPT.forward, tg.Tally.add
+
+    def watched_forward(model: tg.GPT, inputs: torch.Tensor, targets: torch.Tensor, *more: Any, **named: Any) -> Any:
+        nll = forward(model, inputs, targets, *more, **named)
+        if nll.requires_grad:
+            where = position_of[targets.numpy()]
+            nll.register_hook(lambda grad: pending.append(where[(grad != 0).numpy() & (where >= 0)]))
+        if price:
+            everything = torch.arange(subject.config.vocab_size).expand(*targets.shape, -1)
+            with torch.no_grad():
+                last_call.update(nll=nll.detach(), targets=targets, all=forward(model, inputs, everything, *more, **named))
+        return nll
+
+    def watched_add(tally: Any, nll: torch.Tensor, positions: Any) -> None:
+        places = np.asarray(positions)
+        result.calls.append(places.copy())
+        for place, value in zip(places.tolist(), nll.detach().tolist()):
+            result.scores.setdefault(place, []).append(value)
+            if place in price and place not in result.priced:
+                same = (last_call["nll"] == value) & (last_call["targets"] == tokens[place])
+                if len(found := last_call["all"][same]):  # else the score is not what the forward pass returned
+                    result.priced[place] = found[0]
+        add(tally, nll, positions)
+
+    def before_step(*_: Any) -> None:
+        used = np.unique(np.concatenate(pending)) if pending else np.zeros(0, np.int64)
+        pending.clear()
+        result.updates.append(used)
+        result.early += [int(place) for place in used if place not in result.scores]
+
+    with patched(tg.GPT, "forward", watched_forward), patched(tg.Tally, "add", watched_add):
+        handle = register_optimizer_step_pre_hook(before_step)
+        try:
+            result.tally = evaluate(kind, subject, validation)
+        finally:
+            handle.remove()
+    return result
+
+
+@contextlib.contextmanager
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# STREAMS
+# ------------------------------------------------------------------------------------------------------------
+
+
+def as_validation(tokens: np.ndarray) -> tg.Validation:
+    """A validation split of these tokens, which begin with BOS; every target counts 3 bytes."""
+    starts = np.flatnonzero(tokens == tg.BOS_ID)
+    ends = np.append(starts[1:], len(tokens) - 1)
+    counts = torch.full((len(tokens),), 3)
+    counts[0] = 0
+    documents = np.stack([starts, ends - starts], 1)
+    return tg.Validation(torch.from_numpy(tokens), counts, documents[documents[:, 1] > 0])
+
+
+def unique_stream(lengths: list[int], vocab_size: int, seed: int = 0) -> np.ndarray:
+    """Documents with these numbers of targets, all of whose ids but BOS are different. Raises ValueError when the
+    vocabulary has no room for them and for as many replacements."""
+    total = sum(lengths) + 1
+    if 2 * total > vocab_size - 4:
+        raise ValueError(f"{total} tokens: a vocabulary of {vocab_size} has room for {(vocab_size - 4) // 2}")
+    tokens = np.random.default_rng(seed).permutation(np.arange(4, vocab_size))[:total]
+    tokens[np.cumsum([0, *lengths[:-1]])] = tg.BOS_ID
+    return tokens
+
+
+def replaced(tokens: np.ndarray, where: np.ndarray, vocab_size: int, seed: int = 1) -> np.ndarray:
+    """The stream with other ids, which do not occur in it yet, at some positions; BOS stays where it is."""
+    where = where[tokens[where] != tg.BOS_ID]
+    free = np.random.default_rng(seed).permutation(np.setdiff1d(np.arange(4, vocab_size), tokens))
+    changed = tokens.copy()
+    changed[where] = free[: len(where)]
+    return changed
+
+
+def document_of(validation: tg.Validation) -> np.ndarray:
+    """The document that each position is a target of; -1 for the first token."""
+    owner = np.full(len(validation.tokens), -1)
+    for number, (start, count) in enumerate(validation.documents.tolist()):
+        owner[start + 1 : start + count + 1] = number
+    return owner
+
+
+# ------------------------------------------------------------------------------------------------------------
+# PROBES
+# ------------------------------------------------------------------------------------------------------------
+
+
+def causality(kind: str, subject: Subject, tokens: np.ndarray, places: tuple[int, ...]) -> Outcome:
+    """At each of `places`: nothing that is known there or was scored before depends on the token or on later ones.
+
+    Later means: scored by a later call, or further on in the same document. So shared state may flow from what was
+    scored earlier to what is scored later (issue #1017), and in no other direction.
+    """
+    name = f"causality, {kind}"
+    validation = as_validation(tokens)
+    owner, base = document_of(validation), trace(kind, subject, validation, places)
+    call_of = {int(place): number for number, call in enumerate(base.calls) for place in reversed(call)}
+    for t in places:
+        later = [
+            p
+            for p, call in call_of.items()
+            if p == t or call > call_of[t] or (call == call_of[t] and owner[p] == owner[t] and p > t)
+        ]
+        changed = replaced(tokens, np.array(sorted(later)), subject.config.vocab_size)
+        other = trace(kind, subject, as_validation(changed), (t,))
+        if t not in base.priced or t not in other.priced:
+            return Outcome(name, False, f"the score of token {t} is not what the forward pass returned")
+        if not torch.equal(base.priced[t], other.priced[t]):
+            difference = (base.priced[t] - other.priced[t]).abs().max().item()
+            return Outcome(name, False, f"the distribution at token {t} moved by {difference:.3g} nats with that token")
+        moved = [p for p in call_of.keys() - set(later) if base.scores[p] != other.scores.get(p)]
+        if moved:
+            return Outcome(name, False, f"changing tokens from {t} on moved the earlier score of token {min(moved)}")
+    return Outcome(name, True, f"{len(places)} tokens: distributions and earlier scores are bit-identical")
+
+
+def normalisation(kind: str, subject: Subject, tokens: np.ndarray, places: tuple[int, ...], most: int = 64) -> Outcome:
+    """At each of `places`, ids take the token's place, and are scored by the real path. All ids (or, in a vocabulary
+    of more than `most`, a sample) must get the nats that the forward pass gives them, and all probabilities sum to 1."""
+    name, size, worst = f"normalisation, {kind}", subject.config.vocab_size, 0.0
+    base = trace(kind, subject, as_validation(tokens), places)
+    everything = np.setdiff1d(np.arange(size), [tg.BOS_ID])  # BOS would change the documents
+    ids = everything if size <= most else np.random.default_rng(0).choice(everything, most // 4, replace=False)
+    for t in places:
+        if t not in base.priced:
+            return Outcome(name, False, f"the score of token {t} is not what the forward pass returned")
+        nats = {}
+        for token in ids.tolist():
+            changed = tokens.copy()
+            changed[t] = token
+            nats[token] = trace(kind, subject, as_validation(changed)).scores[t][0]
+        priced = base.priced[t].double()
+        total = (-priced).exp().sum().item()
+        if len(ids) == len(everything):  # nothing but BOS is missing, and that is priced
+            total = sum(np.exp(-value) for value in nats.values()) + (-priced[tg.BOS_ID]).exp().item()
+        worst = max(worst, abs(total - 1))
+        if worst > SUM_TOLERANCE:
+            return Outcome(name, False, f"the probabilities of all ids at token {t} sum to {total:.6f}")
+        token, gap = max(((i, abs(value - priced[i].item())) for i, value in nats.items()), key=lambda item: item[1])
+        if gap > SUM_TOLERANCE:
+            return Outcome(name, False, f"id {token} at token {t} is scored {gap:.3g} nats off its price")
+    return Outcome(name, True, f"{len(places)} tokens, {len(ids)} of {size} ids each: sums within {worst:.1e} of 1")
+
+
+def score_before_update(subject: Subject, tokens: np.ndarray) -> Outcome:
+    """Every target that has a gradient at a weight update has been scored before."""
+    seen = trace("ttt", subject, as_validation(tokens))
+    used = sum(len(update) for update in seen.updates)
+    if not used:
+        return Outcome("score_before_update", False, "no update at all: the probe needs longer documents")
+    if seen.early:
+        return Outcome("score_before_update", False, f"token {seen.early[0]} was learned from before its score")
+    return Outcome("score_before_update", True, f"{len(seen.updates)} updates on {used} scored targets")
+
+
+def single_pass(kind: str, subject: Subject, tokens: np.ndarray) -> Outcome:
+    """Each token but the first is scored exactly once, and the tally holds just that."""
+    name, seen = f"single_pass, {kind}", trace(kind, subject, as_validation(tokens))
+    times = np.bincount(seen.scored, minlength=len(tokens))
+    if times[0] or (times[1:] != 1).any():
+        odd = int(np.flatnonzero(times != (np.arange(len(tokens)) > 0))[0])
+        return Outcome(name, False, f"token {odd} was scored {times[odd]} times")
+    nats = sum(value for values in seen.scores.values() for value in values)
+    if abs(seen.tally.nats - nats) > 1e-6 * nats or seen.tally.tokens != len(tokens) - 1:
+        return Outcome(name, False, f"tally: {seen.tally.nats:.6f} nats, {seen.tally.tokens} tokens; scored {nats:.6f}")
+    return Outcome(name, True, f"{len(tokens) - 1} targets once each")
+
+
+def isolation(kind: str, subject: Subject, tokens: np.ndarray) -> Outcome:
+    """Changing all other documents leaves a document's scores bit-identical; scored alone it differs by rounding.
+
+    For test-time training without shared state, that is with all documents in one batch and no global phase; what
+    flows between batches is a matter of `causality`. There, a document alone has other random adapters.
+    """
+    name = f"isolation, {kind}"
+    subject = subject._replace(config=dataclasses.replace(subject.config, ttt_batch_size=1000, phased_ttt_prefix_docs=0))
+    validation = as_validation(tokens)
+    owner, base = document_of(validation), trace(kind, subject, validation)
+    for number, (start, count) in enumerate(validation.documents.tolist()):
+        others = np.flatnonzero(owner != number)[1:]
+        changed = replaced(tokens, others, subject.config.vocab_size)
+        after = trace(kind, subject, as_validation(changed))
+        mine = np.flatnonzero(owner == number)
+        if moved := [p for p in mine.tolist() if base.scores[p] != after.scores[p]]:
+            return Outcome(name, False, f"document {number} changed with the others, first at its token {moved[0] - start}")
+        if kind != "ttt":
+            alone = trace(kind, subject, as_validation(tokens[start : start + count + 1]))
+            gap = max(abs(base.scores[p][0] - alone.scores[p - start][0]) for p in mine.tolist())
+            if gap > SAME_SCORE:
+                return Outcome(name, False, f"document {number} packed and alone differ by {gap:.3g} nats")
+    return Outcome(name, True, f"{len(validation.documents)} documents")
+
+
+# Loaded by the child process before anything else. Training files do not exist there; asking for one is an error even so.
+GUARD = """
+import os, re, sys
+
+def guard(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "os.system"):
+        raise PermissionError(f"the evaluation used the network ({event} {arguments!r})")
+    if event == "open" and re.search(r"fineweb_train|trained[.]bin|checkpoint[.]bin", os.path.basename(str(arguments[0]))):
+        raise PermissionError(f"the evaluation opened {arguments[0]}")
+
+sys.addaudithook(guard)
+"""
+
+
+def run_settings(folder: Path) -> dict[str, str]:
+    """The settings of a run as environment variables, from its log. Raises OSError or ValueError."""
+    log = read_log(folder / "log.txt")
+    if not log.settings:
+        raise ValueError(f"{folder}/log.txt holds no settings")
+    values = {name.upper(): {"True": "1", "False": "0"}.get(value, value) for name, value in log.settings[-1].items()}
+    return {key: value for key, value in values.items() if key.lower() in tg.FIELDS}
+
+
+def artifact_alone(folder: Path, script: Path = ROOT / "train_gpt.py", places: Path = ROOT) -> Outcome:
+    """Scores the run's artifact in a new process that has the script, the artifact, the tokenizer and the validation
+    shards and nothing else; `places` is where the run's relative paths begin."""
+    settings, expected = run_settings(folder), json.loads((folder / "result.json").read_text())
+    config = tg.load_config(settings)[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        home = Path(scratch)
+        for name in ("guard", "data", "runs/alone"):
+            (home / name).mkdir(parents=True)
+        (home / "guard" / "sitecustomize.py").write_text(GUARD)
+        shutil.copyfile(script, home / script.name)
+        shutil.copyfile(folder / "artifact.bin", home / "runs/alone/artifact.bin")
+        shutil.copyfile(places / config.tokenizer_file, home / "tokenizer.model")
+        for shard in (places / config.dataset_dir).glob("fineweb_val_*.bin"):
+            (home / "data" / shard.name).symlink_to(shard.resolve())
+        env = {"PATH": os.defpath, "PYTHONPATH": str(home / "guard"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        env |= settings | {"STAGES": "evaluate", "RUN_ID": "alone", "RUNS_DIR": "runs", "PRESET": "default"}
+        env |= {"DATA_PATH": "data", "TOKENIZER_PATH": "tokenizer.model"}
+        command = [sys.executable, script.name]
+        done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True)
+        result = home / "runs/alone/result.json"
+        if done.returncode or not result.exists():
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            return Outcome("artifact_alone", False, f"exit status {done.returncode}: {last}")
+        found = json.loads(result.read_text())
+    if found["val_bpb"] != expected["val_bpb"]:
+        return Outcome("artifact_alone", False, f"val_bpb {found['val_bpb']}, the run has {expected['val_bpb']}")
+    return Outcome("artifact_alone", True, f"val_bpb {found['val_bpb']:.8f} in a new process, bit-identical")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# MAIN
+# ------------------------------------------------------------------------------------------------------------
+
+
+def probe_config(config: tg.Config) -> tg.Config:
+    """The settings of a run with small batches and chunks, so that a short stream has several of each and two global
+    phases; what a token's score may depend on does not follow from these sizes."""
+    chunk = min(config.ttt_chunk_size, 16)
+    sizes = dict(ttt_chunk_size=chunk, ttt_batch_size=3, phased_ttt_prefix_docs=6, phased_ttt_num_phases=2)
+    return dataclasses.replace(config, **sizes, compile="0", global_ttt_chunk_tokens=2 * config.eval_seq_len)
+
+
+LENGTHS = [70, 3, 41, 17, 55, 1, 33, 64, 20]  # targets of the documents of the probes' stream
+
+
+def all_probes(subject: Subject) -> Iterator[Outcome]:
+    """Every probe that needs no files."""
+    size = subject.config.vocab_size
+    tokens = unique_stream(LENGTHS, size)
+    places = (5, 40, 71, 120, 210)  # in chunks with and without learned adapters, before and after the global phases
+    few = np.random.default_rng(3).integers(4, 10, 61)
+    few[[0, 25]] = tg.BOS_ID
+    for kind in KINDS:
+        yield causality(kind, subject, tokens, places)
+        yield single_pass(kind, subject, tokens)
+        yield isolation(kind, subject, tokens)
+        yield normalisation(kind, subject, few, (20, 59))
+    yield score_before_update(subject, tokens)
+
+
+def run_subject(folder: Path) -> Subject:
+    """The artifact of a run, at its settings."""
+    config = tg.load_config(run_settings(folder))[0]
+    weights = tg.load_artifact(folder / "artifact.bin", config)
+
+    def make_model() -> tg.GPT:
+        model = tg.GPT(config, tg.Run())
+        model.load(weights)
+        return model
+
+    return Subject(make_model, probe_config(config))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Probes the evaluator with the artifact and the settings of a run.")
+    parser.add_argument("--run", required=True, type=Path, metavar="RUN_DIR")
+    options = parser.parse_args(arguments)
+    try:
+        subject = run_subject(options.run)
+        outcomes = []
+        for outcome in [*all_probes(subject), artifact_alone(options.run)]:
+            print(f"{'ok  ' if outcome.ok else 'FAIL'} {outcome.probe}: {outcome.found}", flush=True)
+            outcomes.append(outcome)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if all(outcome.ok for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
