@@ -131,6 +131,12 @@ class Folder:
     def seed_value(self, seed: int | None, name: str) -> float | None:
         return number(self.seeds.get(seed, {}).get(name)) if seed is not None else None
 
+    @property
+    def digits(self) -> tuple[int, int]:
+        """Decimals of bpb and of the loss that all logs show."""
+        found = [score for log in self.logs if (score := self.scored(log))]
+        return min([s.decimals for s in found], default=8), min([s.loss_decimals for s in found], default=8)
+
     def results(self) -> dict[str, tuple[float | None, float]]:
         """(nats per token, bits per byte) of each run: from its log, or where there is none from submission.json."""
         found = {log.path.name: self.scored(log) for log in self.logs}
@@ -673,7 +679,7 @@ def score_in_logs(folder: Folder) -> Finding:
         for s in log.scores
         if s.kind in ("quantized", "final") and agree(claim, s.bpb, s.decimals)
     ]
-    if agree(claim, statistics.fmean(runs)) or (single and len(runs) == 1):
+    if agree(claim, statistics.fmean(runs), folder.digits[0]) or (single and len(runs) == 1):
         return ok(f"{claim} in {len(runs)} logs")
     if single:
         return warn(f"{claim} is the score of one of {len(runs)} logs, their mean is {statistics.fmean(runs):.8f}")
@@ -687,10 +693,10 @@ def mean_and_std(folder: Folder) -> Finding:
         return unknown("fewer than two scores")
     mean, sample = statistics.fmean(rows), statistics.stdev(rows)
     text = f"mean {mean:.8f}, std {sample:.8f} of {len(rows)}"
-    if not agree(claim, mean):
+    if not agree(claim, mean, folder.digits[0]):
         best = agree(claim, min(rows))
         return (warn if best else fail)(f"val_bpb {claim} is {'the best seed' if best else 'not the mean'}: {text}")
-    if spread is not None and not agree(spread, sample):
+    if spread is not None and not agree(spread, sample, folder.digits[0]):
         near = agree(spread, statistics.pstdev(rows)) or abs(spread / sample - 1) < 0.05 if sample else False
         return (warn if near else fail)(f"val_bpb_std {spread}: {text}")
     return ok(text)
@@ -703,7 +709,8 @@ def loss_in_logs(folder: Folder) -> Finding:
     shown = [
         s.loss for log in folder.logs for s in log.scores if s.loss is not None and s.kind in ("quantized", "final")
     ]
-    if agree(claim, statistics.fmean(losses), 5) or any(agree(claim, loss, 5) for loss in shown):
+    digits = min(folder.digits[1], 5)
+    if agree(claim, statistics.fmean(losses), digits) or any(agree(claim, loss, digits) for loss in shown):
         return ok(f"{claim} nats per token")
     return fail(f"val_loss {claim}, mean of the runs {statistics.fmean(losses):.8f}")
 

@@ -176,7 +176,9 @@ def toy_documents(count: int, seed: int) -> list[str]:
     for number in range(count):
         length = generator.choice([1, 2, 3, 5, 8, 13, 60])
         start = generator.randrange(len(words))
-        documents.append(" ".join(words[(start + 3 * i + (generator.random() < 0.2)) % len(words)] for i in range(length)))
+        documents.append(
+            " ".join(words[(start + 3 * i + (generator.random() < 0.2)) % len(words)] for i in range(length))
+        )
     return documents
 
 

@@ -199,19 +199,20 @@ def document_of(validation: tg.Validation) -> np.ndarray:
 def causality(kind: str, subject: Subject, tokens: np.ndarray, places: tuple[int, ...]) -> Outcome:
     """At each of `places`: nothing that is known there or was scored before depends on the token or on later ones.
 
-    Later means: scored by a later call, or further on in the same document. So shared state may flow from what was
-    scored earlier to what is scored later (issue #1017), and in no other direction.
+    Later means further on in the stream; in test-time training, which takes documents by length, scored by a later call
+    or further on in the same document. So shared state may flow from what was scored earlier to what is scored later
+    (issue #1017), and in no other direction.
     """
     name = f"causality, {kind}"
     validation = as_validation(tokens)
     owner, base = document_of(validation), trace(kind, subject, validation, places)
     call_of = {int(place): number for number, call in enumerate(base.calls) for place in reversed(call)}
     for t in places:
-        later = [
-            p
-            for p, call in call_of.items()
-            if p == t or call > call_of[t] or (call == call_of[t] and owner[p] == owner[t] and p > t)
-        ]
+        if kind == "ttt":
+            after = lambda p: call_of[p] > call_of[t] or (call_of[p] == call_of[t] and owner[p] == owner[t] and p >= t)
+        else:
+            after = lambda p: p >= t
+        later = [p for p in call_of if after(p)]
         changed = replaced(tokens, np.array(sorted(later)), subject.config.vocab_size)
         other = trace(kind, subject, as_validation(changed), (t,))
         if t not in base.priced or t not in other.priced:

@@ -17,7 +17,9 @@ RUN = tg.Run()
 LENGTHS = [37, 8, 1, 20, 9, 61, 7, 16, 24, 3, 33, 12, 40, 2, 17, 25, 5, 31, 8, 45]
 
 
-def adapt_batch(model: tg.GPT, validation: tg.Validation, config: tg.Config, adapters: Any = None, forward: Any = None) -> np.ndarray:
+def adapt_batch(
+    model: tg.GPT, validation: tg.Validation, config: tg.Config, adapters: Any = None, forward: Any = None
+) -> np.ndarray:
     """nll per target when all documents are one batch, longest first, with phases off."""
     model.requires_grad_(False)
     batch = validation.documents[np.argsort(-validation.documents[:, 1], kind="stable")]
@@ -111,7 +113,10 @@ def test_whole_pass_scores_every_target_once() -> None:
     assert tally.tokens == sum(LENGTHS) == len(validation.tokens) - 1
     assert tally.bytes == int(validation.bytes.sum())
     taught = sum((length - 1) // 8 * 8 for length in LENGTHS)  # all but last chunks
-    assert tg.adapt(random_model(quiet := toy_config(PHASED_TTT_PREFIX_DOCS=0)), validation, quiet, RUN, QUIET).learned == taught
+    assert (
+        tg.adapt(random_model(quiet := toy_config(PHASED_TTT_PREFIX_DOCS=0)), validation, quiet, RUN, QUIET).learned
+        == taught
+    )
     queue = tg.document_queue(validation.documents, 4)
     phased = toy_config()
     again = sum(int(part[:, 1].sum()) for pause in tg.phase_pauses(queue, phased) for part in queue[:pause])
@@ -121,7 +126,10 @@ def test_whole_pass_scores_every_target_once() -> None:
 @pytest.mark.parametrize("lengths", [[1], [50], [2, 1]])
 def test_tiny_streams_terminate(lengths: list[int]) -> None:
     """One document, or fewer documents than the prefix and than there are tracks."""
-    config, validation = toy_config(PHASED_TTT_PREFIX_DOCS=2000, PHASED_TTT_NUM_PHASES=3), validation_of_lengths(lengths)
+    config, validation = (
+        toy_config(PHASED_TTT_PREFIX_DOCS=2000, PHASED_TTT_NUM_PHASES=3),
+        validation_of_lengths(lengths),
+    )
     assert tg.adapt(random_model(config), validation, config, RUN, QUIET).tokens == sum(lengths)
 
 
@@ -145,7 +153,7 @@ def test_learning_rate_zero_equals_bare_scoring_of_the_same_windows() -> None:
 
 
 def test_adapters_learn_but_not_before_the_second_chunk() -> None:
-    """With a learning rate, the first chunk of each document is scored bare and later chunks are not; repetition pays."""
+    """The first chunk of each document is scored bare and later chunks are not; a repetitive document gains."""
     config, frozen = toy_config(TTT_LORA_LR=0.01), toy_config(TTT_LORA_LR=0)
     validation = validation_of_lengths([64, 30, 9])
     tokens = validation.tokens.clone()
@@ -234,13 +242,15 @@ def test_planted_update_before_the_tally_is_noticed() -> None:
 
 
 def test_documents_scored_before_a_pause_do_not_see_later_ones() -> None:
-    """Mutating a document behind the last pause changes no score before it; mutating one before it changes later ones."""
+    """Mutating a document behind the last pause changes no score before it; one before it changes later ones."""
     config, validation = toy_config(), validation_of_lengths(LENGTHS)
     queue = tg.document_queue(validation.documents, config.ttt_batch_size)
     pauses = tg.phase_pauses(queue, config)
     assert pauses[-1] < len(queue)
     scored = lambda v: nll_per_target(v, lambda v: tg.adapt(random_model(config), v, config, RUN, QUIET))
-    targets = lambda batches: np.concatenate([np.arange(s + 1, s + n + 1) for batch in batches for s, n in batch.tolist()])
+    targets = lambda batches: np.concatenate(
+        [np.arange(s + 1, s + n + 1) for batch in batches for s, n in batch.tolist()]
+    )
     before = scored(validation)
     start, count = queue[-1][0].tolist()
     after = scored(with_tokens(validation, {start + count - 1: another(validation.tokens[start + count - 1])}))
@@ -273,7 +283,9 @@ def test_a_document_does_not_depend_on_its_batch_mates() -> None:
     together = adapt_batch(model, validation, config, same_start(5))
     for start, count in validation.documents.tolist():
         with recorded_nll() as rows:
-            tg.score_and_adapt(model, same_start(1), np.array([[start, count]]), validation, config, RUN, tg.Tally(validation))
+            tg.score_and_adapt(
+                model, same_start(1), np.array([[start, count]]), validation, config, RUN, tg.Tally(validation)
+            )
         assert sorted(rows) == list(range(start + 1, start + count + 1))
         np.testing.assert_allclose([rows[p] for p in sorted(rows)], together[start + 1 : start + count + 1], atol=1e-3)
 
@@ -281,7 +293,11 @@ def test_a_document_does_not_depend_on_its_batch_mates() -> None:
 def test_forgetting_leaves_nothing_of_earlier_documents_but_a() -> None:
     """After forget() a batch scores exactly as with fresh adapters that start from the same A."""
     config = toy_config()
-    model, first, second = random_model(config), validation_of_lengths([30, 22], seed=1), validation_of_lengths([28, 26], seed=2)
+    model, first, second = (
+        random_model(config),
+        validation_of_lengths([30, 22], seed=1),
+        validation_of_lengths([28, 26], seed=2),
+    )
     used = tg.Adapters(config, model, 2, seed=1)
     adapt_batch(model, first, config, used)
     assert all(b.abs().max() > 0 for _, b in used.factors.values())
@@ -328,7 +344,7 @@ def test_every_batch_begins_without_memory_but_its_tracks_a(monkeypatch: pytest.
 
 
 def test_adapters_have_the_published_shapes_and_start() -> None:
-    """A uniform within 1 / sqrt(in), B zero, one pair per visit and kind, the head once; nothing for the MLP's first map."""
+    """A uniform within 1 / sqrt(in), B zero, a pair per visit and kind, the head once; none for the MLP's first map."""
     config = toy_config()
     model, slots = random_model(config), len(tg.layer_plan(config, True))
     adapters = tg.Adapters(config, model, 3, seed=1)
@@ -346,7 +362,9 @@ def test_ranks_share_the_work_without_changing_the_sums(world_size: int) -> None
     """With phases off, the ranks' own sums add up to those of one rank (with phases: test_train, real processes)."""
     config, validation = toy_config(PHASED_TTT_PREFIX_DOCS=0, TTT_BATCH_SIZE=2), validation_of_lengths(LENGTHS)
     whole = tg.adapt(random_model(config), validation, config, RUN, QUIET)
-    parts = [tg.adapt(random_model(config), validation, config, OneOf(rank, world_size), QUIET) for rank in range(world_size)]
+    parts = [
+        tg.adapt(random_model(config), validation, config, OneOf(rank, world_size), QUIET) for rank in range(world_size)
+    ]
     assert sum(part.tokens for part in parts) == whole.tokens and sum(part.bytes for part in parts) == whole.bytes
     assert sum(part.nats for part in parts) == pytest.approx(whole.nats, rel=1e-9)
 
@@ -374,7 +392,9 @@ def test_queue_is_longest_first_in_groups_of_similar_length(lengths: list[int], 
 
 @settings(deadline=None, max_examples=200)
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 80), st.integers(1, 6))
-def test_pauses_follow_the_first_batch_that_completes_each_share(count: int, batch: int, prefix: int, phases: int) -> None:
+def test_pauses_follow_the_first_batch_that_completes_each_share(
+    count: int, batch: int, prefix: int, phases: int
+) -> None:
     """A pause comes after the first batch by which limit * (i + 1) // phases documents are scored."""
     documents = np.array([[i, 1 + i % 5] for i in range(count)])
     queue = tg.document_queue(documents, batch)
@@ -418,7 +438,9 @@ def test_global_update_equals_sgd_by_hand() -> None:
     velocity = [torch.zeros_like(p) for p in slow.parameters()]
     plan, clipped = tg.layer_plan(config, True), 0
     for number, chunk in enumerate(chunks):
-        losses = [slow(validation.tokens[b:e][None], validation.tokens[b + 1 : e + 1][None], plan).sum() for b, e in chunk]
+        losses = [
+            slow(validation.tokens[b:e][None], validation.tokens[b + 1 : e + 1][None], plan).sum() for b, e in chunk
+        ]
         loss = sum(losses) / sum(e - b for b, e in chunk)
         gradients = torch.autograd.grad(loss, list(slow.parameters()))
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))

@@ -24,7 +24,8 @@ GPTQ_RESERVE_SECONDS=0.5 GPTQ_CALIBRATION_BATCHES=16 SEED=42 DATA_DIR=./data
 
 # Fields that no preset changes. Run-time knobs: where, how, how often, what; they are no property of a system.
 RUN_TIME = {
-    "run_id", "runs_dir", "stages", "seed", "compile", "attn_backend", "checkpoint_seconds", "data_dir", "val_loss_every"
+    "run_id", "runs_dir", "stages", "seed", "compile", "attn_backend", "checkpoint_seconds", "data_dir",
+    "val_loss_every",
 }  # fmt: skip
 # Ours: budget and size keeping.
 OWN_KNOBS = {"fit_artifact", "gptq_reserve_seconds", "gptq_calibration_batches", "ttt_enabled", "eval_stride"}
@@ -41,11 +42,13 @@ PUBLISHED_KNOBS = {
 
 
 def test_precedence_is_default_then_preset_then_environment() -> None:
-    """A value comes from the environment if set there, else from the preset, else from the default; origins say which."""
+    """A value comes from the environment, else from the preset, else from the default; origins say which."""
     default, origins = tg.load_config({})
     assert default == tg.Config() and not origins
     tiny, origins = tg.load_config({"PRESET": "tiny"})
-    assert tiny.model_dim == tg.PRESETS["tiny"]["model_dim"] != default.model_dim and tiny.matrix_lr == default.matrix_lr
+    assert (
+        tiny.model_dim == tg.PRESETS["tiny"]["model_dim"] != default.model_dim and tiny.matrix_lr == default.matrix_lr
+    )
     assert origins["model_dim"] == "preset tiny" and "matrix_lr" not in origins
     both, origins = tg.load_config({"PRESET": "tiny", "MODEL_DIM": "64", "MATRIX_LR": "0.5"})
     assert (both.model_dim, both.matrix_lr, both.vocab_size) == (64, 0.5, tiny.vocab_size)
@@ -55,7 +58,13 @@ def test_precedence_is_default_then_preset_then_environment() -> None:
 def test_values_have_the_type_of_their_field() -> None:
     """Whole numbers, numbers, switches and text are parsed as such, in every preset too."""
     config = toy_config(SEED="7", MATRIX_LR="1e-3", SMEAR_GATE_ENABLED="0", RUN_ID="x", MLP_MULT="3")
-    assert (config.seed, config.matrix_lr, config.smear_gate_enabled, config.run_id, config.mlp_mult) == (7, 0.001, False, "x", 3.0)
+    assert (config.seed, config.matrix_lr, config.smear_gate_enabled, config.run_id, config.mlp_mult) == (
+        7,
+        0.001,
+        False,
+        "x",
+        3.0,
+    )
     for preset in tg.PRESETS:
         config = tg.load_config({"PRESET": preset})[0]
         for name, field in tg.FIELDS.items():
@@ -157,7 +166,9 @@ def test_foreign_variables_are_ignored() -> None:
     """What launchers, shells and libraries set is none of our business, even where it looks a little alike."""
     foreign = "PATH HOME USER SHELL LANG TERM PWD RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS"
     foreign += " NCCL_NET NCCL_DEBUG CUDA_VISIBLE_DEVICES PYTHONPATH PYTHONHASHSEED VENV PYTHON NPROC LOCAL_WORLD_SIZE"
-    foreign += " GROUP_RANK ROLE_RANK TORCHELASTIC_RUN_ID HF_TOKEN TMPDIR EDITOR LOGNAME HOSTNAME DISPLAY DATADIRS STAGE_NAME"
+    foreign += (
+        " GROUP_RANK ROLE_RANK TORCHELASTIC_RUN_ID HF_TOKEN TMPDIR EDITOR LOGNAME HOSTNAME DISPLAY DATADIRS STAGE_NAME"
+    )
     assert tg.load_config(dict.fromkeys(foreign.split(), "x")) == tg.load_config({})
 
 
@@ -175,7 +186,7 @@ def test_retired_names_are_accepted_with_the_built_in_value_only() -> None:
 
 @pytest.mark.parametrize("preset", ["pr1941", "default"])
 def test_published_command_runs_as_it_stands(preset: str) -> None:
-    """Every variable of the published PR #1941 command is accepted, and it changes nothing but the reserve and the seed."""
+    """The published command is accepted whole, and changes nothing but the reserve, the seed and the folder."""
     env = dict(pair.split("=") for pair in PUBLISHED_PR1941.split())
     config, origins = tg.load_config(env | {"PRESET": preset})
     plain = tg.load_config({"PRESET": preset})[0]
@@ -198,7 +209,9 @@ def test_every_preset_is_a_valid_configuration(preset: str) -> None:
 def test_every_field_changes_in_a_preset_or_is_a_documented_knob() -> None:
     """No option without a use: what no preset changes is a run-time knob or a published name."""
     default = tg.Config()
-    changed = {name for preset in tg.PRESETS.values() for name, value in preset.items() if value != getattr(default, name)}
+    changed = {
+        name for preset in tg.PRESETS.values() for name, value in preset.items() if value != getattr(default, name)
+    }
     knobs = RUN_TIME | OWN_KNOBS | PUBLISHED_KNOBS
     assert changed | knobs == set(tg.FIELDS)
 

@@ -137,7 +137,9 @@ def test_rows_tile_the_stream_without_losing_or_repeating_a_token(sizes: list[in
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.sampled_from([1, 5, 5, 5, 6]), min_size=65, max_size=65), st.integers(2, 64))
-def test_segments_begin_at_the_row_start_and_every_bos_and_are_cut(tmp_path_factory: Any, tokens: list[int], limit: int) -> None:
+def test_segments_begin_at_the_row_start_and_every_bos_and_are_cut(
+    tmp_path_factory: Any, tokens: list[int], limit: int
+) -> None:
     """The segment table equals a walk over the row: a new segment at BOS or after TRAIN_SEQ_LEN tokens."""
     folder = tmp_path_factory.mktemp("shards")
     write_stream(folder, "train", np.array(tokens), [])
@@ -207,7 +209,11 @@ def test_rows_of_a_step_are_dealt_to_ranks_without_overlap(toy_data: ToyData, tm
     """1, 2, 3 or 5 ranks together have the same four rows of each step, each row once; some ranks may have none."""
     config = toy_data.config(RUNS_DIR=tmp_path)
     alone = tg.Trainer(config, tg.Run(), QUIET)
-    key = lambda row: (tuple(row.inputs[0].tolist()), tuple(row.targets[0].tolist()), tuple(row.docs.cu_seqlens.tolist()))
+    key = lambda row: (
+        tuple(row.inputs[0].tolist()),
+        tuple(row.targets[0].tolist()),
+        tuple(row.docs.cu_seqlens.tolist()),
+    )
     for step in (0, 1, 40):
         whole = Counter(map(key, alone.step_rows(step)))
         assert sum(whole.values()) == 4
@@ -222,7 +228,9 @@ def test_rows_of_a_step_are_dealt_to_ranks_without_overlap(toy_data: ToyData, tm
 
 def test_data_order_does_not_depend_on_the_seed(toy_data: ToyData, tmp_path: Path) -> None:
     """Another SEED reads the same rows."""
-    first, second = (tg.Trainer(toy_data.config(RUNS_DIR=tmp_path, SEED=s), tg.Run(), QUIET).step_rows(3) for s in (1, 2))
+    first, second = (
+        tg.Trainer(toy_data.config(RUNS_DIR=tmp_path, SEED=s), tg.Run(), QUIET).step_rows(3) for s in (1, 2)
+    )
     assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(first, second, strict=True))
 
 
@@ -230,7 +238,13 @@ def test_data_order_does_not_depend_on_the_seed(toy_data: ToyData, tmp_path: Pat
 # Bytes
 # ---------------------------------------------------------------------------------------------------------------
 
-TEXTS = ["hello world and hello again", "grün über ÅÄÖ", "1234 a-b_c", "naïve café 漢字 mixed", "tabs  and   runs    of spaces"]
+TEXTS = [
+    "hello world and hello again",
+    "grün über ÅÄÖ",
+    "1234 a-b_c",
+    "naïve café 漢字 mixed",
+    "tabs  and   runs    of spaces",
+]
 
 
 @pytest.fixture(scope="session")
@@ -273,7 +287,9 @@ def text_bytes(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> in
 
 NAMES = ["challenge", "dummy prefix", "runs of spaces", "no space piece", "suffix"]
 UNICODE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=30)
-WORDS = st.lists(st.sampled_from(["hello", "world", " ", "  ", "    ", "é", "漢", "a", "1", "\n", "."]), max_size=20).map("".join)
+WORDS = st.lists(
+    st.sampled_from(["hello", "world", " ", "  ", "    ", "é", "漢", "a", "1", "\n", "."]), max_size=20
+).map("".join)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -294,7 +310,11 @@ def test_each_kind_of_piece_costs_its_own_bytes(tokenizers: dict) -> None:
     tokenizer = tokenizers["challenge"]
     table = tg.byte_table(tokenizer)
     space, byte = tokenizer.piece_to_id("▁"), tokenizer.piece_to_id("<0xE6>")
-    word = next(i for i in range(tokenizer.vocab_size()) if len(tokenizer.id_to_piece(i)) > 2 and tokenizer.id_to_piece(i)[0] == "▁")
+    word = next(
+        i
+        for i in range(tokenizer.vocab_size())
+        if len(tokenizer.id_to_piece(i)) > 2 and tokenizer.id_to_piece(i)[0] == "▁"
+    )
     length = len(tokenizer.id_to_piece(word)) - 1
     stream = np.array([1, word, word, 1, space, space, byte, 2, word, 3, word, 0, byte, 1])
     expected = [0, length, length + 1, 0, 0, 1, 1, 0, length, 0, length, 0, 1, 0]
@@ -315,7 +335,11 @@ def test_inner_space_markers_count_one_byte_each(tokenizers: dict) -> None:
     """A piece of several spaces costs as many bytes as spaces, one fewer directly behind BOS."""
     tokenizer = tokenizers["runs of spaces"]
     table = tg.byte_table(tokenizer)
-    several = next(i for i in range(tokenizer.vocab_size()) if set(tokenizer.id_to_piece(i)) == {"▁"} and len(tokenizer.id_to_piece(i)) > 1)
+    several = next(
+        i
+        for i in range(tokenizer.vocab_size())
+        if set(tokenizer.id_to_piece(i)) == {"▁"} and len(tokenizer.id_to_piece(i)) > 1
+    )
     n, x = len(tokenizer.id_to_piece(several)), tokenizer.piece_to_id("<0x41>")
     assert tg.target_bytes(np.array([1, several, x, several]), table).tolist() == [0, n - 1, 1, n]
 

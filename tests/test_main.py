@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, ToyData
+from conftest import ROOT, ToyData, free_port
 
 import train_gpt as tg
 
@@ -85,7 +85,7 @@ def test_result_has_every_promised_number(finished: Finished, toy_data: ToyData)
 
 
 def test_scores_move_the_right_way(finished: Finished) -> None:
-    """Training beats the unigram entropy clearly; quantisation, other windows and adaptation move that only a little."""
+    """Training beats the unigram entropy clearly; quantisation, other windows and adaptation move it only a little."""
     result, tokens = finished.result, np.fromfile(finished.data / "fineweb_val_000000.bin", "<u2")[512:]
     p = np.bincount(tokens) / len(tokens)
     unigram = -sum(x * math.log(x) for x in p if x)
@@ -138,7 +138,15 @@ def test_evaluating_again_needs_no_training_data_and_gives_the_same_scores(finis
     finally:
         for path in hidden:
             path.rename(path.with_suffix(".bin"))
-    for key in ("val_bpb", "ttt_val_loss", "sliding_val_loss", "quantized_val_loss", "scored_bytes", "steps", "artifact_bytes"):
+    for key in (
+        "val_bpb",
+        "ttt_val_loss",
+        "sliding_val_loss",
+        "quantized_val_loss",
+        "scored_bytes",
+        "steps",
+        "artifact_bytes",
+    ):
         assert result[key] == finished.result[key], key
     assert list(result["stage_seconds"]) == ["train", "quantize", "evaluate"]
 
@@ -163,7 +171,9 @@ def test_quantising_again_needs_no_training_data_and_gives_the_same_file(finishe
 def test_submitted_score_is_the_last_enabled_one(finished: Finished, tmp_path: Path) -> None:
     """Without TTT the sliding score is submitted, without that the plain one."""
     for number, (sliding, kind) in enumerate(((True, "sliding"), (False, "quantized"))):
-        config, _ = again(finished, tmp_path / str(number), stages="evaluate", ttt_enabled=False, sliding_window_enabled=sliding)
+        config, _ = again(
+            finished, tmp_path / str(number), stages="evaluate", ttt_enabled=False, sliding_window_enabled=sliding
+        )
         result = tg.main(config, RUN)
         assert result["submitted"] == kind and result["val_bpb"] == finished.result[f"{kind}_val_bpb"]
 
@@ -182,6 +192,45 @@ def test_quantising_with_other_training_settings_is_refused(finished: Finished, 
         tg.main(config, RUN)
 
 
+@pytest.mark.parametrize("preset", sorted(tg.PRESETS))
+def test_every_preset_trains_packs_reloads_and_scores_at_toy_size(
+    preset: str, toy_data: ToyData, tmp_path: Path
+) -> None:
+    """The mechanisms that a preset picks go through all stages; only sizes and cadence are replaced."""
+    env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="toy", PRESET=preset, ITERATIONS=3)
+    result = tg.main(tg.load_config(env)[0], RUN)
+    assert result["valid"] and result["preset"] == preset and math.isfinite(result["val_bpb"])
+
+
+def test_two_processes_run_all_stages_like_one(toy_data: ToyData, tmp_path: Path) -> None:
+    """Launched as torchrun does: only rank 0 speaks and writes; one process scores their artifact the same."""
+    env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="two", ITERATIONS=3, SLIDING_WINDOW_ENABLED=1)
+    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train_gpt.py")],
+            env=os.environ | env | launch | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "result {" in outputs[0][0] and outputs[1][0] == ""
+    two = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert two["ranks"] == 2 and two["valid"]
+    config = tg.load_config(env)[0]
+    scored = tg.main(dataclasses.replace(config, stages="evaluate"), RUN)
+    trained = tg.main(dataclasses.replace(config, run_id="one", stages="train"), RUN)
+    assert trained["prequant_val_loss"] == pytest.approx(two["prequant_val_loss"], abs=1e-4)
+    for key in ("scored_tokens", "scored_bytes", "learned_targets", "most_times_scored"):
+        assert scored[key] == two[key]
+    for kind in ("quantized", "sliding", "ttt"):
+        assert scored[f"{kind}_val_loss"] == pytest.approx(two[f"{kind}_val_loss"], rel=1e-5)
+
+
 def test_run_gets_a_name_of_its_own(toy_data: ToyData, tmp_path: Path) -> None:
     """Without RUN_ID the folder is named after time, preset and seed; a runs folder that cannot be made is an error."""
     named = tg.named_run(toy_data.config(RUNS_DIR=tmp_path / "runs", SEED=5), RUN)
@@ -195,7 +244,9 @@ def test_validity_judges_each_rule_and_only_what_it_can() -> None:
     """Sizes, seconds, coverage and bytes are broken by numbers beyond them; what has not run is not judged."""
     timed, untimed = (tg.load_config({"MAX_WALLCLOCK_SECONDS": s})[0] for s in ("600", "0"))
     fine = dict(total_bytes=16_000_000, train_seconds=600.0, eval_seconds=600.0, scored_tokens=9, val_targets=9)
-    fine |= dict(most_times_scored=1, scored_bytes=30, val_bytes=30, val_documents=2, hardware="1xCPU", torch="x", seed=1)
+    fine |= dict(
+        most_times_scored=1, scored_bytes=30, val_bytes=30, val_documents=2, hardware="1xCPU", torch="x", seed=1
+    )
     broken = lambda result, config: {row["rule"] for row in tg.validity(result, config) if row["ok"] is False}
     assert broken(fine, timed) == set() == broken({"torch": "x", "seed": 1}, timed)
     for change, rules in (
@@ -219,7 +270,10 @@ def test_describe_prints_json_and_touches_nothing(
     monkeypatch.setattr(os, "environ", {"STAGES": "describe", "PRESET": "pr1941"})
     assert tg.command_line() == 0
     described = json.loads(capsys.readouterr().out)
-    assert sum(n for group in described["parameters_per_tensor"].values() for n in group.values()) == described["parameters"]
+    assert (
+        sum(n for group in described["parameters_per_tensor"].values() for n in group.values())
+        == described["parameters"]
+    )
     for group, total in described["parameters_per_group"].items():
         assert sum(described["parameters_per_tensor"][group].values()) == total
     assert len(described["visits"]["looped"]) == 17 and len(described["skips"]["looped"]) == 8
@@ -242,7 +296,8 @@ class Watched(dict):
 events = []
 sys.addaudithook(lambda event, arguments: events.append((event, arguments)) if armed else None)
 armed = False
-before = threading.active_count(), random.getstate(), torch.get_rng_state().tolist(), torch.get_num_threads(), os.getcwd()
+state = lambda: (threading.active_count(), random.getstate(), torch.get_rng_state().tolist(), torch.get_num_threads())
+before = state(), os.getcwd()
 numpy_state = numpy.random.get_state()[1].tolist()
 handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 modules, real = set(sys.modules), os.environ
@@ -251,8 +306,7 @@ armed = True
 import train_gpt
 armed = False
 os.environ = real
-after = threading.active_count(), random.getstate(), torch.get_rng_state().tolist(), torch.get_num_threads(), os.getcwd()
-assert before == after and numpy_state == numpy.random.get_state()[1].tolist()
+assert before == (state(), os.getcwd()) and numpy_state == numpy.random.get_state()[1].tolist()
 assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 assert not torch.distributed.is_initialized() and torch.get_default_dtype() == torch.float32
 written = [a for e, a in events if e == "open" and isinstance(a[1], str) and set(a[1]) & set("wax+")]
@@ -266,7 +320,7 @@ print("clean")
 
 
 def test_import_has_no_side_effects(tmp_path: Path) -> None:
-    """Importing reads no environment, starts no thread, seeds nothing, writes no file, and loads no optional package."""
+    """Importing reads no environment, starts no thread, seeds nothing, writes no file, loads no optional package."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "MATRIX_LRR": "1", "SEED": "no number"}
     done = subprocess.run([sys.executable, "-c", IMPORT_PROBE], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "clean\n"), done.stderr

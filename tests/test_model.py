@@ -32,7 +32,9 @@ def unit_rms(x: np.ndarray) -> np.ndarray:
 class SlowModel:
     """The equations of the network for one sequence; `low_rank` may hold (A, B) per kind of weight and visit."""
 
-    def __init__(self, model: tg.GPT, config: tg.Config, looping: bool, low_rank: dict | None = None, scale: float = 0.0):
+    def __init__(
+        self, model: tg.GPT, config: tg.Config, looping: bool, low_rank: dict | None = None, scale: float = 0.0
+    ):
         self.p = {name: tensor.detach().double().numpy() for name, tensor in model.named_parameters()}
         self.c, self.looping, self.low_rank, self.scale = config, looping, low_rank or {}, scale
         self.seen: dict[tuple[str, int], list[np.ndarray]] = {}  # inputs of each weight, for the Hessians
@@ -40,7 +42,9 @@ class SlowModel:
     def block(self, layer: int, name: str) -> np.ndarray:
         return self.p[f"blocks.{layer}.{name}"]
 
-    def linear(self, x: np.ndarray, weight: np.ndarray, kind: str, layer: int, slot: int, low_input: np.ndarray) -> np.ndarray:
+    def linear(
+        self, x: np.ndarray, weight: np.ndarray, kind: str, layer: int, slot: int, low_input: np.ndarray
+    ) -> np.ndarray:
         self.seen.setdefault((kind, layer), []).append(x)
         y = x @ weight.T
         if kind in self.low_rank:
@@ -189,7 +193,12 @@ def random_lora(config: tg.Config, B: int, seed: int = 5, zero_b: bool = False) 
 @pytest.mark.parametrize("looping", [False, True])
 @pytest.mark.parametrize(
     "changes",
-    [{}, dict(SMEAR_GATE_ENABLED=0, XSA_LAST_N=0), dict(PARALLEL_START_LAYER=0, ROPE_DIMS=0), dict(NUM_LOOPS=0, ROPE_DIMS=8)],
+    [
+        {},
+        dict(SMEAR_GATE_ENABLED=0, XSA_LAST_N=0),
+        dict(PARALLEL_START_LAYER=0, ROPE_DIMS=0),
+        dict(NUM_LOOPS=0, ROPE_DIMS=8),
+    ],
     ids=["all", "no-smear-no-xsa", "no-lanes-no-rope", "no-loops-full-rope"],
 )
 def test_whole_forward_equals_a_slow_float64_reference(looping: bool, changes: dict) -> None:
@@ -248,8 +257,12 @@ def test_lora_equals_a_slow_computation_per_row_and_visit() -> None:
         bare = model(tokens[:, :-1], tokens[:, 1:], tg.layer_plan(config, True)).numpy()
     assert np.abs(fast - bare).mean() > 0.1
     for row in range(B):
-        low_rank = {k: [(a[row].double().numpy(), b[row].double().numpy()) for a, b in ps] for k, ps in lora.factors.items()}
-        slow = SlowModel(model, config, True, low_rank, lora.scale).nll(tokens[row, :-1].numpy(), tokens[row, 1:].numpy())
+        low_rank = {
+            k: [(a[row].double().numpy(), b[row].double().numpy()) for a, b in ps] for k, ps in lora.factors.items()
+        }
+        slow = SlowModel(model, config, True, low_rank, lora.scale).nll(
+            tokens[row, :-1].numpy(), tokens[row, 1:].numpy()
+        )
         np.testing.assert_allclose(fast[row], slow, atol=1e-4)
 
 
@@ -260,7 +273,9 @@ def test_lora_with_zero_b_changes_nothing() -> None:
     tokens = torch.from_numpy(random_tokens(B * 13, config.vocab_size)).view(B, 13)
     with torch.no_grad():
         bare = model(tokens[:, :-1], tokens[:, 1:], tg.layer_plan(config, True))
-        with_lora = model(tokens[:, :-1], tokens[:, 1:], tg.layer_plan(config, True), lora=random_lora(config, B, zero_b=True))
+        with_lora = model(
+            tokens[:, :-1], tokens[:, 1:], tg.layer_plan(config, True), lora=random_lora(config, B, zero_b=True)
+        )
     assert torch.equal(bare, with_lora)
 
 
@@ -360,7 +375,9 @@ def test_forward_prices_every_id_and_the_probabilities_sum_to_one() -> None:
         nll = model(inputs, everything, tg.layer_plan(config, True))
         plain = model(inputs, targets, tg.layer_plan(config, True))
     assert nll.shape == (1, T, config.vocab_size)
-    torch.testing.assert_close(torch.exp(-nll.double()).sum(-1), torch.ones(1, T, dtype=torch.float64), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.exp(-nll.double()).sum(-1), torch.ones(1, T, dtype=torch.float64), atol=1e-5, rtol=0
+    )
     torch.testing.assert_close(nll.gather(-1, targets[..., None])[..., 0], plain)
 
 
@@ -533,7 +550,10 @@ def test_packed_attention_equals_a_naive_softmax(lengths: list[int]) -> None:
     slow = torch.stack(rows).view(1, T, H, d)
     torch.testing.assert_close(fast.double(), slow, atol=1e-5, rtol=1e-5)
     direction = torch.randn(1, T, H, d)
-    for got, want in zip(torch.autograd.grad((fast * direction).sum(), (q, k, v)), torch.autograd.grad((slow * direction).sum(), (q, k, v))):
+    for got, want in zip(
+        torch.autograd.grad((fast * direction).sum(), (q, k, v)),
+        torch.autograd.grad((slow * direction).sum(), (q, k, v)),
+    ):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
     if len(lengths) == 1:
         torch.testing.assert_close(tg.attend_sdpa(q, k, v, None), fast, atol=1e-6, rtol=1e-5)
@@ -582,11 +602,13 @@ def test_leaky_relu_squared_is_its_formula_with_its_slope() -> None:
     y.sum().backward()
     assert y.tolist() == [2.25, 0.0625, 0.0, 0.0625, 4.0]
     assert p.grad.tolist() == [-1.5, -0.25, 0.0, 0.5, 4.0]
-    assert torch.autograd.gradcheck(tg.leaky_relu_squared, torch.tensor([-1.7, -0.2, 0.3, 1.1], dtype=torch.float64, requires_grad=True))
+    assert torch.autograd.gradcheck(
+        tg.leaky_relu_squared, torch.tensor([-1.7, -0.2, 0.3, 1.1], dtype=torch.float64, requires_grad=True)
+    )
 
 
 def test_own_value_is_removed_and_nothing_else() -> None:
-    """The result is orthogonal to the token's own value; what is orthogonal already, and a zero value, change nothing."""
+    """The result is orthogonal to the token's own value; a second time, or for a zero value, nothing changes."""
     y, v = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 2, 8)
     v[0, 0] = 0
     out = tg.remove_own_value(y, v)
@@ -677,7 +699,9 @@ def test_skip_blends_the_scaled_source_into_the_stream() -> None:
     with torch.no_grad():
         for skip in range(len(model.skip_weights)):
             g = torch.sigmoid(model.skip_gates[skip])
-            torch.testing.assert_close(model.take_skip(skip, source, x), (1 - g) * (model.skip_weights[skip] * source) + g * x)
+            torch.testing.assert_close(
+                model.take_skip(skip, source, x), (1 - g) * (model.skip_weights[skip] * source) + g * x
+            )
 
 
 def test_attention_backend_that_cannot_run_is_refused() -> None:
@@ -693,4 +717,19 @@ def test_toy_configuration_has_every_mechanism_switched_on() -> None:
     assert len(looped) > config.num_layers and any(v.wiring == "two_lane" for v in looped)
     assert any(v.skip is not None and v.wiring == "two_lane" for v in looped)
     assert any(v.skip is not None and v.wiring == "serial" for v in looped)
-    assert config.smear_gate_enabled and config.rope_dims < config.head_dim and set(TOY) <= {n.upper() for n in tg.FIELDS}
+    assert (
+        config.smear_gate_enabled and config.rope_dims < config.head_dim and set(TOY) <= {n.upper() for n in tg.FIELDS}
+    )
+
+
+@pytest.mark.slow
+def test_forward_is_one_graph_with_and_without_adapters() -> None:
+    """Bare, packed and adapted calls are captured whole, and give the same losses as the plain calls."""
+    config = toy_config()
+    model, plan = random_model(config), tg.layer_plan(config, True)
+    captured = torch.compile(model, backend="eager", fullgraph=True)
+    inputs, targets = pair(config, 24)
+    for docs, lora in ((None, None), (packed([8, 1, 15], 32), None), (None, random_lora(config, 1))):
+        with torch.no_grad():
+            expected = model(inputs, targets, plan, docs, lora)
+            torch.testing.assert_close(captured(inputs, targets, plan, docs, lora), expected)

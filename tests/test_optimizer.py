@@ -108,7 +108,9 @@ def test_muon_steps_equal_its_equations() -> None:
 
 def test_adamw_groups_have_their_own_rates_and_decay() -> None:
     """Embedding and scalars follow decoupled AdamW with bias correction, each with its rate, decay and multiplier."""
-    config = toy_config(GRAD_CLIP_NORM=0, TIED_EMBED_LR=0.03, EMBED_WD=0.5, SCALAR_LR=0.02, ADAM_WD=0.2, BETA1=0.8, BETA2=0.9)
+    config = toy_config(
+        GRAD_CLIP_NORM=0, TIED_EMBED_LR=0.03, EMBED_WD=0.5, SCALAR_LR=0.02, ADAM_WD=0.2, BETA1=0.8, BETA2=0.9
+    )
     model = with_gradients(config)
     optimizer, plan = tg.Optimizer(model, config, RUN), tg.layer_plan(config, True)
     settings = {"embed": (0.03, 0.5), "scalar": (0.02, 0.2)}
@@ -139,7 +141,7 @@ def test_adamw_groups_have_their_own_rates_and_decay() -> None:
 
 @pytest.mark.parametrize("limit", [0.3, 1e6, 0])
 def test_clipping_scales_all_gradients_by_their_global_norm(limit: float) -> None:
-    """Matrices and scalars are scaled by one factor, from the norm over all of them; a large limit or 0 changes nothing."""
+    """All gradients are scaled by one factor, from the norm over all of them; a large limit or 0 changes nothing."""
     config = toy_config(GRAD_CLIP_NORM=limit)
     model = with_gradients(config)
     before = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -179,7 +181,7 @@ def test_clipping_looks_at_the_sum_over_ranks() -> None:
 
 
 def test_extra_numbers_travel_with_the_gradients() -> None:
-    """What exchange() is given besides is summed, not clipped, and no part of any gradient; the full norm follows it."""
+    """Extra numbers are summed, not clipped, and no part of any gradient; the norm before clipping follows them."""
     config = toy_config(GRAD_CLIP_NORM=1e-3)
     model = with_gradients(config)
     norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
@@ -188,7 +190,7 @@ def test_extra_numbers_travel_with_the_gradients() -> None:
 
 
 def test_rank_without_rows_contributes_zero_gradients() -> None:
-    """exchange() on a model without any backward pass gives zeros for used parameters and still none for unused ones."""
+    """Without any backward pass exchange() gives zeros for used parameters, and still none for unused ones."""
     config = toy_config()
     model, plan = random_model(config), tg.layer_plan(config, False)
     shares, _ = tg.Optimizer(model, config, RUN).exchange(plan, [])

@@ -91,7 +91,9 @@ def test_longer_context_is_really_used() -> None:
     """Planted fault: scoring in plain windows is not the same as sliding, so the test above can tell them apart."""
     config = toy_config()
     model, validation = random_model(config), validation_of_lengths([90])
-    plain, sliding = (nll_per_target(validation, lambda v: tg.score(model, v, config, tg.Run(), QUIET, s)) for s in (32, 8))
+    plain, sliding = (
+        nll_per_target(validation, lambda v: tg.score(model, v, config, tg.Run(), QUIET, s)) for s in (32, 8)
+    )
     same = np.isclose(plain[1:], sliding[1:], atol=1e-5)
     assert same[:32].all() and not same[32:64].all()
 
@@ -107,7 +109,9 @@ def test_score_does_not_depend_on_the_row_size_or_the_ranks(stride: int) -> None
         assert (other.tokens, other.bytes) == (whole.tokens, whole.bytes)
         assert other.nats == pytest.approx(whole.nats, rel=1e-6)
     for world_size in (2, 3, 40):
-        parts = [tg.score(model, validation, config, OneOf(rank, world_size), QUIET, stride) for rank in range(world_size)]
+        parts = [
+            tg.score(model, validation, config, OneOf(rank, world_size), QUIET, stride) for rank in range(world_size)
+        ]
         assert sum(part.tokens for part in parts) == whole.tokens
         assert sum(part.bytes for part in parts) == whole.bytes
         assert sum(part.nats for part in parts) == pytest.approx(whole.nats, rel=1e-9)
@@ -153,7 +157,9 @@ def test_rows_hold_consecutive_windows_up_to_the_limit() -> None:
     """Windows keep their order, none is lost or split, and no row exceeds the limit or could take the next window."""
     generator = np.random.default_rng(0)
     ends = np.cumsum(generator.integers(1, 33, 200))
-    windows = [tg.Window(int(end) - int(length), int(end) - 1, int(end)) for end, length in zip(ends, np.diff(ends, prepend=0))]
+    windows = [
+        tg.Window(int(end) - int(length), int(end) - 1, int(end)) for end, length in zip(ends, np.diff(ends, prepend=0))
+    ]
     rows = tg.fill_rows(windows, 64)
     assert [window for row in rows for window in row] == windows
     sizes = [sum(w.end - w.begin for w in row) for row in rows]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET, ROOT, ToyData, on_ranks, random_model, toy_config, train_tokenizer, write_shard
+from conftest import QUIET, ROOT, ToyData, on_ranks, random_model, train_tokenizer, write_shard
 
 import train_gpt as tg
 
@@ -83,7 +83,9 @@ def test_average_follows_its_recursion(toy_data: ToyData, tmp_path: Path) -> Non
     slow = [parameter.detach().double().clone() for parameter in trainer.model.parameters()]
     for step in range(3):
         trainer.update(trainer.step_rows(step), step == 2, 1.0, 0.9)
-        slow = [0.8 * kept + 0.2 * parameter.detach().double() for kept, parameter in zip(slow, trainer.model.parameters())]
+        slow = [
+            0.8 * kept + 0.2 * parameter.detach().double() for kept, parameter in zip(slow, trainer.model.parameters())
+        ]
     for kept, expected in zip(trainer.average, slow):
         torch.testing.assert_close(kept.double(), expected, atol=1e-6, rtol=1e-5)
     trainer.use_average()
@@ -105,7 +107,10 @@ def test_loop_uses_schedules_by_step_and_switches_plans_once(toy_data: ToyData, 
     length = config.train_row_tokens
     for step, (inputs, looping, multiplier, momentum, *_) in enumerate(calls):
         begin = step * config.train_batch_tokens
-        ids = [toy_data.train_tokens[p % len(toy_data.train_tokens)] for p in range(begin, begin + config.train_batch_tokens)]
+        ids = [
+            toy_data.train_tokens[p % len(toy_data.train_tokens)]
+            for p in range(begin, begin + config.train_batch_tokens)
+        ]
         assert inputs.tolist() == np.array(ids).reshape(-1, length).tolist()
         assert looping == (step >= 4)
         assert multiplier == tg.lr_multiplier(step / 10, config) and momentum == tg.muon_momentum(step, config)
@@ -223,7 +228,9 @@ def test_damaged_checkpoint_is_refused(toy_data: ToyData, tmp_path: Path) -> Non
         trainer.restore_checkpoint()
 
 
-def run_command(env: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> tuple[int, str, str]:
+def run_command(
+    env: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> tuple[int, str, str]:
     """Exit status, standard output and error of the command line with these settings, in this process."""
     monkeypatch.setattr(os, "environ", {**os.environ, **env})
     capsys.readouterr()
@@ -259,7 +266,11 @@ def test_non_finite_numbers_stop_the_run_and_keep_the_checkpoint(
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
 def test_signal_finishes_the_step_and_a_restart_goes_on_from_there(
-    kind: signal.Signals, toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    kind: signal.Signals,
+    toy_data: ToyData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     """A run that is told to stop saves its state, says so with status 128 + n, and continues bit for bit."""
     env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="stopped", STAGES="train")
@@ -368,7 +379,12 @@ def bad_data(folder: Path, fault: str, toy_data: ToyData) -> dict[str, str]:
     ],
 )
 def test_bad_data_is_one_clear_line_with_status_two(
-    fault: str, named: str, toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    fault: str,
+    named: str,
+    toy_data: ToyData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     """Each fault of the files ends the command before training, with status 2 and a line that names what to fix."""
     env = toy_data.env(RUNS_DIR=tmp_path / "runs", RUN_ID="bad") | bad_data(tmp_path / "data", fault, toy_data)
@@ -424,8 +440,12 @@ def close(first: dict, second: dict, atol: float) -> None:
         torch.testing.assert_close(first[name], second[name], atol=atol, rtol=1e-3, msg=lambda text: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("world_size, rows, resumed", [(2, 4, False), (3, 2, True)], ids=["two", "three-resumed-few-rows"])
-def test_number_of_ranks_changes_no_result(world_size: int, rows: int, resumed: bool, toy_data: ToyData, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "world_size, rows, resumed", [(2, 4, False), (3, 2, True)], ids=["two", "three-resumed-few-rows"]
+)
+def test_number_of_ranks_changes_no_result(
+    world_size: int, rows: int, resumed: bool, toy_data: ToyData, tmp_path: Path
+) -> None:
     """Losses step by step, weights, buffers, Hessians, and the sums of both scorings equal those of one process."""
     env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="one", TRAIN_BATCH_TOKENS=64 * rows)
     if resumed:  # by more ranks than the checkpoint was written with, and more than there are rows
@@ -443,7 +463,11 @@ def test_number_of_ranks_changes_no_result(world_size: int, rows: int, resumed: 
         assert seen["sums"] == ranks[0]["sums"] and seen["elapsed"] == ranks[0]["elapsed"]
         assert same(seen["adapted weights"], ranks[0]["adapted weights"])
         np.testing.assert_allclose(seen["losses"], one["losses"], atol=1e-4)
-        close({k: v for k, v in seen["state"].items() if "exp_avg" not in k}, {k: v for k, v in one["state"].items() if "exp_avg" not in k}, 2e-4)
+        close(
+            {k: v for k, v in seen["state"].items() if "exp_avg" not in k},
+            {k: v for k, v in one["state"].items() if "exp_avg" not in k},
+            2e-4,
+        )
         close(seen["hessians"], one["hessians"], 0.05)
         close(seen["adapted weights"], one["adapted weights"], 1e-4)
         for (nats, *counts), (expected, *expected_counts) in zip(seen["sums"], one["sums"]):

@@ -1,0 +1,340 @@
+"""tests/probe_validity.py at toy size: the script passes every probe, and broken evaluators fail them.
+
+A check that cannot fail is worthless: each broken evaluator below replaces one function of train_gpt, and the probe that
+is meant for it must notice.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import probe_validity as probe
+import pytest
+import torch
+from conftest import ROOT, ToyData, random_model, toy_config
+
+import train_gpt as tg
+
+LENGTHS = [30, 2, 21, 13, 1, 18]
+PLACES = (5, 27, 50)  # in the first document's first and last chunk, and behind a global phase
+
+
+def subject(vocab_size: int = 256, **changes: Any) -> probe.Subject:
+    """A model none of whose gates is neutral; several chunks per document, several batches, two global phases."""
+    settings = dict(VOCAB_SIZE=vocab_size, TTT_BATCH_SIZE=2, PHASED_TTT_PREFIX_DOCS=4, GLOBAL_TTT_CHUNK_TOKENS=32)
+    config = toy_config(**settings | changes)
+    return probe.Subject(lambda: random_model(config), config)
+
+
+def stream() -> np.ndarray:
+    return probe.unique_stream(LENGTHS, 256)
+
+
+def repetitive() -> np.ndarray:
+    """Two documents over a few ids, in which many pairs of tokens come back."""
+    tokens = np.random.default_rng(0).integers(4, 7, 40)
+    tokens[[0, 15]] = tg.BOS_ID
+    return tokens
+
+
+@pytest.mark.parametrize("kind", probe.KINDS)
+def test_nothing_scored_depends_on_what_is_scored_later(kind: str) -> None:
+    """Causality by mutation."""
+    outcome = probe.causality(kind, subject(), stream(), PLACES)
+    assert outcome.ok, outcome
+
+
+@pytest.mark.parametrize("kind", probe.KINDS)
+def test_every_target_is_scored_exactly_once(kind: str) -> None:
+    """Single pass."""
+    outcome = probe.single_pass(kind, subject(), stream())
+    assert outcome.ok, outcome
+
+
+@pytest.mark.parametrize("kind", probe.KINDS)
+def test_documents_do_not_see_each_other(kind: str) -> None:
+    """Isolation of packed documents."""
+    outcome = probe.isolation(kind, subject(), stream())
+    assert outcome.ok, outcome
+
+
+@pytest.mark.parametrize("kind", probe.KINDS)
+def test_the_probabilities_of_all_ids_sum_to_one_on_the_real_path(kind: str) -> None:
+    """Normalisation, every id of a small vocabulary as the target."""
+    outcome = probe.normalisation(kind, subject(16), repetitive(), (9, 38))
+    assert outcome.ok, outcome
+
+
+def test_every_update_uses_only_scored_targets() -> None:
+    """Score before update, with global phases."""
+    outcome = probe.score_before_update(subject(), stream())
+    assert outcome.ok, outcome
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(PHASED_TTT_PREFIX_DOCS=0),
+        dict(PHASED_TTT_NUM_PHASES=1, TTT_BATCH_SIZE=1),
+        dict(TTT_CHUNK_SIZE=3, TTT_EVAL_SEQ_LEN=16),
+        dict(SMEAR_GATE_ENABLED=0, NUM_LOOPS=0, PARALLEL_START_LAYER=0),
+    ],
+    ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()),
+)
+def test_every_mode_of_test_time_training_passes(changes: dict) -> None:
+    """The probes of the adaptive evaluation at other settings."""
+    mode = subject(**changes)
+    outcomes = [
+        probe.causality("ttt", mode, stream(), (27,)),
+        probe.single_pass("ttt", mode, stream()),
+        probe.isolation("ttt", mode, stream()),
+        probe.score_before_update(mode, stream()),
+    ]
+    assert all(outcome.ok for outcome in outcomes), outcomes
+
+
+# ------------------------------------------------------------------------------------------------------------
+# BROKEN EVALUATORS
+# ------------------------------------------------------------------------------------------------------------
+
+
+def leaky_embed(model: tg.GPT, inputs: torch.Tensor, table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """A SmearGate without the mask at the start of segments and documents."""
+    e = torch.nn.functional.embedding(inputs, table)
+    window = e[..., : model.config.gate_window]
+    gate = torch.sigmoid(window @ model.smear_gate_w.T) * model.smear_lambda
+    return tg.rms(e + gate * torch.nn.functional.pad(e, (0, 0, 1, 0))[:, :-1])
+
+
+def test_a_leaky_smear_gate_fails_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In packed rows; causality does not see it, because it only looks back."""
+    monkeypatch.setattr(tg.GPT, "embed", leaky_embed)
+    for kind in ("plain", "sliding"):
+        assert not probe.isolation(kind, subject(), stream()).ok
+        assert probe.causality(kind, subject(), stream(), PLACES).ok
+
+
+class Silent(tg.Tally):
+    """Counts nothing, and objects to nothing."""
+
+    def __init__(self, validation: tg.Validation):
+        super().__init__(validation)
+        self.times += 1
+
+    def add(self, nll: torch.Tensor, positions: Any) -> None:
+        pass
+
+
+def train_then_score(forward: Callable, adapters: Any, batch: np.ndarray, validation: Any, *rest: Any) -> None:
+    """Learns from a whole batch of documents, and scores it afterwards."""
+    *settings, tally = rest
+    REAL["score_and_adapt"](forward, adapters, batch, validation, *settings, Silent(validation))
+    REAL["score_and_adapt"](forward, adapters, batch, validation, *settings, tally)
+
+
+REAL = {"score_and_adapt": tg.score_and_adapt, "plan_windows": tg.plan_windows, "softcapped_nll": tg.softcapped_nll}
+
+
+def test_training_before_scoring_fails_causality_and_the_order_of_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen from outside, whatever a ledger inside says."""
+    monkeypatch.setattr(tg, "score_and_adapt", train_then_score)
+    assert not probe.score_before_update(subject(), stream()).ok
+    assert not probe.causality("ttt", subject(), stream(), PLACES).ok
+
+
+def test_a_global_phase_on_unscored_documents_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The phase takes all documents instead of the scored ones."""
+    real = tg.global_update
+    monkeypatch.setattr(tg.Tally, "learn_from", lambda *_: None)
+    monkeypatch.setattr(tg, "global_update", lambda model, scored, tally, *rest: real(model, tally.validation.documents, tally, *rest))
+    assert not probe.score_before_update(subject(), stream()).ok
+    assert not probe.causality("ttt", subject(), stream(), (27,)).ok
+
+
+def double_tail(num_targets: int, context: int, stride: int, first: int | None = None) -> Iterator[tuple[int, int, int]]:
+    """The windows, and once more the last targets of each document."""
+    yield from REAL["plan_windows"](num_targets, context, stride, first)
+    yield max(0, num_targets - context), max(0, num_targets - 3), num_targets
+
+
+def test_a_tail_that_is_counted_twice_fails_single_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The known defect of early sliding evaluations."""
+    monkeypatch.setattr(tg, "plan_windows", double_tail)
+    for kind in ("plain", "sliding"):
+        assert not probe.single_pass(kind, subject(), stream()).ok
+
+
+def test_a_dropped_tail_fails_single_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole windows only."""
+    real = REAL["plan_windows"]
+    monkeypatch.setattr(tg, "plan_windows", lambda n, *rest, **first: real(n - 1, *rest, **first))
+    for kind in probe.KINDS:
+        assert not probe.single_pass(kind, subject(), stream()).ok
+
+
+def gold_cache(monkeypatch: pytest.MonkeyPatch, inside: bool) -> None:
+    """Mixes a count cache into the probability of the target alone: in the scoring code, or inside the forward pass."""
+    counts: dict[int, int] = {}
+
+    def mixed(nll: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        boost = torch.tensor([counts.get(int(i), 0) / (1 + sum(counts.values())) for i in ids.flatten()])
+        return -torch.log(0.8 * (-nll).exp() + 0.2 * boost.view_as(nll))
+
+    if inside:
+        counts[5] = 1
+        monkeypatch.setattr(tg, "softcapped_nll", lambda logits, targets, cap: mixed(REAL["softcapped_nll"](logits, targets, cap), targets))
+        return
+    real = tg.Tally.add
+
+    def add(tally: tg.Tally, nll: torch.Tensor, positions: Any) -> None:
+        ids = tally.validation.tokens[torch.as_tensor(positions)]
+        real(tally, mixed(nll.detach(), ids), positions)
+        for token in ids.tolist():
+            counts[token] = counts.get(token, 0) + 1
+
+    monkeypatch.setattr(tg.Tally, "add", add)
+
+
+def test_a_cache_for_the_target_inside_the_forward_pass_fails_normalisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ids' probabilities are not lowered by as much."""
+    gold_cache(monkeypatch, inside=True)
+    for kind in probe.KINDS:
+        assert not probe.normalisation(kind, subject(16), repetitive(), (9, 38)).ok
+
+
+def scored_through(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]) -> None:
+    """Changes the nats between the forward pass and the tally, in the plain evaluation."""
+
+    def score(forward: Callable, validation: Any, config: Any, run: Any, log: Any, stride: int) -> tg.Tally:
+        tally = tg.Tally(validation)
+        windows = tg.document_windows(validation, config.eval_seq_len, stride)
+        for window in windows:
+            row, positions = tg.window_row([window], validation, config.eval_seq_len, 0, run.device)
+            with torch.no_grad():
+                nll = forward(row.inputs, row.targets, tg.layer_plan(config, True), row.docs)[0]
+            keep = torch.from_numpy(np.arange(window.begin, window.end) >= window.first_scored)
+            tally.add(change(nll[keep], row.targets[0][keep], tally), positions[keep.numpy()])
+        return tally
+
+    monkeypatch.setattr(tg, "score", score)
+
+
+def test_a_cache_for_the_target_behind_the_forward_pass_fails_normalisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts of scored ids, mixed into the target's probability only. The same evaluator without the cache passes."""
+    scored_through(monkeypatch, lambda nll, ids, tally: nll)
+    assert probe.normalisation("plain", subject(16), repetitive(), (9, 38)).ok
+
+    def cached(nll: torch.Tensor, ids: torch.Tensor, tally: tg.Tally) -> torch.Tensor:
+        seen = tally.validation.tokens[torch.from_numpy(tally.times > 0)]
+        share = (seen[None] == ids[:, None]).float().mean(1) if len(seen) else torch.zeros(len(ids))
+        return -torch.log(0.8 * (-nll).exp() + 0.2 * torch.where(share > 0, 0.5, 0.0))
+
+    scored_through(monkeypatch, cached)
+    outcome = probe.normalisation("plain", subject(16), repetitive(), (9, 38))
+    assert not outcome.ok
+
+
+def test_a_gate_that_reads_the_target_fails_causality(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits scaled by the class of the token that is scored."""
+    real = REAL["softcapped_nll"]
+
+    def gated(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> torch.Tensor:
+        if targets.dim() == 3:  # the classes of the last real targets
+            return real(logits * gated.scale, targets, softcap)  # type: ignore[attr-defined]
+        gated.scale = 1 + 0.5 * (targets % 2).unsqueeze(-1)  # type: ignore[attr-defined]
+        return real(logits * gated.scale, targets, softcap)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(tg, "softcapped_nll", gated)
+    assert not probe.causality("plain", subject(), stream(), tuple(range(4, 12))).ok
+
+
+def test_a_mask_that_looks_one_token_ahead_fails_causality(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next token's embedding mixed in."""
+    real = tg.GPT.embed
+    ahead = lambda e: e + 0.1 * torch.nn.functional.pad(e, (0, 0, 0, 1))[:, 1:]
+    monkeypatch.setattr(tg.GPT, "embed", lambda *arguments: ahead(real(*arguments)))
+    for kind in probe.KINDS:
+        assert not probe.causality(kind, subject(), stream(), PLACES).ok
+
+
+def test_adapters_shared_by_the_documents_of_a_batch_fail_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every document gets the mean of all adapters."""
+    real = tg.Adapters.lora
+
+    def shared(adapters: Any, dtype: torch.dtype) -> tg.Lora:
+        views = real(adapters, dtype).factors
+        mean = lambda x: x.mean(0, keepdim=True).expand_as(x)
+        return tg.Lora(adapters.scale, {name: [(mean(a), mean(b)) for a, b in rows] for name, rows in views.items()})
+
+    monkeypatch.setattr(tg.Adapters, "lora", shared)
+    assert not probe.isolation("ttt", subject(), stream()).ok
+
+
+# ------------------------------------------------------------------------------------------------------------
+# THE ARTIFACT ALONE
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toy_run(toy_data: ToyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run at toy size."""
+    root = tmp_path_factory.mktemp("runs")
+    config, origins = tg.load_config(toy_data.env(RUN_ID="probe", RUNS_DIR=root, VOCAB_SIZE=64))
+    assert tg.main(config, tg.Run(), origins)["valid"]
+    return root / "probe"
+
+
+def test_the_artifact_alone_reproduces_the_score(toy_run: Path) -> None:
+    """In a new process without training files and network, to the last bit."""
+    outcome = probe.artifact_alone(toy_run)
+    assert outcome.ok, outcome
+
+
+SMUGGLERS = {
+    "network": "import socket\nsocket.create_connection(('127.0.0.1', 9), 1)\n",
+    "name lookup": "import socket\nsocket.getaddrinfo('localhost', 80)\n",
+    "training file": "open('data/fineweb_train_000000.bin', 'ab')\n",
+    "state of the training": "import pathlib\npathlib.Path('runs/alone/trained.bin').exists() or open('trained.bin', 'wb')\n",
+}
+
+
+@pytest.mark.parametrize("what", SMUGGLERS)
+def test_an_evaluation_that_needs_more_than_the_artifact_fails(toy_run: Path, tmp_path: Path, what: str) -> None:
+    """A script that reaches out before it starts; the guard stops it before anything heavy is imported."""
+    script = tmp_path / "train_gpt.py"
+    script.write_text(SMUGGLERS[what] + (ROOT / "train_gpt.py").read_text())
+    outcome = probe.artifact_alone(toy_run, script)
+    assert not outcome.ok and "the evaluation" in outcome.found, outcome
+
+
+def test_an_artifact_of_other_weights_fails(toy_run: Path, tmp_path: Path) -> None:
+    """The score belongs to weights that were kept in memory only."""
+    result = json.loads((toy_run / "result.json").read_text())
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for name in ("log.txt", "artifact.bin"):
+        os.link(toy_run / name, copy / name)
+    (copy / "result.json").write_text(json.dumps(result | {"val_bpb": result["val_bpb"] - 1e-9}))
+    assert not probe.artifact_alone(copy).ok
+
+
+@pytest.mark.slow
+def test_command_line(toy_data: ToyData, tmp_path: Path) -> None:
+    """The probes of a run with a vocabulary of 1,024, as a program; and a folder that is no run."""
+    command = [sys.executable, str(ROOT / "tests" / "probe_validity.py"), "--run"]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_probe_settings_keep_what_a_score_depends_on() -> None:
+    """Only sizes differ from the run's settings."""
+    config = toy_config(VOCAB_SIZE=1024)
+    changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(probe.probe_config(config), f.name)}
+    sizes = {"ttt_chunk_size", "ttt_batch_size", "phased_ttt_prefix_docs", "phased_ttt_num_phases", "global_ttt_chunk_tokens"}
+    assert changed <= sizes | {"compile"}
