@@ -53,6 +53,10 @@ fi
 if [ "$PRESET" = tiny ] && [ "${STAGES:-}" != describe ]; then "$python" data/embedded.py; fi
 
 processes=${NPROC:-$((gpus > 0 ? gpus : 1))}
+if [ "$gpus" -eq 0 ]; then
+    # Waiting threads sleep instead of spinning: on a busy machine spinning makes everything several times slower.
+    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+    if [ "$processes" -gt 1 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
+fi
 if [ "$processes" -eq 1 ]; then exec "$python" train_gpt.py; fi
-if [ "$gpus" -eq 0 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$processes" train_gpt.py

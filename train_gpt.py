@@ -35,12 +35,13 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import io
+import itertools
 import json
 import math
 import os
 import platform
 import resource
-import shutil
 import signal
 import sys
 import threading
@@ -63,6 +64,7 @@ CHALLENGE_BYTES = (151_070_000, 151_090_000)  # their text, within the tails tha
 BOS_ID = 1  # begin-of-document token of every tokenizer of the challenge; there is no end token
 NORM_EPS = 2.0**-23  # explicit, because torch's default changed between releases and differs for bfloat16
 SEGMENT_BUCKET = 256  # segment tables are padded to a multiple of this, so that few shapes are compiled
+LARGEST_NUMBER = 10**9  # of settings without a limit of their own: no product of two overflows a float32
 TTT_TRACKS = 8  # test-time training is dealt to this many tracks, whatever the number of ranks
 
 
@@ -92,7 +94,7 @@ class Config:
     run_id: str = setting("")  # folder under runs_dir; empty: made from the time and the seed
     runs_dir: str = setting("runs")  # everything that a run writes goes to runs_dir/run_id
     stages: str = setting("train,quantize,evaluate")  # comma list, in this order; or "describe"
-    seed: int = setting(1337, 0)  # initial weights and adapters; the data order never depends on it
+    seed: int = setting(1337, 0, 2**32 - 1)  # initial weights and adapters; the data order never depends on it
     compile: str = setting("auto", choices=("auto", "0", "1"))  # torch.compile; auto: on a GPU only
     attn_backend: str = setting("auto", choices=("auto", "fa3", "varlen", "sdpa"))  # auto: the first that imports
     checkpoint_seconds: float = setting(0.0, 0)  # save the training state this often; 0: never (timed record runs)
@@ -102,11 +104,11 @@ class Config:
     data_path: str = setting("")  # dataset folder; empty: data_dir/datasets/fineweb10B_sp{vocab_size}
     tokenizer_path: str = setting("")  # SentencePiece model; empty: data_dir/tokenizers/fineweb_{vocab_size}_bpe.model
     vocab_size: int = setting(8192, 8, 65536)  # must equal the tokenizer's size
-    train_batch_tokens: int = setting(786_432, 1)  # targets per optimizer step, over all ranks
-    row_tokens: int = setting(0, 0)  # length of one packed row (the micro-batch); 0: train_batch_tokens / 8
+    train_batch_tokens: int = setting(786_432, 1, 2**25)  # targets per optimizer step, over all ranks
+    row_tokens: int = setting(0, 0, 2**24)  # length of one packed row (the micro-batch); 0: train_batch_tokens / 8
     train_seq_len: int = setting(2048, 2)  # longest attention segment in training
-    val_batch_tokens: int = setting(524_288, 1)  # targets per scoring step over 8 ranks; one row holds an eighth
-    eval_seq_len: int = setting(2048, 2)  # longest context in scoring
+    val_batch_tokens: int = setting(524_288, 1, 2**27)  # targets per scoring step over 8 ranks; one row holds an eighth
+    eval_seq_len: int = setting(2048, 2, 2**20)  # longest context in scoring
 
     # schedule (progress runs from 0 to 1 over the time budget, or over iterations where there is none)
     iterations: int = setting(20_000, 1)  # hard limit of optimizer steps
@@ -119,11 +121,11 @@ class Config:
     val_loss_every: int = setting(0, 0)  # steps between validations; 0: only at the end. Not counted as training time
 
     # model
-    num_layers: int = setting(11, 2)
-    model_dim: int = setting(512, 2)
+    num_layers: int = setting(11, 2, 256)
+    model_dim: int = setting(512, 2, 2**14)
     num_heads: int = setting(8, 1)
     num_kv_heads: int = setting(4, 1)
-    mlp_mult: float = setting(4.0, 0.1)  # hidden width = int(mlp_mult * model_dim)
+    mlp_mult: float = setting(4.0, 0.1, 64)  # hidden width = int(mlp_mult * model_dim)
     qk_gain_init: float = setting(5.0)  # initial query gain of each head, after the q/k norm
     rope_dims: int = setting(16, 0)  # rotated channels of each head; the others carry no position
     rope_base: float = setting(1e4, 1)
@@ -132,7 +134,7 @@ class Config:
     gate_window: int = setting(12, 1)  # channels that the MLP output gate and the SmearGate look at
     mlp_gate_bias: float = setting(5.0)  # sigmoid(5) = 0.993: the MLP output gate starts almost open (#1941)
     smear_gate_enabled: bool = setting(True)  # mix the previous token's embedding in (#1667, BOS mask of #1855)
-    num_loops: int = setting(2, 0)  # extra passes over layers loop_start..loop_end
+    num_loops: int = setting(2, 0, 64)  # extra passes over layers loop_start..loop_end
     loop_start: int = setting(3, 0)
     loop_end: int = setting(5, 0)  # inclusive
     enable_looping_at: float = setting(0.35, 0, 1)  # progress at which the extra passes begin
@@ -163,7 +165,7 @@ class Config:
     attn_clip_sigmas: float = setting(13.0, 1)  # row scale = clip * std(row) / (2^(bits-1) - 1)
     mlp_clip_sigmas: float = setting(12.0, 1)
     embed_clip_sigmas: float = setting(15.0, 1)
-    gptq_calibration_batches: int = setting(16, 1)  # training rows behind the Hessians, over all ranks
+    gptq_calibration_batches: int = setting(16, 1, 100_000)  # training rows behind the Hessians, over all ranks
     fit_artifact: bool = setting(True)  # raise the clips until code and weights fit into 16,000,000 bytes
 
     # scoring and test-time training (the last enabled one of plain, sliding, TTT is the submitted score)
@@ -171,19 +173,19 @@ class Config:
     eval_stride: int = setting(64, 1)  # new targets per sliding window
     ttt_enabled: bool = setting(True)
     ttt_chunk_size: int = setting(48, 1)  # targets scored between two adapter updates
-    ttt_eval_seq_len: int = setting(2048, 2)
-    ttt_batch_size: int = setting(64, 1)  # documents adapted side by side
-    ttt_lora_rank: int = setting(128, 1)
+    ttt_eval_seq_len: int = setting(2048, 2, 2**16)
+    ttt_batch_size: int = setting(64, 1, 2**16)  # documents adapted side by side
+    ttt_lora_rank: int = setting(128, 1, 2**14)
     ttt_lora_alpha: float = setting(144.0, 0)  # the low-rank product is scaled by alpha / rank
     ttt_lora_lr: float = setting(1e-4, 0)
     ttt_beta1: float = setting(0.0, 0, 0.9999)
     ttt_beta2: float = setting(0.999, 0, 0.99999)
     ttt_weight_decay: float = setting(2.0, 0)
     phased_ttt_prefix_docs: int = setting(2000, 0)  # scored documents after which the last global update happens
-    phased_ttt_num_phases: int = setting(3, 1)
+    phased_ttt_num_phases: int = setting(3, 1, 1000)
     global_ttt_lr: float = setting(1e-3, 0)
     global_ttt_momentum: float = setting(0.9, 0, 0.9999)
-    global_ttt_chunk_tokens: int = setting(32_768, 2)  # targets per global SGD step
+    global_ttt_chunk_tokens: int = setting(32_768, 2, 2**27)  # targets per global SGD step
     global_ttt_grad_clip: float = setting(1.0, 0)
 
     @property
@@ -342,6 +344,8 @@ def parse_value(key: str, text: str) -> Any:
     low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key}={text}: must be finite; the default is {field.default}")
+    if field.type in (int, float) and high is None:
+        low, high = max(low, -LARGEST_NUMBER) if low is not None else -LARGEST_NUMBER, LARGEST_NUMBER
     if low is not None and value < low:
         raise UserError(f"{key}={text}: must be at least {low}; the default is {field.default}")
     if high is not None and value > high:
@@ -391,6 +395,13 @@ def validate(config: Config) -> None:
         c.num_heads % c.num_kv_heads == 0,
         f"NUM_HEADS={c.num_heads}: not divisible by NUM_KV_HEADS={c.num_kv_heads}; change one",
     )
+    layer_numbers = 2 * c.model_dim**2 + 2 * c.model_dim * (c.num_kv_heads * c.head_dim + c.mlp_dim)
+    count = c.num_layers * layer_numbers + c.vocab_size * c.model_dim
+    need(
+        c.mlp_dim > 0 and count <= LARGEST_NUMBER,
+        f"NUM_LAYERS={c.num_layers}, MODEL_DIM={c.model_dim}, MLP_MULT={c.mlp_mult:g}: {count} parameters with"
+        f" {c.mlp_dim} hidden channels; need at least one channel and at most {LARGEST_NUMBER} parameters",
+    )
     need(
         c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim,
         f"ROPE_DIMS={c.rope_dims}: must be even and at most MODEL_DIM / NUM_HEADS = {c.head_dim}",
@@ -403,6 +414,11 @@ def validate(config: Config) -> None:
     need(
         c.train_row_tokens > 0 and c.train_batch_tokens % c.train_row_tokens == 0,
         f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: not a multiple of ROW_TOKENS={c.train_row_tokens}; change one",
+    )
+    need(
+        c.rows_per_step <= 2**16,
+        f"ROW_TOKENS={c.train_row_tokens}: {c.rows_per_step} rows in TRAIN_BATCH_TOKENS={c.train_batch_tokens},"
+        f" need at most {2**16}; raise it",
     )
     need(
         c.train_seq_len <= c.train_row_tokens,
@@ -520,14 +536,19 @@ class Run:
 
 def start_run(env: Mapping[str, str]) -> Run:
     """Joins the process group that torchrun's variables describe; without them, a run of one process."""
-    rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(env.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if world_size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    try:
+        rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        cuda, local_rank = torch.cuda.is_available(), int(env.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        if cuda:
+            if local_rank >= torch.cuda.device_count():
+                raise ValueError(f"LOCAL_RANK={local_rank}, but this host has {torch.cuda.device_count()} GPU(s)")
+            torch.cuda.set_device(device)
+            torch.set_float32_matmul_precision("high")
+        if world_size > 1:
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    except ValueError as error:
+        raise UserError(f"processes of this run: {error}; start them with torchrun, one per GPU") from None
     return Run(rank, world_size, device)
 
 
@@ -535,7 +556,10 @@ class Log:
     """Writes lines `event key:value ...` to the console and to a file, on the main rank only."""
 
     def __init__(self, path: Path | None):
-        self.file = open(path, "a", encoding="utf-8") if path else None
+        try:
+            self.file = open(path, "ab", buffering=0) if path else None
+        except OSError as error:
+            raise UserError(f"{path}: cannot write ({error.strerror}); set RUNS_DIR or RUN_ID") from None
 
     def __call__(self, event: str, **values: Any) -> None:
         self.text(" ".join([event, *(f"{key}:{self.show(key, value)}" for key, value in values.items())]))
@@ -543,10 +567,14 @@ class Log:
     def text(self, text: str, console: bool = True) -> None:
         if not self.file:
             return
+        line = (text + "\n").encode(errors="backslashreplace")  # a path may hold bytes that are no text
         if console:
-            print(text, flush=True)
-        self.file.write(text + "\n")
-        self.file.flush()
+            print(line.decode(), end="", flush=True)
+        try:
+            self.file.write(line)
+        except OSError as error:
+            what = f"{self.file.name}: cannot write {len(line)} bytes"
+            raise UserError(f"{what} ({error.strerror}); free space or set RUNS_DIR") from None
 
     @staticmethod
     def show(key: str, value: Any) -> str:
@@ -567,44 +595,61 @@ class Log:
             yield item
 
 
+def write_file(path: Path, *parts: bytes | memoryview) -> int:
+    """Writes a file that appears under its name only when complete; what had that name stays until then.
+
+    Returns its size in bytes. Raises UserError when the disk refuses.
+    """
+    size, partial = sum(len(part) for part in parts), path.with_name(path.name + ".part")
+    try:
+        with open(partial, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise UserError(f"{path}: cannot write {size} bytes ({error.strerror}); free space or set RUNS_DIR") from None
+    return size
+
+
+def read_file(path: Path, limit: float) -> bytes:
+    """The bytes of a regular file. Raises OSError, also for anything that is no file of at most `limit` bytes."""
+    size = path.stat().st_size
+    if not path.is_file() or size > limit:
+        raise OSError(0, f"{size} bytes, expected a file of at most {limit}")
+    return path.read_bytes()
+
+
 CONTAINER_MAGIC = b"PGOLF001"
+HEADER_LIMIT = 2**24  # bytes; a header takes about 200 per array
 
 
 def write_container(path: Path, meta: dict, blobs: list[bytes | memoryview]) -> int:
     """Writes blobs behind a JSON header with their lengths and SHA-256; returns the size of the file in bytes.
 
-    Layout: 8 bytes magic, uint32 header length (little-endian), header, blobs back to back. The file appears
-    under its name only when complete. Raises UserError when the disk refuses.
+    Layout: 8 bytes magic, uint32 header length (little-endian), header, blobs back to back.
     """
     table = [{"bytes": len(blob), "sha256": hashlib.sha256(blob).hexdigest()} for blob in blobs]
     header = json.dumps({"meta": meta, "blobs": table}, separators=(",", ":")).encode()
-    size = 12 + len(header) + sum(len(blob) for blob in blobs)
-    partial = path.with_name(path.name + ".part")
-    try:
-        with open(partial, "wb") as file:
-            file.write(CONTAINER_MAGIC + len(header).to_bytes(4, "little") + header)
-            for blob in blobs:
-                file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot write {size} bytes ({error.strerror}); free space or set RUNS_DIR") from None
-    return size
+    return write_file(path, CONTAINER_MAGIC + len(header).to_bytes(4, "little") + header, *blobs)
 
 
-def read_container(path: Path) -> tuple[dict, list[bytes]]:
+def read_container(path: Path, limit: float = math.inf) -> tuple[dict, list[memoryview]]:
     """The header's meta and the blobs of a container. Raises UserError when anything does not add up."""
     try:
-        data = path.read_bytes()
+        data = memoryview(read_file(path, limit))
     except OSError as error:
         raise UserError(f"{path}: cannot read ({error.strerror}); run the stage before, or set RUN_ID") from None
     try:
         if data[:8] != CONTAINER_MAGIC:
-            raise ValueError(f"starts with {data[:8]!r}")
+            raise ValueError(f"starts with {bytes(data[:8])!r}")
         start = 12 + int.from_bytes(data[8:12], "little")
-        header = json.loads(data[12:start])
+        if start > HEADER_LIMIT:
+            raise ValueError(f"header of {start} bytes")
+        header = json.loads(bytes(data[12:start]))
         blobs = []
         for entry in header["blobs"]:
             blob = data[start : start + entry["bytes"]]
@@ -626,17 +671,27 @@ def save_arrays(path: Path, meta: dict, arrays: dict[str, np.ndarray]) -> None:
     write_container(path, meta | {"arrays": table}, blobs)
 
 
-def load_arrays(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
+def load_arrays(path: Path, limit: float = math.inf) -> tuple[dict, dict[str, np.ndarray]]:
     """What `save_arrays` wrote. Raises UserError for a file whose table does not fit its bytes."""
-    meta, blobs = read_container(path)
+    meta, blobs = read_container(path, limit)
     try:
         table = meta.pop("arrays")
         if len(table) != len(blobs) or not all(dtype in ("<f4", "<f8", "<i8") for dtype, _ in table.values()):
             raise ValueError("odd table of arrays")
         arrays = {n: np.frombuffer(b, t).reshape(shape) for (n, (t, shape)), b in zip(table.items(), blobs)}
         return meta, arrays
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: damaged header ({error}); write it again") from None
+
+
+def check_arrays(path: Path, arrays: Mapping[str, np.ndarray], shapes: Mapping[str, tuple]) -> None:
+    """Raises UserError unless the arrays of a file have just these names and shapes, and finite numbers."""
+    for name in sorted(arrays.keys() | shapes.keys()):
+        found = arrays[name].shape if name in arrays else None
+        if found != shapes.get(name):
+            raise UserError(f"{path}: {name} has shape {found}, expected {shapes.get(name)}; write it again")
+        if not np.isfinite(arrays[name]).all():
+            raise UserError(f"{path}: {name} holds a number that is not finite; write it again")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -809,7 +864,7 @@ def load_tokenizer(config: Config) -> Any:
     path = config.tokenizer_file
     try:
         tokenizer = sentencepiece.SentencePieceProcessor()
-        tokenizer.LoadFromSerializedProto(path.read_bytes())
+        tokenizer.LoadFromSerializedProto(read_file(path, 2**26))
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path}: cannot load this tokenizer ({error}); set TOKENIZER_PATH or fetch it again") from None
     if tokenizer.vocab_size() != config.vocab_size:
@@ -1555,15 +1610,15 @@ class Trainer:
         self.step, self.elapsed, self.looping = 0, 0.0, False
         self.history: list[list[float]] = []  # [step, training loss, seconds]
 
-    def deal(self, numbers: Iterable[int]) -> list[Row]:
+    def deal(self, numbers: Iterable[int]) -> Iterator[Row]:
         """This rank's share of numbered rows."""
-        mine = [number for i, number in enumerate(numbers) if i % self.run.world_size == self.run.rank]
-        return [training_row(self.stream, number, self.config, self.run.device) for number in mine]
+        for number in itertools.islice(numbers, self.run.rank, None, self.run.world_size):
+            yield training_row(self.stream, number, self.config, self.run.device)
 
     def step_rows(self, step: int) -> list[Row]:
         """This rank's rows of an optimizer step; the rows of a step are the same for any number of ranks."""
         first = step * self.config.rows_per_step
-        return self.deal(range(first, first + self.config.rows_per_step))
+        return list(self.deal(range(first, first + self.config.rows_per_step)))
 
     def update(
         self, rows: list[Row], looping: bool, multiplier: float, momentum: float, clock: float = 0.0, stop: int = 0
@@ -1637,6 +1692,10 @@ class Trainer:
                     tally = self.validate()
                     log("validation", step=self.step, val_loss=tally.loss, val_bpb=tally.bpb)
                     begin += time.monotonic() - paused
+            stop = torch.tensor(float(signals[0] if signals else 0), device=self.run.device)
+            if self.run.sum_(stop).item():  # it came during the last step
+                self.save_checkpoint()
+                raise Interrupted(signals[0] if signals else signal.SIGTERM)
         self.run.synchronize()
         self.elapsed = self.run.share(time.monotonic() - begin)
 
@@ -1681,7 +1740,7 @@ class Trainer:
             arrays = {
                 f"{part}/{n}": torch.as_tensor(t).cpu().numpy() for part, ts in parts.items() for n, t in ts.items()
             }
-            arrays["history"] = np.array(self.history)
+            arrays["history"] = np.array(self.history, float).reshape(-1, 3)
             meta = {
                 "step": self.step,
                 "elapsed": self.elapsed,
@@ -1694,20 +1753,38 @@ class Trainer:
     def restore_checkpoint(self) -> None:
         """Continues from a checkpoint of this run, if there is one. Raises UserError if it is of other settings."""
         path = run_dir(self.config) / "checkpoint.bin"
-        found = self.run.share(load_arrays(path) if self.run.is_main and path.exists() else None)
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        limit = HEADER_LIMIT + 16 * size + 24 * self.config.iterations  # four float32 arrays and the history
+        found = self.run.share(load_arrays(path, limit) if self.run.is_main and path.exists() else None)
         if found is None:
             return
         meta, arrays = found
         if odd := differing(training_settings(self.config), meta.get("settings")):
             raise UserError(f"{path}: made with {odd}; set the same values or choose another RUN_ID")
+        step, elapsed, looping = (meta.get(key) for key in ("step", "elapsed", "looping"))
+        fitting = type(step) is int and 0 <= step <= self.config.iterations and type(looping) is bool
+        if not fitting or type(elapsed) is not float or not 0 <= elapsed < 1e9:
+            raise UserError(f"{path}: step {step}, seconds {elapsed}, looping {looping}; delete this file")
+        check_arrays(path, arrays, self.checkpoint_shapes(arrays, step))
         parts: dict[str, dict] = {"weights": {}, "average": {}, "optimizer": {}}
         self.history = arrays.pop("history").tolist()
         for key, array in arrays.items():
             part, name = key.split("/")
             parts[part][name] = torch.from_numpy(array.copy())
         self.set_state(**parts)
-        self.step, self.elapsed, self.looping = meta["step"], meta["elapsed"], meta["looping"]
+        self.step, self.elapsed, self.looping = step, elapsed, looping
         self.log("resumed", step=self.step, seconds=self.elapsed)
+
+    def checkpoint_shapes(self, arrays: Mapping[str, np.ndarray], step: int) -> dict[str, tuple]:
+        """The arrays that a checkpoint of this step must have; AdamW's only where the parameter has had an update."""
+        named = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+        shapes = {f"{part}/{name}": shape for part in ("weights", "average") for name, shape in named.items()}
+        shapes |= {f"optimizer/muon.{name}": named[name] for name in BANKS}
+        for name in self.optimizer.replicated:
+            if f"optimizer/adamw.step.{name}" in arrays:
+                shapes[f"optimizer/adamw.step.{name}"] = ()
+                shapes |= {f"optimizer/adamw.{key}.{name}": named[name] for key in ("exp_avg", "exp_avg_sq")}
+        return shapes | {"history": (step, 3)}
 
     def use_average(self) -> None:
         """Replaces the weights by their moving average; everything downstream uses it."""
@@ -1745,7 +1822,7 @@ def differing(mine: dict[str, Any], theirs: Any) -> str:
     """The settings of a file that are not mine, as `KEY=theirs (now mine)`; empty when all are the same."""
     theirs = theirs if isinstance(theirs, dict) else {}
     return ", ".join(
-        f"{key.upper()}={theirs.get(key)} (now {mine[key]})" for key in mine if mine[key] != theirs.get(key)
+        f"{key.upper()}={str(theirs.get(key))[:80]} (now {mine[key]})" for key in mine if mine[key] != theirs.get(key)
     )
 
 
@@ -1807,8 +1884,10 @@ def plot_history(history: list[list[float]], path: Path) -> None:
     axes.set(xlabel="optimizer step", ylabel="training loss (nats/token)", title="Training loss")
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
     pyplot.close(figure)
+    write_file(path, picture.getvalue())
 
 
 def run_dir(config: Config) -> Path:
@@ -2005,13 +2084,13 @@ def load_artifact(path: Path, config: Config) -> dict[str, np.ndarray]:
     """
     import brotli
 
-    meta, packed = read_container(path)
-    if odd := differing(model_settings(config), meta.get("model")):
-        raise UserError(f"{path}: made with {odd}; set the same values")
     table = artifact_table(config)
     sizes: dict[str, int] = {}
     for entry in table:
         sizes[entry.stream] = sizes.get(entry.stream, 0) + math.prod(entry.shape) * np.dtype(entry.dtype).itemsize
+    meta, packed = read_container(path, HEADER_LIMIT + sum(sizes.values()))
+    if odd := differing(model_settings(config), meta.get("model")):
+        raise UserError(f"{path}: made with {odd}; set the same values")
     streams = {}
     try:
         if len(packed) != len(sizes):
@@ -2429,9 +2508,11 @@ def quantize_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
     result: dict[str, Any] = {}
     folder, (code_bytes, packed) = run_dir(config), counted_code_bytes()
     if run.is_main:
-        meta, arrays = load_arrays(folder / "trained.bin")
+        path, shapes = folder / "trained.bin", trained_shapes(config)
+        meta, arrays = load_arrays(path, HEADER_LIMIT + 4 * sum(math.prod(shape) for shape in shapes.values()))
         if odd := differing(training_settings(config), meta.get("settings")):
-            raise UserError(f"{folder}/trained.bin: made with {odd}; set the same values or train again")
+            raise UserError(f"{path}: made with {odd}; set the same values or train again")
+        check_arrays(path, arrays, shapes)
         (folder / "oversize.bin").unlink(missing_ok=True)
         codes = sum(math.prod(entry.shape) for entry in artifact_table(config) if entry.dtype == "i1")
         factor = 1.0
@@ -2446,7 +2527,7 @@ def quantize_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
             if excess <= 0 or not config.fit_artifact or coarser > FIT_LARGEST_FACTOR or number == FIT_TRIES:
                 break
             if number == 1:
-                shutil.copyfile(folder / "artifact.bin", folder / "oversize.bin")
+                write_file(folder / "oversize.bin", (folder / "artifact.bin").read_bytes())
             factor = coarser
         result = {
             "artifact_bytes": size,
@@ -2460,6 +2541,14 @@ def quantize_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
         }
     run.barrier()
     return result
+
+
+def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The arrays of trained.bin: every parameter, and one Hessian per layer for each kind of input."""
+    shapes = {name: tuple(p.shape) for name, p in GPT(config, Run(), "meta").named_parameters()}
+    widths = {kind: shapes[matrix.bank][-1] for kind, matrix in MATRICES.items() if matrix.hessian == kind}
+    shapes |= {f"hessian.{kind}.{i}": (width,) * 2 for kind, width in widths.items() for i in range(config.num_layers)}
+    return shapes | {"hessian.head.0": (config.model_dim,) * 2}
 
 
 def scaled_clips(config: Config, factor: float) -> Config:
@@ -2503,6 +2592,8 @@ def evaluate_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
             bytes=tally.bytes,
             seconds=seconds,
         )
+        if not math.isfinite(tally.nats):
+            raise TrainingDiverged(f"the {kind} score is {tally.nats}; lower the learning rates and train again")
         result |= {f"{kind}_val_loss": tally.loss, f"{kind}_val_bpb": tally.bpb, f"{kind}_seconds": seconds}
         tallies[kind] = tally
     if "oversize" in tallies:
@@ -2689,7 +2780,7 @@ def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> 
     log = Log(run_dir(config) / "log.txt" if run.is_main else None)
     log_header(config, dict(origins or {}), run, log)
     path, order, result = run_dir(config) / "result.json", list(STAGES), {}
-    parts = earlier_parts(path)
+    parts = earlier_parts(path, config, run)
     for stage in config.stage_list:
         for outdated in order[order.index(stage) :]:
             parts.pop(outdated, None)
@@ -2699,9 +2790,7 @@ def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> 
         log("stage", name=stage, seconds=parts[stage]["stage_seconds"][stage])
         result = summary(parts, config, run)
         if run.is_main:
-            partial = path.with_suffix(".part")
-            partial.write_text(json.dumps(result, indent=1) + "\n")
-            os.replace(partial, path)
+            write_file(path, (json.dumps(result, indent=1) + "\n").encode())
     for row in result["validity"]:
         log("validity", **row)
     log.text("\n" + report(result) + "\n")
@@ -2709,18 +2798,19 @@ def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> 
     return result
 
 
-def earlier_parts(path: Path) -> dict[str, dict[str, Any]]:
+def earlier_parts(path: Path, config: Config, run: Run) -> dict[str, dict[str, Any]]:
     """What each stage of an earlier run in this folder had put into result.json."""
     if not path.exists():
         return {}
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(read_file(path, HEADER_LIMIT))
         parts = {stage: {key: result[key] for key in keys} for stage, keys in result["stage_keys"].items()}
-        return {
-            stage: {**part, "stage_seconds": {stage: result["stage_seconds"][stage]}} for stage, part in parts.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a result of this script ({error}); delete it") from None
+        for stage, part in parts.items():
+            part["stage_seconds"] = {stage: result["stage_seconds"][stage]}
+        report(summary(parts, config, run))  # what cannot be reported is no result
+        return parts
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not a result of this script ({error!r}); delete it") from None
 
 
 def summary(parts: dict[str, dict[str, Any]], config: Config, run: Run) -> dict[str, Any]:
@@ -2746,8 +2836,24 @@ def summary(parts: dict[str, dict[str, Any]], config: Config, run: Run) -> dict[
 
 
 def command_line() -> int:
-    """Exit status: 0 done, 1 diverged or a rule is broken, 2 a mistake in settings or files, 128 + n signal n."""
-    run = Run(rank=int(os.environ.get("RANK", 0)))
+    """Exit status: 0 done, 1 diverged, a rule broken or a process lost, 2 a mistake in settings or files or no memory
+    for them, 128 + n signal n."""
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of each host
+
+    def stopped(number: int) -> str:
+        return f"stopped by {signal.Signals(number).name}; the same RUN_ID continues\n" if speaks else ""
+
+    def leave(number: int, frame: Any) -> None:
+        # Outside of the training loop there is nothing to finish: files are whole, or have their temporary names.
+        os.write(2, stopped(number).encode())
+        os._exit(128 + number)
+
+    def fail(status: int, message: str) -> int:
+        if speaks:
+            print("error:", " ".join(message.split())[:2000], file=sys.stderr, flush=True)
+        return status
+
+    before = {kind: signal.signal(kind, leave) for kind in (signal.SIGTERM, signal.SIGINT)}
     try:
         config, origins = load_config(os.environ)
         if config.stage_list == ["describe"]:
@@ -2755,16 +2861,22 @@ def command_line() -> int:
             return 0
         run = start_run(os.environ)
         return 0 if main(config, run, origins)["valid"] else 1
-    except (UserError, TrainingDiverged) as error:
-        if run.is_main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, UserError) else 1
-    except (Interrupted, KeyboardInterrupt) as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        if run.is_main:
-            print(f"stopped by {signal.Signals(number).name}; the same RUN_ID continues", file=sys.stderr)
-        return 128 + number
+    except UserError as error:
+        return fail(2, str(error))
+    except TrainingDiverged as error:
+        return fail(1, str(error))
+    except Interrupted as error:
+        print(stopped(error.args[0]), end="", file=sys.stderr, flush=True)
+        return 128 + error.args[0]
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            return fail(2, f"out of memory ({error}); lower ROW_TOKENS, VAL_BATCH_TOKENS or TTT_BATCH_SIZE")
+        if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            return fail(1, f"lost another process of this run ({error}); the same RUN_ID continues")
+        raise
     finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
 """Checks record folders of Parameter Golf, ours or anybody's, against the rules of the challenge.
 
-    python records/check.py records/2030-01-01_Name                     every rule, one line each
-    python records/check.py FOLDER --reference OLDER_FOLDER             and whether it beats that record
-    python records/check.py FOLDER... --json                            for programs
-    python records/check.py FOLDER --not-a-record                       time, hardware, seeds and margin are not asked for
+    python records/check.py records/2030-01-01_Name            every rule, one line each
+    python records/check.py FOLDER --reference OLDER_FOLDER    and whether it beats that record
+    python records/check.py FOLDER... --json                   for programs
+    python records/check.py FOLDER --not-a-record              without time limits, hardware, seeds and margin
 
-Each line says what was found, what the limit is, and where the rule comes from: its number in the list of RULES, its
-strength, and the thread of github.com/openai/parameter-golf behind it. Strength H is a hard rule (README or a ruling of a
-maintainer), P a precedent, C the criterion of issue #1017, G a grey area. Verdicts: ok, FAIL, warn (should be explained),
-`?` (cannot be judged from the folder), `-` (does not apply to a folder that is no record).
+Each line says what was found, what the limit is, and where the rule comes from: a number in the list of rules, a
+strength, and a thread of github.com/openai/parameter-golf. Strength H is a hard rule (README or a ruling of a
+maintainer), P a precedent, C the criterion of issue #1017, G a grey area. Verdicts: ok, FAIL, warn (to be explained),
+`?` (cannot be judged from the folder), `-` (not asked of a folder that is no record).
 
-Nothing in a folder is executed or imported. Exit status: 0 nothing failed, 1 some rule failed, 2 a folder cannot be read.
+Nothing in a folder is executed or imported. Exit status: 0 nothing failed, 1 a rule failed, 2 a folder is unreadable.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import math
 import re
 import statistics
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +61,9 @@ KNOWN_TRUNCATED = 9_662_464  # 10,000 documents, or a cut shard (#1854, #1923)
 
 PREINSTALLED = {"torch", "numpy", "sentencepiece", "tqdm", "huggingface_hub", "datasets", "tiktoken", "kernels"}
 PREINSTALLED |= {"setuptools", "typing_extensions", "triton", "flash_attn_interface", "flash_attn"}
+
+
+UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # what other people's scripts make ast raise
 
 
 class FolderError(ValueError):
@@ -314,7 +318,7 @@ def script_compiles(folder: Folder) -> Finding:
     try:
         compile(folder.script, "train_gpt.py", "exec", dont_inherit=True)
         return ok(f"{len(folder.script)} bytes")
-    except (SyntaxError, ValueError) as error:
+    except UNPARSABLE as error:
         newer = sys.version_info < (3, 12) and "f-string" in str(error)  # 3.12 reads more f-strings than this Python
         return (unknown if newer else fail)(f"{error}")
 
@@ -322,7 +326,7 @@ def script_compiles(folder: Folder) -> Finding:
 def parsed_script(folder: Folder) -> ast.AST | None:
     try:
         return ast.parse(folder.script) if folder.script else None
-    except (SyntaxError, ValueError):
+    except UNPARSABLE:
         return None
 
 
@@ -389,7 +393,7 @@ def packed_script(folder: Folder) -> Finding:
         return fail(f"{len(packed)} bytes, but the logs count {', '.join(map(str, sorted(counted)))}")
     try:
         same = ast.dump(ast.parse(unpack(packed))) == ast.dump(without_docstrings(ast.parse(folder.script)))
-    except (SyntaxError, ValueError) as error:
+    except UNPARSABLE as error:
         return fail(f"cannot be unpacked: {error}")
     return (
         ok(f"{len(packed)} bytes, the same program as train_gpt.py")
@@ -642,7 +646,7 @@ def same_program(a: bytes, b: bytes) -> bool:
     """Whether two scripts differ in comments, docstrings and layout only."""
     try:
         return ast.dump(without_docstrings(ast.parse(a))) == ast.dump(without_docstrings(ast.parse(b)))
-    except (SyntaxError, ValueError):
+    except UNPARSABLE:
         return False
 
 
@@ -739,7 +743,7 @@ def sizes_in_logs(folder: Folder) -> Finding:
         return warn(f"bytes_total {int(total):,} is not the largest, {max(logged.values()):,}")
     rounded = total % 10_000 == 0 and any(abs(total - size) <= 50_000 for size in logged.values())
     return (warn if rounded else fail)(
-        f"bytes_total {int(total):,}, the logs say {', '.join(f'{size:,}' for size in sorted(set(logged.values()))[:3])}"
+        f"bytes_total {int(total):,}, the logs say " + ", ".join(f"{n:,}" for n in sorted(set(logged.values()))[:3])
     )
 
 
@@ -1158,7 +1162,8 @@ def show(folder: Folder, verdicts: list[Verdict]) -> str:
     for verdict in verdicts:
         rule, limit = verdict.rule, f" (limit {verdict.limit})" if verdict.limit else ""
         lines.append(
-            f"  {SYMBOLS[verdict.status]:4} {rule.name:18} {verdict.found}{limit} [{rule.number} {rule.strength}; {rule.source}]"
+            f"  {SYMBOLS[verdict.status]:4} {rule.name:18} {verdict.found}{limit}"
+            f" [{rule.number} {rule.strength}; {rule.source}]"
         )
     counts = {status: sum(v.status == status for v in verdicts) for status in SYMBOLS}
     lines.append("  " + ", ".join(f"{SYMBOLS[status]}: {count}" for status, count in counts.items()))
@@ -1187,6 +1192,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="one JSON list instead of text")
     options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore", SyntaxWarning)  # of other people's scripts
     try:
         reference = read_folder(options.reference, False) if options.reference else None
         folders = [read_folder(path, options.not_a_record) for path in options.folders]

@@ -77,20 +77,20 @@ RESULT_FACTS = {
     "val_targets": "val_targets",
     "documents": "val_documents",
     "eval_s": "eval_seconds",
+    "parameters": "parameters",
+    "train_shards": "train_shards",
 }
 COMPILED = tuple((name, re.compile(pattern, re.M), convert) for name, pattern, convert in FACTS)
 
-# A line that states a score: `<label> val_loss:2.1 val_bpb:1.2 <rest>`; = for the colon, blanks after it, vl and bpb for
-# the names, or no loss at all (`Final BPB: 1.2`) occur too.
+# A line that states a score: `<label> val_loss:2.1 val_bpb:1.2 <rest>`; = for the colon, blanks after it, vl and bpb
+# for the names, or no loss at all (`Final BPB: 1.2`) occur too.
 SCORE = re.compile(
     r"^(?P<label>[^\n{}'\"]{0,80}?)[ ,|:]*\b(?:(?:val_loss|vl)[:=]\s*(?P<loss>\d+\.\d+)[ ,|]+)?"
     r"(?:val_)?bpb(?: \([^)\n]*\))?[:=]\s*(?P<bpb>\d+\.\d+)\b(?P<rest>[^\n]*)$",
     re.M | re.I,
 )
 SECONDS = re.compile(r"(?:eval_time|elapsed|seconds)[:=]\s*([\d.]+)(ms|s)?")
-SETTINGS_BLOCK = re.compile(
-    r"(?:^ {2,4}[A-Za-z_]\w*: ?(?!.* = ).*\n){15,}", re.M
-)  # annotated fields of a class have ` = `
+SETTINGS_BLOCK = re.compile(r"(?:^ {2,4}[A-Za-z_]\w*: ?(?!.* = ).*\n){15,}", re.M)  # fields of a class have ` = `
 RULER = re.compile(r"^={60,}$", re.M)  # ends the source text in many logs
 SOURCE_LINE = re.compile(r"^source bytes:(\d+) sha256:([0-9a-f]{64})$", re.M)
 
@@ -133,11 +133,6 @@ class RunLog:
         """The score that the run ends with."""
         ends = [score for score in self.scores if score.kind in ("quantized", "final")]
         return ends[-1] if ends else None
-
-    def last(self, kind: str) -> Score | None:
-        """The last score of one kind, the more exact line of two."""
-        found = [score for score in self.scores if score.kind == kind]
-        return found[-1] if found else None
 
     @property
     def eval_seconds(self) -> float | None:

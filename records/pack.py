@@ -35,8 +35,9 @@ from records.logs import RunLog, logged_source, read_log
 
 # Keys of result.json that the folder states; a run without one of them has not gone through all stages.
 NEEDED = (
-    "valid validity seed steps val_loss val_bpb prequant_val_bpb quantized_val_bpb total_bytes artifact_bytes code_bytes"
-    " artifact_sha256 train_seconds calibration_seconds eval_seconds val_targets val_bytes hardware torch submitted"
+    "valid validity seed steps val_loss val_bpb prequant_val_bpb quantized_val_bpb total_bytes artifact_bytes"
+    " code_bytes artifact_sha256 train_seconds calibration_seconds eval_seconds val_targets val_bytes hardware"
+    " torch submitted"
 ).split()
 # Environment settings that name a place or a run; all others are recorded in settings.env as they were.
 PLACES = ("data_dir", "data_path", "tokenizer_path")
@@ -143,9 +144,7 @@ def requirements(source: bytes, run: SeedRun) -> str:
 
 def settings_file(run: SeedRun, tokenizer: Path | None) -> str:
     """Every setting of the runs as environment variables that a shell reads inside the folder."""
-    lines = [
-        "# Every setting of the submitted runs but the seed, for a shell in this folder: set -a; . ./settings.env; set +a"
-    ]
+    lines = ["# Every setting of the runs but the seed, for a shell in this folder: set -a; . ./settings.env; set +a"]
     for name in PLACES:
         value, key = run.settings.get(name, ""), name.upper()
         if name == "tokenizer_path" and tokenizer:
@@ -240,6 +239,7 @@ def submission(runs: list[SeedRun], options: argparse.Namespace, comparison: Com
         "hardware": runs[0].result["hardware"],
         "pytorch_version": runs[0].result["torch"],
         **({"cuda_version": cuda} if (cuda := runs[0].log.facts.get("cuda", "None")) != "None" else {}),
+        **({"flash_attn_version": used} if (used := runs[0].result.get("attn_backend")) else {}),
         "compliance": compliance(runs),
     }
 
@@ -317,47 +317,50 @@ def readme(
         tests = [(0.005, comparison.with_margin), (0, comparison.without)]
         text = [f"margin {m} nats: t {w.t:.2f}, {w.df:.1f} degrees of freedom, p {w.p:.4g}" for m, w in tests if w]
         against = (
-            f"Against `{options.reference.resolve().name}`: better by {comparison.gain_bpb:.6f} bpb, {comparison.gain_nats:.6f} nats"
-            f" per token. One-sided Welch test on the seeds ({comparison.unit}): {'; '.join(text) or 'too few scores'}."
+            f"Against `{options.reference.resolve().name}`: better by {comparison.gain_bpb:.6f} bpb,"
+            f" {comparison.gain_nats:.6f} nats per token. One-sided Welch test on the seeds ({comparison.unit}):"
+            f" {'; '.join(text) or 'too few scores'}."
             f" The written rule asks for p < {RECORD_P} with the margin."
         )
     by_hand = [(name, value) for name, value, origin in facts["origins"] if origin == "environment"]
     set_by_hand = [f"`{name.upper()}={value}`" for name, value in by_hand if name not in NOT_RECORDED]
     sections = [
         f"# {title}: {options.name} — val_bpb {mean(runs, 'val_bpb'):.4f} ({len(runs)}-seed mean)",
-        f"{headline}; at most {largest:,} of 16,000,000 bytes, of which {one.result['code_bytes']:,} are code; {one.result['hardware']}.",
+        f"{headline}; at most {largest:,} of 16,000,000 bytes, of which {one.result['code_bytes']:,} are code;"
+        f" {one.result['hardware']}.",
         options.blurb,
         "## Results",
         results_table(runs),
-        f"val_bpb is the score `{one.result['submitted']}` of the artifact read back from disk, over {one.result['val_targets']:,}"
-        f" targets and {one.result['val_bytes']:,} bytes of text. Training seconds end with the last read of training data"
-        f" (calibration included). {facts['parameters']:,} parameters.",
+        f"val_bpb is the score `{one.result['submitted']}` of the artifact read back from disk, over"
+        f" {one.result['val_targets']:,} targets and {one.result['val_bytes']:,} bytes of text. Training seconds end"
+        f" with the last read of training data (calibration included). {facts['parameters']:,} parameters.",
         "## Comparison",
         against,
         "## Rules",
         validity_table(runs),
-        "The rows come from the runs themselves (last line of each log). `python records/check.py` of the repository checks"
-        " this folder as a whole.",
+        "The rows come from the runs themselves (last line of each log). `python records/check.py` of the repository"
+        " checks this folder as a whole.",
         "## Repeat it",
         f"```\npip install -r requirements.txt\nset -a; . ./settings.env; set +a\n{facts['launch']}\n```",
         f"Tokenizer: {facts['tokenizer']}. Preset `{facts['preset']}`"
         + (f", and by hand: {', '.join(set_by_hand)}" if set_by_hand else "")
         + f". Logged script: {len(one.source)} bytes, SHA-256 `{hashlib.sha256(one.source).hexdigest()}`.",
         "## Files",
-        "`train_gpt.py` is the readable script that made the logs; `train_gpt_packed.py` is the same program without comments,"
-        f" compressed: its {one.result['code_bytes']:,} bytes are the counted code, and it runs in place of the other."
+        "`train_gpt.py` is the readable script that made the logs; `train_gpt_packed.py` is the same program without"
+        f" comments, compressed: its {one.result['code_bytes']:,} bytes are the counted code, and it runs in place of"
+        " the other."
         " `settings.env` holds every setting but the seed. The logs are unedited.",
     ]
     if options.details:
-        sections[5:5] = [options.details.read_text().strip()]
+        sections[6:6] = [options.details.read_text().strip()]
     if options.credits:
         sections += ["## Credits", options.credits]
     return "\n\n".join(sections) + "\n"
 
 
 def start_packed(folder: Path) -> dict[str, Any]:
-    """Runs the packed script inside the folder, with the recorded settings and an otherwise empty environment, as far as
-    it goes without data. Returns what it describes. Raises PackError when it does not run."""
+    """Runs the packed script inside the folder, with the recorded settings and an otherwise empty environment, as far
+    as it goes without data. Returns what it describes. Raises PackError when it does not run."""
     env = {"PATH": os.defpath, "STAGES": "describe", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     env |= {
         "DATA_DIR": ".",
@@ -380,7 +383,8 @@ def write_folder(runs: list[SeedRun], options: argparse.Namespace, folder: Path)
     packed = packed_script(source.decode())
     if {run.result["code_bytes"] for run in runs} != {len(packed)}:
         raise PackError(
-            f"the packed script has {len(packed)} bytes, the runs counted {runs[0].result['code_bytes']}; pack with the commit of the runs"
+            f"the packed script has {len(packed)} bytes, the runs counted {runs[0].result['code_bytes']};"
+            " pack with the commit of the runs"
         )
     (folder / "train_gpt.py").write_bytes(source)
     (folder / "train_gpt_packed.py").write_bytes(packed)

@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,7 +110,9 @@ def trace(kind: str, subject: Subject, validation: tg.Validation, price: tuple[i
         if price:
             everything = torch.arange(subject.config.vocab_size).expand(*targets.shape, -1)
             with torch.no_grad():
-                last_call.update(nll=nll.detach(), targets=targets, all=forward(model, inputs, everything, *more, **named))
+                last_call.update(
+                    nll=nll.detach(), targets=targets, all=forward(model, inputs, everything, *more, **named)
+                )
         return nll
 
     def watched_add(tally: Any, nll: torch.Tensor, positions: Any) -> None:
@@ -228,7 +231,7 @@ def causality(kind: str, subject: Subject, tokens: np.ndarray, places: tuple[int
 
 def normalisation(kind: str, subject: Subject, tokens: np.ndarray, places: tuple[int, ...], most: int = 64) -> Outcome:
     """At each of `places`, ids take the token's place, and are scored by the real path. All ids (or, in a vocabulary
-    of more than `most`, a sample) must get the nats that the forward pass gives them, and all probabilities sum to 1."""
+    of more than `most`, a sample) must get the nats that the forward pass gives them; all probabilities sum to 1."""
     name, size, worst = f"normalisation, {kind}", subject.config.vocab_size, 0.0
     base = trace(kind, subject, as_validation(tokens), places)
     everything = np.setdiff1d(np.arange(size), [tg.BOS_ID])  # BOS would change the documents
@@ -285,7 +288,9 @@ def isolation(kind: str, subject: Subject, tokens: np.ndarray) -> Outcome:
     flows between batches is a matter of `causality`. There, a document alone has other random adapters.
     """
     name = f"isolation, {kind}"
-    subject = subject._replace(config=dataclasses.replace(subject.config, ttt_batch_size=1000, phased_ttt_prefix_docs=0))
+    subject = subject._replace(
+        config=dataclasses.replace(subject.config, ttt_batch_size=1000, phased_ttt_prefix_docs=0)
+    )
     validation = as_validation(tokens)
     owner, base = document_of(validation), trace(kind, subject, validation)
     for number, (start, count) in enumerate(validation.documents.tolist()):
@@ -294,7 +299,9 @@ def isolation(kind: str, subject: Subject, tokens: np.ndarray) -> Outcome:
         after = trace(kind, subject, as_validation(changed))
         mine = np.flatnonzero(owner == number)
         if moved := [p for p in mine.tolist() if base.scores[p] != after.scores[p]]:
-            return Outcome(name, False, f"document {number} changed with the others, first at its token {moved[0] - start}")
+            return Outcome(
+                name, False, f"document {number} changed with the others, first at its token {moved[0] - start}"
+            )
         if kind != "ttt":
             alone = trace(kind, subject, as_validation(tokens[start : start + count + 1]))
             gap = max(abs(base.scores[p][0] - alone.scores[p - start][0]) for p in mine.tolist())
@@ -303,14 +310,15 @@ def isolation(kind: str, subject: Subject, tokens: np.ndarray) -> Outcome:
     return Outcome(name, True, f"{len(validation.documents)} documents")
 
 
-# Loaded by the child process before anything else. Training files do not exist there; asking for one is an error even so.
+# Loaded by the child process before anything else. There are no training files there; to ask for one is an error too.
 GUARD = """
 import os, re, sys
 
 def guard(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "os.system"):
         raise PermissionError(f"the evaluation used the network ({event} {arguments!r})")
-    if event == "open" and re.search(r"fineweb_train|trained[.]bin|checkpoint[.]bin", os.path.basename(str(arguments[0]))):
+    name = os.path.basename(str(arguments[0])) if event == "open" else ""
+    if re.search(r"fineweb_train|trained[.]bin|checkpoint[.]bin", name):
         raise PermissionError(f"the evaluation opened {arguments[0]}")
 
 sys.addaudithook(guard)
@@ -406,14 +414,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         subject = run_subject(options.run)
-        outcomes = []
-        for outcome in [*all_probes(subject), artifact_alone(options.run)]:
+        passed = []
+        for outcome in chain(all_probes(subject), map(artifact_alone, [options.run])):
             print(f"{'ok  ' if outcome.ok else 'FAIL'} {outcome.probe}: {outcome.found}", flush=True)
-            outcomes.append(outcome)
+            passed.append(outcome.ok)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0 if all(outcome.ok for outcome in outcomes) else 1
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":

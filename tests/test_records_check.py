@@ -1,4 +1,4 @@
-"""records/check.py and records/logs.py: made-up record folders in every log format, clean and with each known defect."""
+"""records/check.py and records/logs.py: made-up record folders in every log format, clean and with known defects."""
 
 import json
 import math
@@ -24,12 +24,15 @@ def nats(bpb: float, text_bytes: float = TEXT_BYTES, targets: int = TARGETS) -> 
     return bpb * math.log(2) * text_bytes / targets
 
 
-def april_log(seed: int, bpb: float, loss: float, targets: int = TARGETS, total: int = 0, eval_ms: int = 400_000) -> str:
+def april_log(
+    seed: int, bpb: float, loss: float, targets: int = TARGETS, total: int = 0, eval_ms: int = 400_000
+) -> str:
     """The style with a block of settings."""
     settings = "\n".join(f"  setting_{i:02}: {i}" for i in range(30)) + f"\n  seed: {seed}\n"
     return (
         f"Hyperparameters:\n{settings}train_shards: 80\nval_tokens: {targets}\nmodel_params:35000000\n"
-        f"1/20000 train_loss: 9.0000 train_time: 0.0m tok/s: 17000000\n{STEPS[seed]}/20000 val_loss: 2.4000 val_bpb: 1.2400\n"
+        "1/20000 train_loss: 9.0000 train_time: 0.0m tok/s: 17000000\n"
+        f"{STEPS[seed]}/20000 val_loss: 2.4000 val_bpb: 1.2400\n"
         f"stopping_early: wallclock_cap train_time: 590000ms step: {STEPS[seed]}/20000\n"
         "diagnostic pre-quantization post-ema val_loss:2.38000000 val_bpb:1.23500000 eval_time:6000ms\n"
         "Code size (uncompressed): 150000 bytes\nCode size (compressed): 30000 bytes\n"
@@ -42,7 +45,9 @@ def april_log(seed: int, bpb: float, loss: float, targets: int = TARGETS, total:
     )
 
 
-def march_log(seed: int, bpb: float, loss: float, targets: int = TARGETS, total: int = 0, eval_ms: int = 400_000) -> str:
+def march_log(
+    seed: int, bpb: float, loss: float, targets: int = TARGETS, total: int = 0, eval_ms: int = 400_000
+) -> str:
     """The style with the script at the head and key:value lines."""
     return (
         f"{SCRIPT}\n{'=' * 100}\nRunning Python 3.12.3\nRunning PyTorch 2.9.1+cu128\n{'=' * 100}\n"
@@ -61,14 +66,18 @@ def march_log(seed: int, bpb: float, loss: float, targets: int = TARGETS, total:
     )
 
 
-def truncated_log(seed: int, bpb: float, loss: float, targets: int = TARGETS, total: int = 0, eval_ms: int = 400_000) -> str:
+def truncated_log(
+    seed: int, bpb: float, loss: float, targets: int = TARGETS, total: int = 0, eval_ms: int = 400_000
+) -> str:
     """Only the end of the march style, scores with four decimals."""
     text = march_log(seed, bpb, loss, targets, total, eval_ms)
     lines = text[text.index("train_loader:") :].splitlines()
     return "\n".join(line for line in lines if "_exact" not in line) + "\n"
 
 
-def renamed_log(seed: int, bpb: float, loss: float, targets: int = TARGETS, total: int = 0, eval_ms: int = 400_000) -> str:
+def renamed_log(
+    seed: int, bpb: float, loss: float, targets: int = TARGETS, total: int = 0, eval_ms: int = 400_000
+) -> str:
     """The march style with other words for the scores."""
     text = march_log(seed, bpb, loss, targets, total, eval_ms)
     text = text.replace("final_int8_zlib_roundtrip_exact val_loss", "ttt_x vl").replace("val_bpb:", "bpb:")
@@ -102,10 +111,11 @@ def own_log(seed: int, bpb: float, loss: float, targets: int = TARGETS, total: i
     settings = "\n".join(f"  setting_{i:02}: {i}" for i in range(30)) + f"\n  seed: {seed}\n"
     return (
         f"{SCRIPT}\nsource bytes:{len(SCRIPT)} sha256:{hashlib.sha256(SCRIPT.encode()).hexdigest()}\n"
-        f"versions python:3.12.3 torch:2.13.0 numpy:2.3.5 cuda:12.8\nconfig preset:default run_id:x seed:{seed} stages:train\n"
+        "versions python:3.12.3 torch:2.13.0 numpy:2.3.5 cuda:12.8\n"
+        f"config preset:default run_id:x seed:{seed} stages:train\n"
         f"{settings}data train_tokens:8000000000 val_tokens:{targets + 1} row_tokens:98304\n"
         f"score kind:quantized val_loss:2.4 val_bpb:1.24500000 tokens:{targets} bytes:{TEXT_BYTES} seconds:9\n"
-        f"score kind:ttt val_loss:{loss:.6g} val_bpb:{bpb:.8f} tokens:{targets} bytes:{TEXT_BYTES} seconds:{eval_ms / 1000}\n"
+        f"score kind:ttt val_loss:{loss:.6g} val_bpb:{bpb:.8f} tokens:{targets} bytes:{TEXT_BYTES} seconds:9\n"
         f"\nresult {json.dumps(result)}\n"
     )
 
@@ -147,7 +157,9 @@ def make_record(
     }
     rows = "\n".join(f"| {s} | {bpb:.8f} | {TOTALS[s]:,} |" for s, bpb in scores.items())
     (folder / "README.md").write_text(f"# Record, on top of #1\n\nval_bpb {submission['val_bpb']:.8f}\n\n{rows}\n")
-    (folder / "submission.json").write_text(json.dumps({k: v for k, v in (submission | changes).items() if v is not None}))
+    (folder / "submission.json").write_text(
+        json.dumps({k: v for k, v in (submission | changes).items() if v is not None})
+    )
     (folder / "train_gpt.py").write_text(SCRIPT)
     for seed, bpb in scores.items():
         values = dict(bpb=bpb, loss=losses[seed], total=TOTALS[seed]) | logged(seed)
@@ -170,7 +182,16 @@ def test_a_clean_record_passes_in_every_log_format(tmp_path: Path, style: str) -
     """No rule fails, and those that need the log are judged."""
     found = statuses(make_record(tmp_path, style))
     assert not [rule for rule, status in found.items() if status == "fail"]
-    judged = ("implied_bytes", "score_in_logs", "mean_and_std", "seeds", "train_time", "eval_time", "size_logged", "steps_in_logs")
+    judged = (
+        "implied_bytes",
+        "score_in_logs",
+        "mean_and_std",
+        "seeds",
+        "train_time",
+        "eval_time",
+        "size_logged",
+        "steps_in_logs",
+    )
     assert {rule: found[rule] for rule in judged} == dict.fromkeys(judged, "ok")
 
 
@@ -188,38 +209,98 @@ def nothing(folder: Path) -> None:
 
 # what is wrong, arguments of make_record, a change of the finished folder, rules that must fail (and no others)
 DEFECTS: list[tuple[str, dict[str, Any], Callable[[Path], None], set[str]]] = [
-    ("space counted twice", dict(logged=lambda s: dict(loss=nats(SEEDS[s], TEXT_BYTES * 1.17))), nothing, {"implied_bytes", "loss_in_logs"}),
-    ("plain table on CaseOps", dict(logged=lambda s: dict(loss=nats(SEEDS[s], 164.6e6))), nothing, {"implied_bytes", "loss_in_logs"}),
+    (
+        "space counted twice",
+        dict(logged=lambda s: dict(loss=nats(SEEDS[s], TEXT_BYTES * 1.17))),
+        nothing,
+        {"implied_bytes", "loss_in_logs"},
+    ),
+    (
+        "plain table on CaseOps",
+        dict(logged=lambda s: dict(loss=nats(SEEDS[s], 164.6e6))),
+        nothing,
+        {"implied_bytes", "loss_in_logs"},
+    ),
     ("10,000 documents", dict(logged=lambda s: dict(targets=9_662_464)), nothing, {"implied_bytes", "coverage"}),
-    ("json of another run", dict(val_bpb=1.2, seed_results=None), nothing, {"score_in_logs", "mean_and_std", "readme_agrees"}),
-    ("seed of another run", dict(), rewrite("submission.json", lambda t: t.replace("1.2301", "1.2222")), {"score_in_logs", "readme_agrees"}),
+    (
+        "json of another run",
+        dict(val_bpb=1.2, seed_results=None),
+        nothing,
+        {"score_in_logs", "mean_and_std", "readme_agrees"},
+    ),
+    (
+        "seed of another run",
+        dict(),
+        rewrite("submission.json", lambda t: t.replace("1.2301", "1.2222")),
+        {"score_in_logs", "readme_agrees"},
+    ),
     ("no val_bpb", dict(val_bpb=None), nothing, {"val_bpb"}),
     ("val_bpb as text", dict(val_bpb="1.2305"), nothing, {"val_bpb"}),
     ("no bytes_total", dict(bytes_total=None), nothing, {"bytes_total"}),
     ("bpb under val_loss", dict(val_loss=1.2305), nothing, {"val_loss_unit", "loss_in_logs"}),
     ("no author", dict(author=None), nothing, {"json_fields"}),
     ("date in words", dict(date="May 1"), nothing, {"json_fields"}),
-    ("log over the cap", dict(logged=lambda s: dict(total=16_000_001) if s == 2 else {}), nothing, {"size_logged", "sizes_in_logs"}),
+    (
+        "log over the cap",
+        dict(logged=lambda s: dict(total=16_000_001) if s == 2 else {}),
+        nothing,
+        {"size_logged", "sizes_in_logs"},
+    ),
     ("artifact over the cap", dict(bytes_total=16_000_001), nothing, {"size_stated", "sizes_in_logs"}),
     ("two seeds", dict(scores={1: 1.2304, 2: 1.2301}), nothing, {"seeds"}),
     ("third log missing", dict(), drop("train_seed3.log"), {"seeds", "sizes_in_logs"}),
     ("slow evaluation", dict(logged=lambda s: dict(eval_ms=688_000)), nothing, {"eval_time"}),
     ("slow training", dict(), rewrite("train_seed1.log", lambda t: t.replace("590000ms", "631000ms")), {"train_time"}),
-    ("mixed settings", dict(), rewrite("train_seed1.log", lambda t: t.replace("setting_07: 7", "setting_07: 8")), {"same_settings"}),
-    ("other model", dict(), rewrite("train_seed1.log", lambda t: t.replace("model_params:35", "model_params:36")), {"same_parameters"}),
+    (
+        "mixed settings",
+        dict(),
+        rewrite("train_seed1.log", lambda t: t.replace("setting_07: 7", "setting_07: 8")),
+        {"same_settings"},
+    ),
+    (
+        "other model",
+        dict(),
+        rewrite("train_seed1.log", lambda t: t.replace("model_params:35", "model_params:36")),
+        {"same_parameters"},
+    ),
     ("other steps", dict(), rewrite("train_seed1.log", lambda t: t.replace("4001/", "4011/")), {"steps_in_logs"}),
-    ("log of another seed", dict(), rewrite("train_seed1.log", lambda t: t.replace("seed: 1", "seed: 3")), {"seed_names", "seeds"}),
+    (
+        "log of another seed",
+        dict(),
+        rewrite("train_seed1.log", lambda t: t.replace("seed: 1", "seed: 3")),
+        {"seed_names", "seeds"},
+    ),
     ("wrong deviation", dict(val_bpb_std=0.1), nothing, {"mean_and_std"}),
-    ("score before quantisation", dict(scores={1: 1.235, 2: 1.2301, 3: 1.231}, logged=lambda s: dict(bpb=1.25) if s == 1 else {}), nothing, {"score_in_logs", "implied_bytes", "mean_and_std"}),
+    (
+        "score before quantisation",
+        dict(scores={1: 1.235, 2: 1.2301, 3: 1.231}, logged=lambda s: dict(bpb=1.25) if s == 1 else {}),
+        nothing,
+        {"score_in_logs", "implied_bytes", "mean_and_std"},
+    ),
     ("one GPU", dict(hardware="1xH100"), nothing, {"hardware"}),
     ("no README", dict(), drop("README.md"), {"files"}),
     ("no script", dict(), drop("train_gpt.py"), {"files"}),
     ("broken script", dict(), rewrite("train_gpt.py", lambda t: "def"), {"script_compiles"}),
-    ("installs packages", dict(), rewrite("train_gpt.py", lambda t: t + "import subprocess\nsubprocess.run(['pip', 'install', 'x'])\n"), {"no_installs"}),
-    ("submission.json cut", dict(), rewrite("submission.json", lambda t: t[:-9]), {"json_fields", "val_bpb", "bytes_total"}),
+    (
+        "installs packages",
+        dict(),
+        rewrite("train_gpt.py", lambda t: t + "import subprocess\nsubprocess.run(['pip', 'install', 'x'])\n"),
+        {"no_installs"},
+    ),
+    (
+        "submission.json cut",
+        dict(),
+        rewrite("submission.json", lambda t: t[:-9]),
+        {"json_fields", "val_bpb", "bytes_total"},
+    ),
     ("spaces in the name", dict(name="2030-01-01_A b"), nothing, {"folder_name"}),
-    ("log cut before the score", dict(), rewrite("train_seed1.log", lambda t: t[: t.index("diagnostic quantized")]), {"score_in_logs", "seeds"}),
-]  # fmt: skip
+    (
+        "log cut before the score",
+        dict(),
+        rewrite("train_seed1.log", lambda t: t[: t.index("diagnostic quantized")]),
+        {"score_in_logs", "seeds"},
+    ),
+]
 
 
 @pytest.mark.parametrize("case", DEFECTS, ids=lambda case: case[0].replace(" ", "_"))
@@ -299,7 +380,9 @@ def test_comparison_across_tokenizers_is_in_bpb(tmp_path: Path) -> None:
     mine = check.read_folder(make_record(tmp_path / "mine", scores={s: b - 0.01 for s, b in SEEDS.items()}), False)
     found = check.compare(mine, other)
     assert found and found.unit == "bpb"
-    assert found.gain_bpb == pytest.approx(0.01) and found.gain_nats == pytest.approx(0.01 * math.log(2) * 3.7266, rel=1e-3)
+    assert found.gain_bpb == pytest.approx(0.01) and found.gain_nats == pytest.approx(
+        0.01 * math.log(2) * 3.7266, rel=1e-3
+    )
 
 
 def test_student_tail_and_welch_equal_scipy() -> None:
@@ -354,10 +437,13 @@ def test_code_in_a_log_is_not_taken_for_facts() -> None:
     """A script whose text looks like log lines, at the head of a log of ours."""
     import hashlib
 
-    script = 'x = """\nTotal submission size int8+zlib: 99 bytes\nfinal_x val_loss:1.0000 val_bpb:0.5000\nseed: 77\n"""\n# ä\n'
+    lines = "Total submission size int8+zlib: 99 bytes\nfinal_x val_loss:1.0000 val_bpb:0.5000\nseed: 77"
+    script = f'x = """\n{lines}\n"""\n# ä\n'
     digest = hashlib.sha256(script.encode()).hexdigest()
-    text = f"{script}\nsource bytes:{len(script.encode())} sha256:{digest}\nconfig preset:tiny run_id:a seed:5 stages:train\n"
-    log = logs.parse_log(text + "score kind:ttt val_loss:2.5 val_bpb:1.25000000 tokens:1 bytes:1 seconds:1\n")
+    head = (
+        f"{script}\nsource bytes:{len(script.encode())} sha256:{digest}\nconfig preset:tiny run_id:a seed:5 stages:x\n"
+    )
+    log = logs.parse_log(head + "score kind:ttt val_loss:2.5 val_bpb:1.25000000 tokens:1 bytes:1 seconds:1\n")
     assert log.facts["source_found"] and log.facts["seed"] == 5
     assert "total_bytes" not in log.facts and [score.bpb for score in log.scores] == [1.25]
 

@@ -1,14 +1,12 @@
 """tests/probe_validity.py at toy size: the script passes every probe, and broken evaluators fail them.
 
-A check that cannot fail is worthless: each broken evaluator below replaces one function of train_gpt, and the probe that
-is meant for it must notice.
+A check that cannot fail is worthless: each broken evaluator below replaces one function of train_gpt, and the probe
+that is meant for it must notice.
 """
 
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from conftest import ROOT, ToyData, random_model, toy_config
 import train_gpt as tg
 
 LENGTHS = [30, 2, 21, 13, 1, 18]
-PLACES = (5, 27, 50)  # in the first document's first and last chunk, and behind a global phase
+PLACES = (5, 27, 31, 60)  # in the first and last chunk of a long document; behind two global phases; behind one
 
 
 def subject(vocab_size: int = 256, **changes: Any) -> probe.Subject:
@@ -82,7 +80,7 @@ def test_every_update_uses_only_scored_targets() -> None:
     [
         dict(PHASED_TTT_PREFIX_DOCS=0),
         dict(PHASED_TTT_NUM_PHASES=1, TTT_BATCH_SIZE=1),
-        dict(TTT_CHUNK_SIZE=3, TTT_EVAL_SEQ_LEN=16),
+        dict(TTT_CHUNK_SIZE=5, TTT_EVAL_SEQ_LEN=16),
         dict(SMEAR_GATE_ENABLED=0, NUM_LOOPS=0, PARALLEL_START_LAYER=0),
     ],
     ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()),
@@ -91,7 +89,7 @@ def test_every_mode_of_test_time_training_passes(changes: dict) -> None:
     """The probes of the adaptive evaluation at other settings."""
     mode = subject(**changes)
     outcomes = [
-        probe.causality("ttt", mode, stream(), (27,)),
+        probe.causality("ttt", mode, stream(), (60,)),
         probe.single_pass("ttt", mode, stream()),
         probe.isolation("ttt", mode, stream()),
         probe.score_before_update(mode, stream()),
@@ -152,12 +150,16 @@ def test_a_global_phase_on_unscored_documents_fails(monkeypatch: pytest.MonkeyPa
     """The phase takes all documents instead of the scored ones."""
     real = tg.global_update
     monkeypatch.setattr(tg.Tally, "learn_from", lambda *_: None)
-    monkeypatch.setattr(tg, "global_update", lambda model, scored, tally, *rest: real(model, tally.validation.documents, tally, *rest))
+    monkeypatch.setattr(
+        tg, "global_update", lambda model, scored, tally, *rest: real(model, tally.validation.documents, tally, *rest)
+    )
     assert not probe.score_before_update(subject(), stream()).ok
-    assert not probe.causality("ttt", subject(), stream(), (27,)).ok
+    assert not probe.causality("ttt", subject(), stream(), (60,)).ok
 
 
-def double_tail(num_targets: int, context: int, stride: int, first: int | None = None) -> Iterator[tuple[int, int, int]]:
+def double_tail(
+    num_targets: int, context: int, stride: int, first: int | None = None
+) -> Iterator[tuple[int, int, int]]:
     """The windows, and once more the last targets of each document."""
     yield from REAL["plan_windows"](num_targets, context, stride, first)
     yield max(0, num_targets - context), max(0, num_targets - 3), num_targets
@@ -174,41 +176,25 @@ def test_a_dropped_tail_fails_single_pass(monkeypatch: pytest.MonkeyPatch) -> No
     """Whole windows only."""
     real = REAL["plan_windows"]
     monkeypatch.setattr(tg, "plan_windows", lambda n, *rest, **first: real(n - 1, *rest, **first))
-    for kind in probe.KINDS:
+    for kind in ("plain", "sliding"):
         assert not probe.single_pass(kind, subject(), stream()).ok
 
 
-def gold_cache(monkeypatch: pytest.MonkeyPatch, inside: bool) -> None:
-    """Mixes a count cache into the probability of the target alone: in the scoring code, or inside the forward pass."""
-    counts: dict[int, int] = {}
-
-    def mixed(nll: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        boost = torch.tensor([counts.get(int(i), 0) / (1 + sum(counts.values())) for i in ids.flatten()])
-        return -torch.log(0.8 * (-nll).exp() + 0.2 * boost.view_as(nll))
-
-    if inside:
-        counts[5] = 1
-        monkeypatch.setattr(tg, "softcapped_nll", lambda logits, targets, cap: mixed(REAL["softcapped_nll"](logits, targets, cap), targets))
-        return
-    real = tg.Tally.add
-
-    def add(tally: tg.Tally, nll: torch.Tensor, positions: Any) -> None:
-        ids = tally.validation.tokens[torch.as_tensor(positions)]
-        real(tally, mixed(nll.detach(), ids), positions)
-        for token in ids.tolist():
-            counts[token] = counts.get(token, 0) + 1
-
-    monkeypatch.setattr(tg.Tally, "add", add)
-
-
 def test_a_cache_for_the_target_inside_the_forward_pass_fails_normalisation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other ids' probabilities are not lowered by as much."""
-    gold_cache(monkeypatch, inside=True)
+    """A favoured id gets more, and the others' probabilities are not lowered by as much."""
+    real = REAL["softcapped_nll"]
+
+    def mixed(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> torch.Tensor:
+        return -torch.log((-real(logits, targets, softcap)).exp() + 0.1 * (targets == 5))
+
+    monkeypatch.setattr(tg, "softcapped_nll", mixed)
     for kind in probe.KINDS:
         assert not probe.normalisation(kind, subject(16), repetitive(), (9, 38)).ok
 
 
-def scored_through(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]) -> None:
+def scored_through(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
+) -> None:
     """Changes the nats between the forward pass and the tally, in the plain evaluation."""
 
     def score(forward: Callable, validation: Any, config: Any, run: Any, log: Any, stride: int) -> tg.Tally:
@@ -300,7 +286,7 @@ SMUGGLERS = {
     "network": "import socket\nsocket.create_connection(('127.0.0.1', 9), 1)\n",
     "name lookup": "import socket\nsocket.getaddrinfo('localhost', 80)\n",
     "training file": "open('data/fineweb_train_000000.bin', 'ab')\n",
-    "state of the training": "import pathlib\npathlib.Path('runs/alone/trained.bin').exists() or open('trained.bin', 'wb')\n",
+    "state of the training": "open('runs/alone/trained.bin', 'wb')\n",
 }
 
 
@@ -313,6 +299,7 @@ def test_an_evaluation_that_needs_more_than_the_artifact_fails(toy_run: Path, tm
     assert not outcome.ok and "the evaluation" in outcome.found, outcome
 
 
+@pytest.mark.slow
 def test_an_artifact_of_other_weights_fails(toy_run: Path, tmp_path: Path) -> None:
     """The score belongs to weights that were kept in memory only."""
     result = json.loads((toy_run / "result.json").read_text())
@@ -324,17 +311,29 @@ def test_an_artifact_of_other_weights_fails(toy_run: Path, tmp_path: Path) -> No
     assert not probe.artifact_alone(copy).ok
 
 
-@pytest.mark.slow
-def test_command_line(toy_data: ToyData, tmp_path: Path) -> None:
-    """The probes of a run with a vocabulary of 1,024, as a program; and a folder that is no run."""
-    command = [sys.executable, str(ROOT / "tests" / "probe_validity.py"), "--run"]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+def test_command_line_says_what_it_cannot_probe(
+    toy_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder that is no run, and a vocabulary too small for a stream of different tokens: one line, exit status 2."""
+    for folder, said in ((tmp_path, "log.txt"), (toy_run, "a vocabulary of 64 has room for")):
+        assert probe.main(["--run", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and said in error and error.count("\n") == 1
 
 
 def test_probe_settings_keep_what_a_score_depends_on() -> None:
     """Only sizes differ from the run's settings."""
     config = toy_config(VOCAB_SIZE=1024)
-    changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != getattr(probe.probe_config(config), f.name)}
-    sizes = {"ttt_chunk_size", "ttt_batch_size", "phased_ttt_prefix_docs", "phased_ttt_num_phases", "global_ttt_chunk_tokens"}
+    changed = {
+        f.name
+        for f in dataclasses.fields(config)
+        if getattr(config, f.name) != getattr(probe.probe_config(config), f.name)
+    }
+    sizes = {
+        "ttt_chunk_size",
+        "ttt_batch_size",
+        "phased_ttt_prefix_docs",
+        "phased_ttt_num_phases",
+        "global_ttt_chunk_tokens",
+    }
     assert changed <= sizes | {"compile"}
