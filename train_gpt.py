@@ -332,7 +332,7 @@ def load_config(env: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
 
 def parse_value(key: str, text: str) -> Any:
     """The text of one environment variable as the type of its Config field, inside its range."""
-    field = FIELDS[key.lower()]
+    field, default = FIELDS[key.lower()], FIELDS[key.lower()].default
     try:
         if field.type is bool:
             value = {"0": False, "1": True}[text.strip()]
@@ -340,7 +340,9 @@ def parse_value(key: str, text: str) -> Any:
             value = field.type(text)
     except (ValueError, KeyError):
         wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[field.type]
-        raise UserError(f"{key}={text}: not {wanted}; for example {key}={int(field.default)}") from None
+        raise UserError(
+            f"{key}={text}: not {wanted}; for example {key}={int(default) if field.type is bool else default}"
+        ) from None
     low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key}={text}: must be finite; the default is {field.default}")
@@ -517,6 +519,19 @@ class Run:
         if self.world_size > 1:
             dist.broadcast_object_list(box, 0, device=self.device)
         return box[0]
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """The value of work() on rank 0, on every rank; so is its UserError, since no rank may go on alone."""
+        value, error = None, None
+        if self.is_main:
+            try:
+                value = work()
+            except UserError as mistake:
+                error = mistake
+        value, error = self.share((value, error))
+        if error:
+            raise error
+        return value
 
     def share_weights(self, model: nn.Module) -> None:
         """Rank 0's parameters on every rank."""
@@ -1755,7 +1770,7 @@ class Trainer:
         path = run_dir(self.config) / "checkpoint.bin"
         size = sum(parameter.numel() for parameter in self.model.parameters())
         limit = HEADER_LIMIT + 16 * size + 24 * self.config.iterations  # four float32 arrays and the history
-        found = self.run.share(load_arrays(path, limit) if self.run.is_main and path.exists() else None)
+        found = self.run.on_main(lambda: load_arrays(path, limit) if path.exists() else None)
         if found is None:
             return
         meta, arrays = found
@@ -1947,9 +1962,10 @@ def gptq(W: Tensor, H: Tensor, clip_sigmas: float, bits: int, block: int = 128) 
 
 
 def inverse_factor(H: Tensor, mean: Tensor) -> Tensor:
-    """Upper triangular U with H^-1 = U^T U for (n, cols, cols); H is damped by 1 % of its mean diagonal, or more
+    """Upper triangular U with H^-1 = U^T U for (n, cols, cols). Each H is damped by 1 % of its mean diagonal, or more
     where that is not enough for a Cholesky factor. With both axes reversed, one factorisation does."""
-    for damping in (0.01, 0.1, 1.0):
+    damping = torch.full_like(mean, 0.01)  # (n, 1)
+    for _ in range(4):
         damped = H.clone()
         damped.diagonal(dim1=-2, dim2=-1).add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(-2, -1))
@@ -1957,7 +1973,8 @@ def inverse_factor(H: Tensor, mean: Tensor) -> Tensor:
             upper = lower.flip(-2, -1)  # H = upper upper^T
             identity = torch.eye(H.size(-1), device=H.device).expand_as(H)
             return torch.linalg.solve_triangular(upper, identity, upper=True)
-    raise TrainingDiverged("a calibration Hessian is not finite; lower the learning rates")
+        damping = torch.where(failed.bool().unsqueeze(-1), 10 * damping, damping)
+    raise TrainingDiverged("a calibration Hessian is not finite or not positive definite; lower the learning rates")
 
 
 class Stored(NamedTuple):
@@ -2108,8 +2125,7 @@ def load_artifact(path: Path, config: Config) -> dict[str, np.ndarray]:
 def artifact_model(path: Path, config: Config, run: Run) -> GPT:
     """The model of an artifact file, which only the main rank needs to have."""
     model = GPT(config, run)
-    if run.is_main:
-        model.load(load_artifact(path, config))
+    run.on_main(lambda: model.load(load_artifact(path, config)))
     run.share_weights(model)
     return model
 
@@ -2500,47 +2516,50 @@ def adapt(model: GPT, validation: Validation, config: Config, run: Run, log: Log
 
 
 def quantize_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
-    """trained.bin -> artifact.bin, on the main rank. Reads no training data.
+    """trained.bin -> artifact.bin, on the main rank. Reads no training data."""
+    return run.on_main(lambda: make_artifact(config, run.device, log))
+
+
+def make_artifact(config: Config, device: torch.device, log: Log) -> dict[str, Any]:
+    """Writes artifact.bin and returns its sizes and times.
 
     With FIT_ARTIFACT, an artifact over the limit is quantised again with all clips raised (coarser steps, fewer bits)
     by what the rate model says is missing, until the file fits; the first try is kept to measure the cost in bpb.
     """
-    result: dict[str, Any] = {}
     folder, (code_bytes, packed) = run_dir(config), counted_code_bytes()
-    if run.is_main:
-        path, shapes = folder / "trained.bin", trained_shapes(config)
-        meta, arrays = load_arrays(path, HEADER_LIMIT + 4 * sum(math.prod(shape) for shape in shapes.values()))
-        if odd := differing(training_settings(config), meta.get("settings")):
-            raise UserError(f"{path}: made with {odd}; set the same values or train again")
-        check_arrays(path, arrays, shapes)
-        (folder / "oversize.bin").unlink(missing_ok=True)
-        codes = sum(math.prod(entry.shape) for entry in artifact_table(config) if entry.dtype == "i1")
-        factor = 1.0
-        for number in range(1, FIT_TRIES + 1):
-            start = time.monotonic()
-            stored = quantize(arrays, scaled_clips(config, factor), run.device)
-            middle = time.monotonic()
-            size = save_artifact(folder / "artifact.bin", stored, config)
-            log("artifact", bytes=size, clip_factor=factor, gptq_s=middle - start, compress_s=time.monotonic() - middle)
-            excess = size + code_bytes - ARTIFACT_LIMIT_BYTES
-            coarser = factor * 2 ** min(8 * (excess + FIT_MARGIN_BYTES) / codes, 10)
-            if excess <= 0 or not config.fit_artifact or coarser > FIT_LARGEST_FACTOR or number == FIT_TRIES:
-                break
-            if number == 1:
-                write_file(folder / "oversize.bin", (folder / "artifact.bin").read_bytes())
-            factor = coarser
-        result = {
-            "artifact_bytes": size,
-            "code_bytes": code_bytes,
-            "code_is_packed": packed,
-            "total_bytes": size + code_bytes,
-            "clip_factor": factor,
-            "gptq_seconds": middle - start,
-            "compress_seconds": time.monotonic() - middle,
-            "artifact_sha256": hashlib.sha256((folder / "artifact.bin").read_bytes()).hexdigest(),
-        }
-    run.barrier()
-    return result
+    source, target, oversize = folder / "trained.bin", folder / "artifact.bin", folder / "oversize.bin"
+    shapes = trained_shapes(config)
+    meta, arrays = load_arrays(source, HEADER_LIMIT + 4 * sum(math.prod(shape) for shape in shapes.values()))
+    if odd := differing(training_settings(config), meta.get("settings")):
+        raise UserError(f"{source}: made with {odd}; set the same values or train again")
+    check_arrays(source, arrays, shapes)
+    oversize.unlink(missing_ok=True)
+    codes = sum(math.prod(entry.shape) for entry in artifact_table(config) if entry.dtype == "i1")
+    factor = 1.0
+    for number in range(1, FIT_TRIES + 1):
+        start = time.monotonic()
+        stored = quantize(arrays, scaled_clips(config, factor), device)
+        middle = time.monotonic()
+        size = save_artifact(target, stored, config)
+        end = time.monotonic()
+        log("artifact", bytes=size, clip_factor=factor, gptq_s=middle - start, compress_s=end - middle)
+        excess = size + code_bytes - ARTIFACT_LIMIT_BYTES
+        coarser = factor * 2 ** min(8 * (excess + FIT_MARGIN_BYTES) / codes, 10)
+        if excess <= 0 or not config.fit_artifact or coarser > FIT_LARGEST_FACTOR or number == FIT_TRIES:
+            break
+        if number == 1:
+            write_file(oversize, target.read_bytes())
+        factor = coarser
+    return {
+        "artifact_bytes": size,
+        "code_bytes": code_bytes,
+        "code_is_packed": packed,
+        "total_bytes": size + code_bytes,
+        "clip_factor": factor,
+        "gptq_seconds": middle - start,
+        "compress_seconds": end - middle,
+        "artifact_sha256": hashlib.sha256(target.read_bytes()).hexdigest(),
+    }
 
 
 def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:

@@ -32,7 +32,7 @@ from robust_helpers import (
 
 import train_gpt as tg
 
-ENV = dict(SLIDING_WINDOW_ENABLED=1, CHECKPOINT_SECONDS=0.05, ITERATIONS=12)
+ENV = dict(SLIDING_WINDOW_ENABLED=1, CHECKPOINT_SECONDS=0.05, ITERATIONS=8)
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +134,16 @@ def test_twenty_kills_at_random_moments_never_change_the_result(
     assert len(hits) >= 20 and set(hits) == set(MOMENTS)
 
 
-@pytest.mark.parametrize("half_written", [True, False], ids=["half-written", "before-renaming"])
-@pytest.mark.parametrize("name", ["checkpoint.bin", "trained.bin", "artifact.bin", "result.json"])
+def some_fast(cases: list[tuple], fast: list[tuple]) -> list[Any]:
+    """All cases as parameters, those that are not named as fast ones marked slow."""
+    return [pytest.param(*case, marks=() if case in fast else pytest.mark.slow) for case in cases]
+
+
+FILES = ["checkpoint.bin", "trained.bin", "artifact.bin", "result.json"]
+FAST_FILES = [("checkpoint.bin", True), ("artifact.bin", True), ("trained.bin", False)]
+
+
+@pytest.mark.parametrize("name, half_written", some_fast([(n, h) for n in FILES for h in (True, False)], FAST_FILES))
 def test_kill_while_a_file_is_written_leaves_the_earlier_one(
     name: str, half_written: bool, toy_data: ToyData, tmp_path: Path, whole: Outcome
 ) -> None:
@@ -176,7 +184,7 @@ def test_signal_in_training_saves_the_step_and_says_so(
     assert ended(process) == 128 + kind and time.monotonic() - begin < 5
     assert text_of(output).splitlines()[-1].startswith(f"stopped by {kind.name}") and "Traceback" not in text_of(output)
     saved = tg.load_arrays(tmp_path / "toy" / "checkpoint.bin")[0]["step"]
-    assert saved == int(re.findall(r"^train step:(\d+)/", text_of(log), re.MULTILINE)[-1]) < 12
+    assert saved == int(re.findall(r"^train step:(\d+)/", text_of(log), re.MULTILINE)[-1]) < 8
     finish(env, tmp_path / "toy", whole)
 
 
@@ -198,10 +206,12 @@ def test_signal_in_the_last_step_is_not_forgotten(toy_data: ToyData, tmp_path: P
     assert tg.load_arrays(tmp_path / "toy" / "checkpoint.bin")[0]["step"] == 2
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("stage, function", [("quantize", "gptq"), ("evaluate", "adapt")])
+LATER = [(kind, *where) for kind in (signal.SIGTERM, signal.SIGINT) for where in (("quantize", "gptq"), ("evaluate", "adapt"))]
+
+
+@pytest.mark.parametrize("kind, stage, function", some_fast(LATER, [LATER[0], LATER[3]]))
 def test_signal_in_a_later_stage_ends_it_at_once_and_keeps_the_files(
-    stage: str, function: str, kind: signal.Signals, toy_data: ToyData, tmp_path: Path, whole: Outcome
+    kind: signal.Signals, stage: str, function: str, toy_data: ToyData, tmp_path: Path, whole: Outcome
 ) -> None:
     """Quantising and scoring stop within two seconds with status 128 + n and one line; what there was is untouched."""
     env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="toy", STAGES=stage, **ENV)
@@ -230,7 +240,7 @@ def refused(output: Path, status: int, *words: str) -> None:
     assert all(re.search(word, lines[0]) for word in words), lines[0]
 
 
-@pytest.mark.parametrize("name, limit", [("checkpoint.bin", 250_000), ("trained.bin", 480_000), ("log.txt", 1000)])
+@pytest.mark.parametrize("name, limit", [("checkpoint.bin", 250_000), ("log.txt", 1000)])
 def test_full_disk_is_one_line_naming_file_and_bytes(
     name: str, limit: int, toy_data: ToyData, tmp_path: Path, whole: Outcome
 ) -> None:

@@ -1,0 +1,394 @@
+"""Mutated inputs for every reader of the script. Each is refused by a UserError or leads to a correct run.
+
+A campaign runs in a child process with 2 GiB of memory to spare and a watchdog for each case, because what it looks
+for are crashes, hangs and memory that grows with what a small file claims.
+"""
+
+import collections
+import copy
+import hashlib
+import json
+import math
+import os
+import random
+import resource
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import QUIET, ToyData, build_toy_data, write_shard
+
+import train_gpt as tg
+
+SECONDS_PER_CASE = 10
+MEMORY = 2 * 2**30
+ODD_NUMBERS = [0, 1, -1, 2, 7, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64, 10**30]
+ODD_VALUES = [
+    *ODD_NUMBERS, *(-number for number in ODD_NUMBERS), 0.5, -0.0, 1e308, 5e-324, math.nan, math.inf, -math.inf,
+    True, False, None, "", "x", "1", "<f4", "|O", "\ud800", "\n" * 3, "y" * 10_000, [], [[]], {}, [None], {"a": {}},
+]  # fmt: skip
+
+
+class Hang(BaseException):
+    """A case took too long."""
+
+
+def watchdog(*_: Any) -> None:
+    raise Hang
+
+
+class Campaign:
+    """Counts what becomes of the cases of each kind; anything but a refusal or a good run is kept as a failure."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, collections.Counter] = {}
+        self.failures: list[str] = []
+        self.slowest = 0.0
+
+    def case(self, kind: str, label: str, attempt: Callable[[], Any]) -> None:
+        outcome, begin = "ran", time.monotonic()
+        signal.signal(signal.SIGALRM, watchdog)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_CASE)
+        try:
+            attempt()
+        except (tg.UserError, tg.TrainingDiverged) as error:
+            outcome = "refused"
+            if len(" ".join(str(error).split())) < 10:
+                self.failures.append(f"{kind} {label}: says only {str(error)!r}")
+        except Hang:
+            outcome = "failed"
+            self.failures.append(f"{kind} {label}: more than {SECONDS_PER_CASE} s")
+        except BaseException as error:
+            outcome = "failed"
+            where = traceback.extract_tb(error.__traceback__)
+            own = [f"{frame.name}:{frame.lineno}" for frame in where if frame.filename.endswith("train_gpt.py")]
+            self.failures.append(f"{kind} {label}: {type(error).__name__}: {str(error)[:200]} at {' > '.join(own[-3:])}")
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        self.slowest = max(self.slowest, time.monotonic() - begin)
+        self.counts.setdefault(kind, collections.Counter())[outcome] += 1
+
+
+# Mutations ----------------------------------------------------------------------------------------------------------
+
+
+def mutated(data: bytes, dice: random.Random) -> bytes:
+    """Bits flipped, stretches cut, copied, overwritten, or the end cut off."""
+    data = bytearray(data)
+    for _ in range(dice.choice([1, 1, 2, 8])):
+        kind, at = dice.randrange(7), dice.randrange(len(data) + 1)
+        at = min(at, dice.choice([len(data), 16, 64, 1100]))  # headers come first
+        length = dice.choice([1, 2, 4, 8, 100])
+        if kind == 0 and at < len(data):
+            data[at] ^= 1 << dice.randrange(8)
+        elif kind == 1:
+            del data[at : at + length]
+        elif kind == 2:
+            data[at:at] = dice.randbytes(length)
+        elif kind == 3:
+            data[at : at + length] = dice.randbytes(length)
+        elif kind == 4:
+            data = data[:at]
+        elif kind == 5:
+            data[at : at + 4] = (dice.choice(ODD_NUMBERS) % 2**32).to_bytes(4, "little")
+        else:
+            data += data[at : at + length]
+    return bytes(data)
+
+
+def mutate_tree(tree: Any, dice: random.Random) -> Any:
+    """A JSON value with one place of it replaced, removed, renamed or doubled."""
+    tree = copy.deepcopy(tree)
+    place = tree
+    while True:
+        children = list(place) if isinstance(place, dict) else list(range(len(place)))
+        if not children:
+            return dice.choice(ODD_VALUES)
+        key = dice.choice(children)
+        if isinstance(place[key], (dict, list)) and place[key] and dice.random() < 0.8:
+            place = place[key]
+            continue
+        kind = dice.randrange(6)
+        if kind == 0:
+            del place[key]
+        elif kind == 1 and isinstance(place, dict):
+            place[dice.choice(["x", "", "weights/x", "optimizer/x", "a/b/c", str(key) + "x"])] = place.pop(key)
+        elif kind == 2 and isinstance(place, list):
+            place.insert(key, dice.choice(ODD_VALUES))
+        elif kind == 3 and isinstance(place[key], (int, float)):
+            place[key] = place[key] + dice.choice([-1, 1, 0.5, 10**6])
+        else:
+            place[key] = copy.deepcopy(dice.choice(ODD_VALUES))
+        return tree
+
+
+def open_container(data: bytes) -> tuple[dict, list[bytes]]:
+    start = 12 + int.from_bytes(data[8:12], "little")
+    header, blobs = json.loads(data[12:start]), []
+    for entry in header["blobs"]:
+        blobs.append(data[start : start + entry["bytes"]])
+        start += entry["bytes"]
+    return header, blobs
+
+
+def seal(meta: Any, blobs: list[bytes]) -> bytes:
+    """A container whose lengths and checksums are right, whatever it holds."""
+    table = [{"bytes": len(blob), "sha256": hashlib.sha256(blob).hexdigest()} for blob in blobs]
+    header = json.dumps({"meta": meta, "blobs": table}).encode()
+    return tg.CONTAINER_MAGIC + len(header).to_bytes(4, "little") + header + b"".join(blobs)
+
+
+def bombs() -> list[bytes]:
+    """Streams that expand enormously: 256 MiB of zeros in a few hundred bytes, and the same one after another."""
+    import brotli
+
+    zeros = brotli.compress(bytes(2**28), quality=1, lgwin=24)
+    return [zeros, zeros + zeros, brotli.compress(bytes(2**16)), brotli.compress(b"")]
+
+
+def mutated_container(data: bytes, dice: random.Random, more_blobs: list[bytes]) -> bytes:
+    """A damaged container, or one that is whole but holds something else."""
+    header, blobs = open_container(data)
+    kind = dice.randrange(6)
+    if kind == 0:
+        return mutated(data, dice)
+    if kind == 1:  # the header says something else, the rest is as it was
+        text = json.dumps(mutate_tree(header, dice)).encode()
+        return data[:8] + len(text).to_bytes(4, "little") + text + b"".join(blobs)
+    if kind == 2:  # a header that is no header
+        text = dice.choice([b"[" * 100_000, b"{" * 9, b"null", b"1e999", b"9" * 5000, b"\xff\xfe", b"[1,2]", b'{"meta":{}}'])
+        return data[:8] + len(text).to_bytes(4, "little") + text
+    number = dice.randrange(len(blobs))
+    if kind == 3:
+        return seal(mutate_tree(header["meta"], dice), blobs)
+    if kind == 4 and more_blobs:
+        blobs[number] = dice.choice(more_blobs)
+    elif dice.random() < 0.3:
+        other = dice.randrange(len(blobs))
+        blobs[number], blobs[other] = blobs[other], blobs[number]
+    elif dice.random() < 0.5 and len(blobs[number]) % 4 == 0 and blobs[number]:
+        numbers = np.frombuffer(blobs[number], "<f4").copy()
+        numbers[dice.randrange(len(numbers))] = dice.choice([np.nan, np.inf, -1e38, 3e38, 1e-45, -1, 70_000])
+        blobs[number] = numbers.tobytes()
+    else:
+        blobs[number] = mutated(blobs[number], dice)
+    return seal(header["meta"], blobs)
+
+
+# Readers --------------------------------------------------------------------------------------------------------------
+
+
+class Subjects:
+    """A small finished run and the readers of its files."""
+
+    def __init__(self, root: Path):
+        self.root, self.data = root, build_toy_data(root)
+        env = dict(RUNS_DIR=root / "runs", RUN_ID="toy", ITERATIONS=3, CHECKPOINT_SECONDS=1e-9, NUM_LAYERS=2, NUM_LOOPS=0)
+        env |= dict(MODEL_DIM=16, NUM_HEADS=2, NUM_KV_HEADS=1, PARALLEL_START_LAYER=1, TTT_ENABLED=0, GATE_WINDOW=4)
+        self.config = self.data.config(**env)
+        self.run, self.folder = tg.Run(), tg.run_dir(self.config)
+        tg.main(self.config, self.run)
+        self.trainer = tg.Trainer(self.config, self.run, QUIET)
+        self.validation = tg.load_validation(self.config)
+        self.model = tg.GPT(self.config, self.run)
+        self.good = {path.name: path.read_bytes() for path in self.folder.iterdir()}
+        self.streams = bombs()
+
+    def write(self, name: str, data: bytes) -> None:
+        (self.folder / name).write_bytes(data)
+
+    def checkpoint(self, dice: random.Random) -> Callable[[], Any]:
+        data = mutated_container(self.good["checkpoint.bin"], dice, [])
+
+        def attempt() -> None:
+            self.write("checkpoint.bin", data)
+            self.trainer.restore_checkpoint()
+            if self.trainer.step < 3:
+                self.trainer.update(self.trainer.step_rows(self.trainer.step), False, 1.0, 0.9)
+
+        return attempt
+
+    def trained(self, dice: random.Random) -> Callable[[], Any]:
+        data = mutated_container(self.good["trained.bin"], dice, [])
+
+        def attempt() -> None:
+            self.write("trained.bin", data)
+            meta, arrays = tg.load_arrays(self.folder / "trained.bin")
+            if meta.get("settings") == tg.training_settings(self.config) and dice.random() < 0.05:
+                tg.quantize_stage(self.config, self.run, QUIET)  # half a second, for the packed script
+            tg.check_arrays(self.folder / "trained.bin", arrays, tg.trained_shapes(self.config))
+            tg.quantize(arrays, self.config, self.run.device)
+
+        return attempt
+
+    def artifact(self, dice: random.Random) -> Callable[[], Any]:
+        data = mutated_container(self.good["artifact.bin"], dice, self.streams)
+
+        def attempt() -> None:
+            self.write("artifact.bin", data)
+            self.model.load(tg.load_artifact(self.folder / "artifact.bin", self.config))
+            if dice.random() < 0.1:
+                tg.evaluate_stage(self.config, self.run, QUIET)
+
+        return attempt
+
+    def result(self, dice: random.Random) -> Callable[[], Any]:
+        good = self.good["result.json"]
+        data = mutated(good, dice) if dice.random() < 0.3 else json.dumps(mutate_tree(json.loads(good), dice)).encode()
+
+        def attempt() -> None:
+            self.write("result.json", data)
+            parts = tg.earlier_parts(self.folder / "result.json", self.config, self.run)
+            tg.report(tg.summary(parts, self.config, self.run))
+
+        return attempt
+
+    def shard(self, dice: random.Random) -> Callable[[], Any]:
+        folder = self.root / "shards"
+        if not folder.exists():
+            folder.mkdir()
+            tokens = self.data.train_tokens[:600]
+            self.shards = {
+                "fineweb_train_000000.bin": write_shard(folder / "fineweb_train_000000.bin", tokens[:200]).read_bytes(),
+                "fineweb_train_000001.bin": write_shard(folder / "fineweb_train_000001.bin", tokens[200:]).read_bytes(),
+                "fineweb_val_000000.bin": write_shard(folder / "fineweb_val_000000.bin", tokens[:300]).read_bytes(),
+                "fineweb_val_bytes_000000.bin": write_shard(folder / "side.bin", tokens[:300] % 7).read_bytes(),
+            }
+            (folder / "side.bin").unlink()
+            self.shard_config = self.data.config(DATA_PATH=folder)
+        name = dice.choice(list(self.shards))
+        data = self.mutated_shard(self.shards[name], dice)
+
+        def attempt() -> None:
+            for other, good in self.shards.items():
+                if other == name or "bytes" not in other:
+                    (folder / other).write_bytes(data if other == name else good)
+            try:
+                stream = tg.TokenStream(folder, "train", 64)
+                for number in (0, 3, 10**9):
+                    row = tg.training_row(stream, number, self.shard_config, self.run.device)
+                    assert 0 <= int(row.inputs.min()) and int(row.inputs.max()) < 64
+                validation = tg.load_validation(self.shard_config)
+                assert len(validation.bytes) == len(validation.tokens) and (validation.documents >= 0).all()
+            finally:
+                (folder / "fineweb_val_bytes_000000.bin").unlink(missing_ok=True)
+
+        return attempt
+
+    @staticmethod
+    def mutated_shard(data: bytes, dice: random.Random) -> bytes:
+        if dice.random() < 0.4:
+            return mutated(data, dice)
+        header, body = np.frombuffer(data[:1024], "<i4").copy(), np.frombuffer(data[1024:], "<u2").copy()
+        kind = dice.randrange(5)
+        if kind == 0:
+            header[dice.choice([0, 1, 2, 2, 2, 3, 255])] = np.int64(dice.choice(ODD_NUMBERS[:12])).astype("<i4")
+        elif kind == 1:
+            body[dice.randrange(len(body))] = dice.choice([0, 1, 2, 63, 64, 65535])
+        elif kind == 2:
+            body[:] = dice.choice([0, 1, 3, 63])
+        elif kind == 3:
+            body = body[: dice.choice([0, 1, 2, 3])]
+            header[2] = len(body)
+        else:
+            body = np.tile(body, 2)
+            header[2] = dice.choice([len(body), len(body) + 1, len(body) - 1])
+        return header.tobytes() + body.tobytes()
+
+    def settings(self, dice: random.Random) -> Callable[[], Any]:
+        """Any value for any setting; what is accepted must be a model that can be described."""
+        env = dict(self.data.env()) if dice.random() < 0.6 else {"PRESET": dice.choice([*tg.PRESETS, "x", ""])}
+        for _ in range(dice.choice([1, 1, 2, 3, 6])):
+            name = dice.choice([*tg.FIELDS, *map(str.lower, tg.RETIRED)]).upper()
+            if dice.random() < 0.05:
+                name = name[:-1] + dice.choice("XYZ_")
+            env[name] = self.odd_text(dice)
+
+        def attempt() -> None:
+            config, _ = tg.load_config(env)
+            numbers = [value for value in (getattr(config, name) for name in tg.FIELDS) if isinstance(value, float)]
+            assert all(math.isfinite(value) for value in numbers)
+            model = tg.GPT(config, self.run, "meta")
+            assert sum(p.numel() for p in model.parameters()) < 1.1e9
+            assert config.rows_per_step >= 1 and config.mlp_dim >= 1 and config.head_dim >= 1
+            [tg.run_dir(config), config.dataset_dir, config.tokenizer_file, config.stage_list, config.train_seconds]
+            [tg.lr_multiplier(p, config) + tg.muon_momentum(3, config) for p in (0.0, 0.5, 1.0)]
+
+        return attempt
+
+    @staticmethod
+    def odd_text(dice: random.Random) -> str:
+        kind = dice.randrange(7)
+        if kind == 0:
+            return str(dice.choice(ODD_VALUES))
+        if kind == 1:
+            return str(dice.choice([-1, 1]) * 10 ** dice.randrange(0, 400))
+        if kind == 2:
+            return repr(dice.choice([-1, 1]) * 10 ** dice.uniform(-30, 30))
+        if kind == 3:
+            return str(dice.randrange(0, 600))
+        if kind == 4:
+            return str(2 ** dice.randrange(0, 70))
+        if kind == 5:
+            return "".join(chr(dice.choice([dice.randrange(1, 128), dice.randrange(0xA0, 0xD800)])) for _ in range(dice.randrange(9)))
+        return dice.choice(["0", "1", "1_0", " 1 ", "0x10", "1e3", "١", "auto", "train", "..", "a/b", "describe", "nan", "-inf", "9" * 5000])
+
+
+KINDS = ("shard", "artifact", "checkpoint", "trained", "result", "settings")
+
+
+def limit_memory() -> None:
+    """What is taken from now on may be at most 2 GiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def campaign(root: Path, counts: dict[str, int], seed: int) -> int:
+    """To be run in a child: `counts` cases of each kind; writes what became of them to root/campaign.json."""
+    torch.set_num_threads(1)
+    np.seterr(all="ignore")
+    subjects, results, begin = Subjects(root), Campaign(), time.monotonic()
+    limit_memory()
+    for kind, count in counts.items():
+        dice = random.Random(f"{seed} {kind}")
+        for number in range(count):
+            results.case(kind, f"{seed}/{number}", getattr(subjects, kind)(dice))
+    report = dict(counts=results.counts, failures=results.failures[:50], failed=len(results.failures))
+    report |= dict(slowest_s=results.slowest, seconds=time.monotonic() - begin)
+    report["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    (root / "campaign.json").write_text(json.dumps(report))
+    return 0
+
+
+# Tokenizers, which a library in C++ reads --------------------------------------------------------------------------------
+
+
+def tokenizers(root: Path, data: ToyData, numbers: range, seed: int) -> int:
+    """To be run in a child, which the library may crash: writes the number of the case before it and the outcome after."""
+    import train_gpt as tg
+
+    good = data.tokenizer.read_bytes()
+    limit_memory()
+    config = data.config(TOKENIZER_PATH=root / "hostile.model")
+    with open(root / "tokenizers.txt", "a", buffering=1) as log:
+        for number in numbers:
+            dice = random.Random(f"{seed} tokenizer {number}")
+            (root / "hostile.model").write_bytes(mutated(good, dice) if dice.random() < 0.9 else dice.randbytes(dice.randrange(400)))
+            log.write(f"{number} ")
+            results = Campaign()
+
+            def attempt() -> None:
+                tokenizer = tg.load_tokenizer(config)
+                table = tg.byte_table(tokenizer)
+                counts = tg.target_bytes(data.val_tokens, table)
+                assert (counts >= 0).all() and len(table.base) == 64
+
+            results.case("tokenizer", str(number), attempt)
+            log.write(f"{next(iter(results.counts['tokenizer']))} {' '.join(results.failures)}\n")
+    return 0
