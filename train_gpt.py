@@ -570,9 +570,9 @@ def start_run(env: Mapping[str, str]) -> Run:
 class Log:
     """Writes lines `event key:value ...` to the console and to a file, on the main rank only."""
 
-    def __init__(self, path: Path | None):
+    def __init__(self, path: Path | None, anew: bool = False):
         try:
-            self.file = open(path, "ab", buffering=0) if path else None
+            self.file = open(path, "wb" if anew else "ab", buffering=0) if path else None
         except OSError as error:
             raise UserError(f"{path}: cannot write ({error.strerror}); set RUNS_DIR or RUN_ID") from None
 
@@ -1158,8 +1158,8 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def choose_attention(config: Config, device: torch.device) -> Callable:
-    """The attention back-end for this device. Raises UserError when the one that is asked for cannot run."""
+def choose_attention(config: Config, device: torch.device) -> tuple[str, Callable]:
+    """Name and function of the attention back-end for this device. Raises UserError when the one that is asked for cannot run."""
     usable: dict[str, Callable] = {} if device.type == "cuda" else {"sdpa": attend_sdpa}
     if device.type == "cuda":
         if importlib.util.find_spec("flash_attn_interface") and torch.cuda.get_device_capability(device)[0] >= 9:
@@ -1175,7 +1175,8 @@ def choose_attention(config: Config, device: torch.device) -> Callable:
             f"ATTN_BACKEND={config.attn_backend}: not available here (usable: {', '.join(usable) or 'none'});"
             " install FlashAttention-3 or PyTorch 2.10, or set ATTN_BACKEND=auto"
         )
-    return usable[next(iter(usable)) if config.attn_backend == "auto" else config.attn_backend]
+    name = next(iter(usable)) if config.attn_backend == "auto" else config.attn_backend
+    return name, usable[name]
 
 
 class Block(nn.Module):
@@ -1263,7 +1264,7 @@ class GPT(nn.Module):
         c, L, d = config, config.num_layers, config.model_dim
         self.config, self.dtype = config, run.dtype
         on_meta = torch.device(device or "cpu").type == "meta"
-        attend = choose_attention(config, run.device)
+        _, attend = choose_attention(config, run.device)
         kv_dim = c.num_kv_heads * c.head_dim
         with torch.device("meta" if on_meta else "cpu"):  # drawn on the CPU: the same weights on every machine
             self.tok_emb = nn.Embedding(c.vocab_size, d)
@@ -2796,7 +2797,8 @@ def named_run(config: Config, run: Run) -> Config:
 def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Runs the stages of a configuration and returns what result.json holds. Every rank calls it."""
     config = named_run(config, run)
-    log = Log(run_dir(config) / "log.txt" if run.is_main else None)
+    anew = "train" in config.stage_list and not (run_dir(config) / "checkpoint.bin").exists()
+    log = Log(run_dir(config) / "log.txt" if run.is_main else None, anew)
     log_header(config, dict(origins or {}), run, log)
     path, order, result = run_dir(config) / "result.json", list(STAGES), {}
     parts = earlier_parts(path, config, run)
@@ -2843,6 +2845,7 @@ def summary(parts: dict[str, dict[str, Any]], config: Config, run: Run) -> dict[
         "seed": config.seed,
         "ranks": run.world_size,
         "hardware": hardware(run),
+        "attn_backend": choose_attention(config, run.device)[0],
         "torch": torch.__version__,
         "peak_memory_mib": peak_memory_mib(run),
         "stage_seconds": {stage: part["stage_seconds"][stage] for stage, part in parts.items()},

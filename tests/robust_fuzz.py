@@ -5,6 +5,7 @@ for are crashes, hangs and memory that grows with what a small file claims.
 """
 
 import collections
+import contextlib
 import copy
 import hashlib
 import json
@@ -12,12 +13,14 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -227,7 +230,8 @@ class Subjects:
         return attempt
 
     def artifact(self, dice: random.Random) -> Callable[[], Any]:
-        data = mutated_container(self.good["artifact.bin"], dice, self.streams)
+        data = self.good["artifact.bin"]
+        data = self.other_codes(data, dice) if dice.random() < 0.3 else mutated_container(data, dice, self.streams)
 
         def attempt() -> None:
             self.write("artifact.bin", data)
@@ -236,6 +240,19 @@ class Subjects:
                 tg.evaluate_stage(self.config, self.run, QUIET)
 
         return attempt
+
+    @staticmethod
+    def other_codes(data: bytes, dice: random.Random) -> bytes:
+        """An artifact whose streams expand to the right size, with other contents."""
+        import brotli
+
+        header, blobs = open_container(data)
+        number = dice.randrange(len(blobs))
+        stream = bytearray(brotli.decompress(blobs[number]))
+        for _ in range(dice.choice([1, 10, 1000])):
+            stream[dice.randrange(len(stream))] = dice.choice([0, 0x7C, 0x80, 0xFF, dice.randrange(256)])
+        blobs[number] = brotli.compress(bytes(stream), quality=1)
+        return seal(header["meta"], blobs)
 
     def result(self, dice: random.Random) -> Callable[[], Any]:
         good = self.good["result.json"]
@@ -321,6 +338,31 @@ class Subjects:
 
         return attempt
 
+    def whole(self, dice: random.Random) -> Callable[[], Any]:
+        """A whole run with some small settings drawn anew; the wild values of floats include far too large ones."""
+        env = self.data.env(RUNS_DIR=self.root / "whole", RUN_ID=str(dice.randrange(10**9)), ITERATIONS=2)
+        env |= dict(TTT_EVAL_SEQ_LEN="16", GPTQ_CALIBRATION_BATCHES="2")
+        for _ in range(dice.randrange(1, 7)):
+            name = dice.choice([name for name, field in tg.FIELDS.items() if field.type is not str])
+            field = tg.FIELDS[name]
+            if field.type is bool:
+                value: Any = dice.randrange(2)
+            elif field.type is int:
+                value = dice.choice([0, 1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 32, 33, 64, 65, 128, 1000])
+            else:
+                value = dice.choice([0, 0, 0.5, 1, 2, 1e-30, 1e3, 1e9, dice.random(), -1])
+            if name not in ("iterations", "vocab_size", "max_wallclock_seconds", "warmup_steps"):
+                env[name.upper()] = str(value)
+
+        def attempt() -> None:
+            with mock.patch.object(tg, "counted_code_bytes", lambda: (40_000, False)):
+                with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                    result = tg.main(tg.load_config(env)[0], self.run)
+            assert math.isfinite(result["val_bpb"]) and result["scored_tokens"] == result["val_targets"]
+            shutil.rmtree(self.root / "whole")
+
+        return attempt
+
     @staticmethod
     def odd_text(dice: random.Random) -> str:
         kind = dice.randrange(7)
@@ -337,9 +379,6 @@ class Subjects:
         if kind == 5:
             return "".join(chr(dice.choice([dice.randrange(1, 128), dice.randrange(0xA0, 0xD800)])) for _ in range(dice.randrange(9)))
         return dice.choice(["0", "1", "1_0", " 1 ", "0x10", "1e3", "١", "auto", "train", "..", "a/b", "describe", "nan", "-inf", "9" * 5000])
-
-
-KINDS = ("shard", "artifact", "checkpoint", "trained", "result", "settings")
 
 
 def limit_memory() -> None:

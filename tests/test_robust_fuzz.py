@@ -16,8 +16,8 @@ from robust_helpers import ended, start_child, start_command, text_of
 
 import train_gpt as tg
 
-FAST = dict(shard=80, artifact=80, checkpoint=60, trained=50, result=60, settings=150)
-MANY = dict(shard=2500, artifact=2500, checkpoint=1500, trained=1000, result=1000, settings=3000)
+FAST = dict(shard=80, artifact=80, checkpoint=60, trained=50, result=60, settings=150, whole=4)
+MANY = dict(shard=2500, artifact=2500, checkpoint=1500, trained=1000, result=1000, settings=3000, whole=300)
 
 
 def run_campaign(root: Path, counts: dict[str, int], seed: int, seconds: float) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def test_mutated_files_and_settings_are_refused_or_run(tmp_path: Path, capsys: p
     with capsys.disabled():
         report = run_campaign(tmp_path, FAST, 1, 120)
     assert {kind: sum(count.values()) for kind, count in report["counts"].items()} == FAST
-    assert all(count.get("refused", 0) > 10 for count in report["counts"].values())
+    assert all(count.get("refused", 0) > 10 for kind, count in report["counts"].items() if kind != "whole")
 
 
 @pytest.mark.slow
