@@ -2894,7 +2894,7 @@ def command_line() -> int:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             return fail(2, f"out of memory ({error}); lower ROW_TOKENS, VAL_BATCH_TOKENS or TTT_BATCH_SIZE")
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            return fail(1, f"lost another process of this run ({error}); the same RUN_ID continues")
+            return fail(1, f"lost another process ({str(error).split('. ')[0]}); the same RUN_ID continues")
         raise
     finally:
         for kind, handler in before.items():

@@ -38,6 +38,7 @@ MARGIN_NATS = 0.005  # a record beats the one before by this much, in nats per t
 RECORD_P, BOARD_P = 0.01, 0.25  # the written test, and the one the board was built with (#1902)
 DOCUMENTS = 50_000  # validation is the first 50,000 documents of the frozen list (data README)
 TRUE_BYTES = (151.07e6, 151.09e6)  # bytes of their text, whatever the export; the dropped tail moves the last digits
+ROUNDED_FIRST = 5e-5  # bpb: what rounding the seeds to four decimals before averaging can do
 LN2 = math.log(2)
 
 
@@ -575,6 +576,8 @@ def seeds(folder: Folder) -> Finding:
         return fail(
             f"{len(numbers)} logs with a final score" + (f", seeds claimed: {claimed}" if claimed else ""), "3 seeds"
         )
+    if any("seed" not in log.facts for log in folder.logs):
+        return warn(f"{len(numbers)} logs, not all of which tell their seed", "3 seeds")
     if claimed and not set(map(str, claimed)) <= set(map(str, numbers)):
         return fail(f"seeds claimed: {claimed}, in the logs: {numbers}", "a log for each")
     return ok(f"{len(numbers)} seeds: {', '.join(map(str, numbers))}", "3 seeds")
@@ -687,7 +690,8 @@ def score_in_logs(folder: Folder) -> Finding:
         return ok(f"{claim} in {len(runs)} logs")
     if single:
         return warn(f"{claim} is the score of one of {len(runs)} logs, their mean is {statistics.fmean(runs):.8f}")
-    return fail(f"{claim} in submission.json, mean of the logs {statistics.fmean(runs):.8f}")
+    close = abs(claim - statistics.fmean(runs)) < ROUNDED_FIRST and len(runs) > 1
+    return (warn if close else fail)(f"{claim} in submission.json, mean of the logs {statistics.fmean(runs):.8f}")
 
 
 def mean_and_std(folder: Folder) -> Finding:
@@ -698,8 +702,10 @@ def mean_and_std(folder: Folder) -> Finding:
     mean, sample = statistics.fmean(rows), statistics.stdev(rows)
     text = f"mean {mean:.8f}, std {sample:.8f} of {len(rows)}"
     if not agree(claim, mean, folder.digits[0]):
-        best = agree(claim, min(rows))
-        return (warn if best else fail)(f"val_bpb {claim} is {'the best seed' if best else 'not the mean'}: {text}")
+        best, close = agree(claim, min(rows)), abs(claim - mean) < ROUNDED_FIRST
+        return (warn if best or close else fail)(
+            f"val_bpb {claim} is {'the best seed' if best else 'not the mean'}: {text}"
+        )
     if spread is not None and not agree(spread, sample, folder.digits[0]):
         near = agree(spread, statistics.pstdev(rows)) or abs(spread / sample - 1) < 0.05 if sample else False
         return (warn if near else fail)(f"val_bpb_std {spread}: {text}")

@@ -70,7 +70,9 @@ class Campaign:
             outcome = "failed"
             where = traceback.extract_tb(error.__traceback__)
             own = [f"{frame.name}:{frame.lineno}" for frame in where if frame.filename.endswith("train_gpt.py")]
-            self.failures.append(f"{kind} {label}: {type(error).__name__}: {str(error)[:200]} at {' > '.join(own[-3:])}")
+            self.failures.append(
+                f"{kind} {label}: {type(error).__name__}: {str(error)[:200]} at {' > '.join(own[-3:])}"
+            )
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
         self.slowest = max(self.slowest, time.monotonic() - begin)
@@ -112,10 +114,11 @@ def mutate_tree(tree: Any, dice: random.Random) -> Any:
         children = list(place) if isinstance(place, dict) else list(range(len(place)))
         if not children:
             return dice.choice(ODD_VALUES)
-        key = dice.choice(children)
-        if isinstance(place[key], (dict, list)) and place[key] and dice.random() < 0.8:
-            place = place[key]
+        deeper = [child for child in children if isinstance(place[child], (dict, list)) and place[child]]
+        if deeper and dice.random() < 0.6:
+            place = place[dice.choice(deeper)]
             continue
+        key = dice.choice(children)
         kind = dice.randrange(6)
         if kind == 0:
             del place[key]
@@ -146,6 +149,36 @@ def seal(meta: Any, blobs: list[bytes]) -> bytes:
     return tg.CONTAINER_MAGIC + len(header).to_bytes(4, "little") + header + b"".join(blobs)
 
 
+def odd_arrays(meta: dict, blobs: list[bytes], dice: random.Random) -> bytes:
+    """A file of arrays that is consistent in itself, with one array missing, renamed, reshaped or of another type."""
+    table = list(copy.deepcopy(meta["arrays"]).items())
+    number, kind = dice.randrange(len(table)), dice.randrange(6)
+    name, (dtype, shape) = table[number]
+    if kind == 0:
+        del table[number], blobs[number]
+    elif kind == 1:
+        table[number] = (
+            dice.choice(["x", "", "weights/x", "a/b/c", "history", name + "/", "optimizer/adamw.step.x"]),
+            (dtype, shape),
+        )
+    elif kind == 2:
+        table[number] = (name, (dtype, dice.choice([shape[::-1], [1, *shape], [*shape, 1], [math.prod(shape)], [-1]])))
+    elif kind == 3:
+        item = {"<f4": 4, "<f8": 8, "<i8": 8}
+        other = dice.choice(list(item))
+        count = len(blobs[number]) // item[other]
+        blobs[number] = blobs[number][: count * item[other]]
+        table[number] = (name, (other, [count]))
+    elif kind == 4:  # fewer rows, or a single number that would spread over all of them
+        blobs[number] = blobs[number][: 8 if dtype == "<f8" else 4]
+        table[number] = (name, (dtype, dice.choice([[1], [], [1] * len(shape)])))
+    else:
+        other = dice.randrange(len(table))
+        table[number], table[other] = (name, table[other][1]), (table[other][0], table[number][1])
+        blobs[number], blobs[other] = blobs[other], blobs[number]
+    return seal(meta | {"arrays": dict(table)}, blobs)
+
+
 def bombs() -> list[bytes]:
     """Streams that expand enormously: 256 MiB of zeros in a few hundred bytes, and the same one after another."""
     import brotli
@@ -157,6 +190,8 @@ def bombs() -> list[bytes]:
 def mutated_container(data: bytes, dice: random.Random, more_blobs: list[bytes]) -> bytes:
     """A damaged container, or one that is whole but holds something else."""
     header, blobs = open_container(data)
+    if "arrays" in header["meta"] and dice.random() < 0.4:
+        return odd_arrays(header["meta"], blobs, dice)
     kind = dice.randrange(6)
     if kind == 0:
         return mutated(data, dice)
@@ -164,7 +199,9 @@ def mutated_container(data: bytes, dice: random.Random, more_blobs: list[bytes])
         text = json.dumps(mutate_tree(header, dice)).encode()
         return data[:8] + len(text).to_bytes(4, "little") + text + b"".join(blobs)
     if kind == 2:  # a header that is no header
-        text = dice.choice([b"[" * 100_000, b"{" * 9, b"null", b"1e999", b"9" * 5000, b"\xff\xfe", b"[1,2]", b'{"meta":{}}'])
+        text = dice.choice(
+            [b"[" * 100_000, b"{" * 9, b"null", b"1e999", b"9" * 5000, b"\xff\xfe", b"[1,2]", b'{"meta":{}}']
+        )
         return data[:8] + len(text).to_bytes(4, "little") + text
     number = dice.randrange(len(blobs))
     if kind == 3:
@@ -191,7 +228,9 @@ class Subjects:
 
     def __init__(self, root: Path):
         self.root, self.data = root, build_toy_data(root)
-        env = dict(RUNS_DIR=root / "runs", RUN_ID="toy", ITERATIONS=3, CHECKPOINT_SECONDS=1e-9, NUM_LAYERS=2, NUM_LOOPS=0)
+        env = dict(
+            RUNS_DIR=root / "runs", RUN_ID="toy", ITERATIONS=3, CHECKPOINT_SECONDS=1e-9, NUM_LAYERS=2, NUM_LOOPS=0
+        )
         env |= dict(MODEL_DIM=16, NUM_HEADS=2, NUM_KV_HEADS=1, PARALLEL_START_LAYER=1, TTT_ENABLED=0, GATE_WINDOW=4)
         self.config = self.data.config(**env)
         self.run, self.folder = tg.Run(), tg.run_dir(self.config)
@@ -377,23 +416,49 @@ class Subjects:
         if kind == 4:
             return str(2 ** dice.randrange(0, 70))
         if kind == 5:
-            return "".join(chr(dice.choice([dice.randrange(1, 128), dice.randrange(0xA0, 0xD800)])) for _ in range(dice.randrange(9)))
-        return dice.choice(["0", "1", "1_0", " 1 ", "0x10", "1e3", "١", "auto", "train", "..", "a/b", "describe", "nan", "-inf", "9" * 5000])
+            return "".join(
+                chr(dice.choice([dice.randrange(1, 128), dice.randrange(0xA0, 0xD800)]))
+                for _ in range(dice.randrange(9))
+            )
+        return dice.choice(
+            [
+                "0",
+                "1",
+                "1_0",
+                " 1 ",
+                "0x10",
+                "1e3",
+                "١",
+                "auto",
+                "train",
+                "..",
+                "a/b",
+                "describe",
+                "nan",
+                "-inf",
+                "9" * 5000,
+            ]
+        )
 
 
-def limit_memory() -> None:
-    """What is taken from now on may be at most 2 GiB."""
+def limit_memory(size: int = MEMORY) -> None:
+    """What is taken from now on may be at most 2 GiB, or `size` bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + size
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def campaign(root: Path, counts: dict[str, int], seed: int) -> int:
-    """To be run in a child: `counts` cases of each kind; writes what became of them to root/campaign.json."""
+def campaign(root: Path, counts: dict[str, int], seed: int, unchecked: str = "") -> int:
+    """To be run in a child: `counts` cases of each kind; writes what became of them to root/campaign.json.
+
+    `unchecked` is a function of the script that does nothing instead, to see that the campaign notices.
+    """
     torch.set_num_threads(1)
     np.seterr(all="ignore")
     subjects, results, begin = Subjects(root), Campaign(), time.monotonic()
     limit_memory()
+    if unchecked:
+        setattr(tg, unchecked, lambda *_: None)
     for kind, count in counts.items():
         dice = random.Random(f"{seed} {kind}")
         for number in range(count):
@@ -418,7 +483,9 @@ def tokenizers(root: Path, data: ToyData, numbers: range, seed: int) -> int:
     with open(root / "tokenizers.txt", "a", buffering=1) as log:
         for number in numbers:
             dice = random.Random(f"{seed} tokenizer {number}")
-            (root / "hostile.model").write_bytes(mutated(good, dice) if dice.random() < 0.9 else dice.randbytes(dice.randrange(400)))
+            (root / "hostile.model").write_bytes(
+                mutated(good, dice) if dice.random() < 0.9 else dice.randbytes(dice.randrange(400))
+            )
             log.write(f"{number} ")
             results = Campaign()
 

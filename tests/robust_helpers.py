@@ -142,7 +142,9 @@ class Outcome:
 
 def outcome(folder: Path) -> Outcome:
     result = json.loads((folder / "result.json").read_text())
-    kept = {key: value for key, value in result.items() if not TIMED.search(key) and key not in ("validity", "train_tokens")}
+    kept = {
+        key: value for key, value in result.items() if not TIMED.search(key) and key not in ("validity", "train_tokens")
+    }
     losses: dict[str, set[str]] = {}
     for step, loss in re.findall(r"^train step:(\d+)/\d+ loss:(\S+)", (folder / "log.txt").read_text(), re.MULTILINE):
         losses.setdefault(step, set()).add(loss)

@@ -1,6 +1,6 @@
 """Soak: whole toy runs in one process, again and again; memory, file handles and threads may not grow.
 
-    python tests/robust_soak.py MINUTES     not collected by pytest; test_robust_soak.py is the short version
+python tests/robust_soak.py MINUTES     not collected by pytest; test_robust_soak.py is the short version
 """
 
 import gc
@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from conftest import ToyData, build_toy_data
@@ -36,9 +36,10 @@ def sample(start: float) -> Sample:
     return Sample((time.monotonic() - start) / 60, pages * os.sysconf("SC_PAGE_SIZE") / 2**20, handles, threads)
 
 
-def one_run(data: ToyData, folder: Path, number: int) -> float:
+def one_run(data: ToyData, folder: Path, number: int, **changes: Any) -> float:
     """A whole run with checkpoints, continued once, its folder removed; returns its score."""
-    env = data.env(RUNS_DIR=folder, RUN_ID=f"soak{number}", CHECKPOINT_SECONDS=1e-9, SLIDING_WINDOW_ENABLED=1)
+    settings = dict(CHECKPOINT_SECONDS=1e-9, SLIDING_WINDOW_ENABLED=1) | changes
+    env = data.env(RUNS_DIR=folder, RUN_ID=f"soak{number}", **settings)
     result = tg.main(tg.load_config(env)[0], tg.Run())
     again = tg.main(tg.load_config(env)[0], tg.Run())  # restores the last checkpoint: nothing is left to train
     assert again["val_bpb"] == result["val_bpb"] and again["artifact_sha256"] == result["artifact_sha256"]
@@ -46,12 +47,12 @@ def one_run(data: ToyData, folder: Path, number: int) -> float:
     return result["val_bpb"]
 
 
-def soak(data: ToyData, folder: Path, minutes: float, least_runs: int, settle: int = 3) -> list[Sample]:
+def soak(data: ToyData, folder: Path, minutes: float, least_runs: int, settle: int = 3, **changes: Any) -> list[Sample]:
     """One sample per run, without the first `settle` runs, which load libraries and fill caches."""
     start, samples, scores = time.monotonic(), [], set()
     number = 0
     while time.monotonic() - start < 60 * minutes or number < least_runs + settle:
-        scores.add(one_run(data, folder, number))
+        scores.add(one_run(data, folder, number, **changes))
         number += 1
         if number > settle:
             samples.append(sample(start))

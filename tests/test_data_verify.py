@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from test_data_helpers import AWKWARD, DATA, load, many_space_model, sample_texts, toy_model, without_space_piece, write_documents
 
-import caseops  # isort: skip
 import documents  # isort: skip
 import export  # isort: skip
 import shards  # isort: skip

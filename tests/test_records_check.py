@@ -312,6 +312,23 @@ def test_each_known_defect_fails_the_rules_that_it_breaks_and_no_other(tmp_path:
     assert failing(folder) == expected
 
 
+def test_small_slips_are_warnings(tmp_path: Path) -> None:
+    """The best seed as the headline, a mean of rounded scores, a population deviation, a log without a seed."""
+    assert statuses(make_record(tmp_path / "a", val_bpb=1.2301))["score_in_logs"] == "warn"
+    exact = {1: 1.23044, 2: 1.23014, 3: 1.23104}
+    found = statuses(
+        make_record(tmp_path / "b", scores=exact, val_bpb=1.2305, val_bpb_std=statistics.pstdev(exact.values()))
+    )
+    assert found["score_in_logs"] == "ok" and found["mean_and_std"] == "warn"
+    assert statuses(make_record(tmp_path / "c", scores=exact, val_bpb=1.23051))["score_in_logs"] == "warn"
+    folder = make_record(tmp_path / "d")
+    for seed in SEEDS:
+        text = (folder / f"train_seed{seed}.log").read_text().replace(f"  seed: {seed}\n", "")
+        (folder / f"train_seed{seed}.log").unlink()
+        (folder / f"{'abc'[seed - 1]}.log").write_text(text)
+    assert statuses(folder)["seeds"] == "warn" and not failing(folder)
+
+
 def test_the_causes_of_wrong_byte_counts_are_named(tmp_path: Path) -> None:
     """The two known tables, by the bytes that they imply."""
     for factor, word in ((1.17, "counted twice"), (164.6e6 / TEXT_BYTES, "plain byte table")):

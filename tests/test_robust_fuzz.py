@@ -44,11 +44,25 @@ def test_mutated_files_and_settings_are_refused_or_run(tmp_path: Path, capsys: p
 
 
 @pytest.mark.slow
-def test_ten_thousand_mutated_files_and_settings_are_refused_or_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_ten_thousand_mutated_files_and_settings_are_refused_or_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """The same for more than ten thousand."""
     with capsys.disabled():
         report = run_campaign(tmp_path, MANY, 2, 3000)
     assert sum(sum(count.values()) for count in report["counts"].values()) >= 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "unchecked, kind",
+    [("check_arrays", "checkpoint"), ("check_arrays", "trained"), ("check_ids", "shard")],
+)
+def test_campaign_notices_a_missing_check(unchecked: str, kind: str, tmp_path: Path) -> None:
+    """Without one of the script's own checks, the same cases end in something else than a refusal or a good run."""
+    start = start_child(robust_fuzz.campaign, tmp_path, {kind: 300}, 1, unchecked, output=tmp_path / "output.txt")
+    assert ended(start, 300) == 0
+    assert json.loads((tmp_path / "campaign.json").read_text())["failed"] > 0
 
 
 def hostile_tokenizers(root: Path, data: ToyData, count: int, seed: int) -> collections.Counter:
@@ -71,7 +85,9 @@ def hostile_tokenizers(root: Path, data: ToyData, count: int, seed: int) -> coll
     return counts
 
 
-def test_mutated_tokenizers_are_refused_or_used(toy_data: ToyData, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_mutated_tokenizers_are_refused_or_used(
+    toy_data: ToyData, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Damaged SentencePiece models end in a UserError or in a byte table of the right size."""
     with capsys.disabled():
         counts = hostile_tokenizers(tmp_path, toy_data, 150, 3)
@@ -128,7 +144,9 @@ def test_any_settings_are_refused_or_a_model(changes: dict[str, str]) -> None:
 
 @QUICK
 @given(header=JSON_VALUES, body=st.binary(max_size=40), length=st.none() | st.integers(0, 2**32 - 1))
-def test_any_header_of_a_container_is_refused_or_read(tmp_path_factory: Any, header: Any, body: bytes, length: int | None) -> None:
+def test_any_header_of_a_container_is_refused_or_read(
+    tmp_path_factory: Any, header: Any, body: bytes, length: int | None
+) -> None:
     """Any JSON as header, of the right or a wrong length, in front of any bytes."""
     text = json.dumps(header).encode()
     path = tmp_path_factory.getbasetemp() / "any.bin"
@@ -169,7 +187,7 @@ def test_file_of_a_terabyte_is_refused_at_once(name: str, toy_data: ToyData, tmp
 def test_out_of_memory_is_one_line(toy_data: ToyData, tmp_path: Path) -> None:
     """Settings in range whose tensors do not fit into this process end with status 2 and what to lower."""
     env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="toy", TTT_LORA_RANK=16384, TTT_BATCH_SIZE=64, ITERATIONS=1)
-    status = ended(start_command(env, tmp_path / "out.txt", (robust_fuzz.limit_memory,)))
+    status = ended(start_command(env, tmp_path / "out.txt", (robust_fuzz.limit_memory, 2**28)))
     lines = [line for line in text_of(tmp_path / "out.txt").splitlines() if line.startswith("error: ")]
     assert status == 2 and len(lines) == 1 and re.search("out of memory .* lower", lines[0]), lines
     assert "Traceback" not in text_of(tmp_path / "out.txt")

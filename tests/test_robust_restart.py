@@ -130,7 +130,7 @@ def test_twenty_kills_at_random_moments_never_change_the_result(
         kills = [(stage, dice.uniform(0, lengths[stage])) for stage in stages]
         hits += killed_until_done(env, tmp_path / f"killed{number}", kills, expected, start)
         with capsys.disabled():
-            print(f"\nrun {number}: {len(hits)} kills so far, in {({s: hits.count(s) for s in MOMENTS})}", flush=True)
+            print(f"\nrun {number}: {len(hits)} kills so far, in { ({s: hits.count(s) for s in MOMENTS}) }", flush=True)
     assert len(hits) >= 20 and set(hits) == set(MOMENTS)
 
 
@@ -206,7 +206,11 @@ def test_signal_in_the_last_step_is_not_forgotten(toy_data: ToyData, tmp_path: P
     assert tg.load_arrays(tmp_path / "toy" / "checkpoint.bin")[0]["step"] == 2
 
 
-LATER = [(kind, *where) for kind in (signal.SIGTERM, signal.SIGINT) for where in (("quantize", "gptq"), ("evaluate", "adapt"))]
+LATER = [
+    (kind, *where)
+    for kind in (signal.SIGTERM, signal.SIGINT)
+    for where in (("quantize", "gptq"), ("evaluate", "adapt"))
+]
 
 
 @pytest.mark.parametrize("kind, stage, function", some_fast(LATER, [LATER[0], LATER[3]]))
@@ -280,7 +284,9 @@ def tiny_disk(tmp_path: Path) -> Any:
     """A file system of 900 kB in memory."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(folder)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(folder)], capture_output=True
+    ).returncode:
         pytest.skip("mounting is refused here")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
