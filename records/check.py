@@ -1037,9 +1037,10 @@ def compare(folder: Folder, reference: Folder) -> Comparison | None:
     mine, theirs = list(folder.results().values()), list(reference.results().values())
     if not mine or not theirs:
         return None
-    ratio = lambda rows: [loss / bpb for loss, bpb in rows if loss]
+    ratio = lambda rows: [loss / bpb for loss, bpb in rows if loss and bpb]
     bpb_gain = statistics.fmean(b for _, b in theirs) - statistics.fmean(b for _, b in mine)
-    per_bpb = statistics.fmean(ratio(mine)) if ratio(mine) else None
+    ratios = ratio(mine) or ratio(theirs)  # of the reference, where the folder states no losses
+    per_bpb = statistics.fmean(ratios) if ratios else None
     same = (
         len(ratio(mine)) == len(mine)
         and len(ratio(theirs)) == len(theirs)

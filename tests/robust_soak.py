@@ -37,12 +37,13 @@ def sample(start: float) -> Sample:
 
 
 def one_run(data: ToyData, folder: Path, number: int, **changes: Any) -> float:
-    """A whole run with checkpoints, continued once, its folder removed; returns its score."""
+    """A whole run with checkpoints, every second one continued, its folder removed; returns its score."""
     settings = dict(CHECKPOINT_SECONDS=1e-9, SLIDING_WINDOW_ENABLED=1) | changes
     env = data.env(RUNS_DIR=folder, RUN_ID=f"soak{number}", **settings)
     result = tg.main(tg.load_config(env)[0], tg.Run())
-    again = tg.main(tg.load_config(env)[0], tg.Run())  # restores the last checkpoint: nothing is left to train
-    assert again["val_bpb"] == result["val_bpb"] and again["artifact_sha256"] == result["artifact_sha256"]
+    if number % 2:
+        again = tg.main(tg.load_config(env)[0], tg.Run())  # restores the last checkpoint: nothing is left to train
+        assert again["val_bpb"] == result["val_bpb"] and again["artifact_sha256"] == result["artifact_sha256"]
     shutil.rmtree(folder / f"soak{number}")
     return result["val_bpb"]
 

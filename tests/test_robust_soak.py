@@ -19,7 +19,7 @@ def few_runs(data: ToyData, folder: Path, report: Path) -> int:
 
 
 def test_repeated_runs_in_one_process_leave_no_memory_handle_or_thread(toy_data: ToyData, tmp_path: Path) -> None:
-    """Five whole runs, each continued once: file handles and threads do not grow, memory by less than 15 MiB."""
+    """Five whole runs, two of them continued: file handles and threads do not grow, memory by less than 15 MiB."""
     report, output = tmp_path / "soak.txt", tmp_path / "out.txt"
     status = ended(start_child(few_runs, toy_data, tmp_path / "runs", report, output=output), 120)
     assert status == 0, text_of(report) or text_of(output)[-3000:]
