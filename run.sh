@@ -54,8 +54,8 @@ if [ "$PRESET" = tiny ] && [ "${STAGES:-}" != describe ]; then "$python" data/em
 
 processes=${NPROC:-$((gpus > 0 ? gpus : 1))}
 if [ "$gpus" -eq 0 ]; then
-    # Waiting threads sleep instead of spinning: on a busy machine spinning makes everything several times slower.
-    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+    # Waiting threads soon go to sleep: on a busy machine endless spinning makes everything several times slower.
+    export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000}
     if [ "$processes" -gt 1 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
 fi
 if [ "$processes" -eq 1 ]; then exec "$python" train_gpt.py; fi

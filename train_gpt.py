@@ -56,6 +56,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 ARTIFACT_LIMIT_BYTES = 16_000_000  # decimal megabytes: compressed weights + counted code (challenge README)
 TIME_LIMIT_S = 600.0  # for training, and again for evaluation, on 8xH100
@@ -561,7 +562,13 @@ def start_run(env: Mapping[str, str]) -> Run:
             torch.cuda.set_device(device)
             torch.set_float32_matmul_precision("high")
         if world_size > 1:
-            dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+            # After a restart torchrun's store still holds the addresses of the lost processes: use other keys then.
+            # Several hosts may count restarts differently, so only on one host.
+            one_host = env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]
+            attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0") if one_host else "0"
+            store = dist.PrefixStore(attempt, next(rendezvous("env://"))[0])
+            backend, used = ("nccl", device) if cuda else ("gloo", None)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=used)
     except ValueError as error:
         raise UserError(f"processes of this run: {error}; start them with torchrun, one per GPU") from None
     return Run(rank, world_size, device)
@@ -1159,7 +1166,7 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None) -> Tensor:
 
 
 def choose_attention(config: Config, device: torch.device) -> tuple[str, Callable]:
-    """Name and function of the attention back-end for this device. Raises UserError when the one that is asked for cannot run."""
+    """Name and function of the attention back-end for this device. Raises UserError when the wanted one cannot run."""
     usable: dict[str, Callable] = {} if device.type == "cuda" else {"sdpa": attend_sdpa}
     if device.type == "cuda":
         if importlib.util.find_spec("flash_attn_interface") and torch.cuda.get_device_capability(device)[0] >= 9:

@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +28,10 @@ TIMED = re.compile("second|tokens_per_s|peak_memory|run_id|ranks|hardware|stage_
 def main_in_child(function: Callable, arguments: tuple, output: str | None) -> None:
     """In a child: `function(*arguments)` is its exit status; standard output and error go to a file."""
     import torch
+    from tqdm import tqdm
 
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own lock is shared between processes, and left over by one that is killed
     if output:
         target = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(target, 1)

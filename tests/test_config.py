@@ -243,7 +243,7 @@ def test_every_setting_in_the_documents_exists(name: str) -> None:
     if not path.exists():
         pytest.skip(f"no {name}")
     launcher = {"NPROC", "VENV", "PYTHON", "RANK", "WORLD_SIZE", "LOCAL_RANK"}
-    libraries = ("OMP_", "NCCL_", "CUDA_", "TORCH", "MASTER_", "PIP_", "PYTHON")
+    libraries = ("OMP_", "GOMP_", "NCCL_", "CUDA_", "TORCH", "MASTER_", "PIP_", "PYTHON")
     pairs = re.findall(r"\b([A-Z][A-Z0-9_]{2,})=([\w.,/+-]*)", path.read_text(encoding="utf-8"))
     assert pairs
     for key, value in pairs:

@@ -1,5 +1,6 @@
 """Nothing is lost: runs that are killed, stopped or starved of disk space continue to the same result."""
 
+import functools
 import random
 import re
 import shutil
@@ -54,32 +55,29 @@ def finish(env: dict[str, str], folder: Path, expected: Outcome) -> None:
 
 # Kill -9 --------------------------------------------------------------------------------------------------------
 
-# What the log shows when a stage begins, and about how long it takes here relative to the whole.
+# What the console shows when a stage begins, and about how long it takes here relative to the whole.
 MOMENTS = {"start": "^source ", "train": "^train step:[2-9]", "quantize": "^stage name:train", "evaluate": "^artifact "}
 
 
 def place(text: str) -> str:
-    """The stage in which a log ends."""
+    """The stage in which an output ends."""
     for stage, mark in reversed(MOMENTS.items()):
         if re.search(mark, text, re.MULTILINE):
             return stage
     return "start"
 
 
-def kill_in(stage: str, start: Any, log: Path, pause: float) -> str | None:
+def kill_in(stage: str, start: Any, output: Path, pause: float) -> str | None:
     """Starts a run, kills it `pause` seconds after a stage began; returns where that was, None if it was too late."""
-    before = len(text_of(log))
-    process = start()
-    mark = re.compile(MOMENTS[stage], re.MULTILINE)
-    alive = wait_for(lambda: mark.search(text_of(log)[before:]), process)
-    if alive:
+    process, mark = start(output), re.compile(MOMENTS[stage], re.MULTILINE)
+    if wait_for(lambda: mark.search(text_of(output)), process):
         time.sleep(pause)
     process.kill()
     status = process.wait(60) if hasattr(process, "wait") else ended(process)
     if status != -signal.SIGKILL:
         assert status == 0
         return None
-    return place(text_of(log)[before:])
+    return place(text_of(output))
 
 
 def killed_until_done(
@@ -87,8 +85,8 @@ def killed_until_done(
 ) -> list[str]:
     """A run that is killed at these moments, with the same command again each time; returns the stages it died in."""
     hits = []
-    for stage, pause in kills:
-        hit = kill_in(stage, start, folder / "log.txt", pause)
+    for number, (stage, pause) in enumerate(kills):
+        hit = kill_in(stage, start, folder.parent / f"{folder.name}.{number}.txt", pause)
         hits += [hit] if hit else []
         if (folder / "checkpoint.bin").exists():
             tg.load_arrays(folder / "checkpoint.bin")  # whole at any moment
@@ -101,7 +99,7 @@ def test_run_killed_in_each_stage_ends_with_the_undisturbed_result(
 ) -> None:
     """Three kills, one in each stage; every score, loss, weight and byte of the artifact is that of the whole run."""
     env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="toy", **ENV)
-    start = lambda: start_command(env, tmp_path / "output.txt")
+    start = functools.partial(start_command, env)
     kills = [("train", 0.15), ("quantize", 0.02), ("evaluate", 0.3)]
     hits = killed_until_done(env, tmp_path / "toy", kills, whole, start)
     with capsys.disabled():
@@ -109,11 +107,16 @@ def test_run_killed_in_each_stage_ends_with_the_undisturbed_result(
     assert len(hits) == 3
 
 
+def start_script(env: dict[str, str], output: Path) -> subprocess.Popen:
+    with open(output, "w") as file:
+        return subprocess.Popen(script_command(), env=clean_environment(env), cwd=output.parent, stdout=file)
+
+
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_never_change_the_result(
     toy_data: ToyData, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """The script itself, killed at 20 random moments of all stages over five runs: five times the undisturbed result."""
+    """The script itself, killed at 20 random moments of all stages over five runs: always the undisturbed result."""
     settings = ENV | dict(CHECKPOINT_SECONDS=0.2, ITERATIONS=60)
     env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="whole", **settings)
     subprocess.run(script_command(), env=clean_environment(env), cwd=tmp_path, stdout=subprocess.DEVNULL, check=True)
@@ -123,9 +126,7 @@ def test_twenty_kills_at_random_moments_never_change_the_result(
         if len(hits) >= 20:
             break
         env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID=f"killed{number}", **settings)
-        start = lambda env=env: subprocess.Popen(
-            script_command(), env=clean_environment(env), cwd=tmp_path, stdout=subprocess.DEVNULL
-        )
+        start = functools.partial(start_script, env)
         stages = [*MOMENTS, dice.choice(list(MOMENTS))]
         kills = [(stage, dice.uniform(0, lengths[stage])) for stage in stages]
         hits += killed_until_done(env, tmp_path / f"killed{number}", kills, expected, start)
@@ -170,7 +171,7 @@ def test_stale_partial_files_of_a_killed_run_are_no_obstacle(toy_data: ToyData, 
 # Signals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("kind", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signal_in_training_saves_the_step_and_says_so(
     kind: signal.Signals, toy_data: ToyData, tmp_path: Path, whole: Outcome
 ) -> None:
