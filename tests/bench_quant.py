@@ -52,7 +52,7 @@ def main() -> None:
         middle = time.perf_counter()
         size = train_gpt.save_artifact(Path(folder) / "artifact.bin", stored, config)
         end = time.perf_counter()
-        train_gpt.load_artifact(Path(folder) / "artifact.bin", config, train_gpt.Run())
+        train_gpt.load_artifact(Path(folder) / "artifact.bin", config)
         loaded = time.perf_counter()
     print(f"gptq_s:{middle - start:.1f} compress_s:{end - middle:.1f} sum_s:{end - start:.1f} load_s:{loaded - end:.1f}")
     forecast = train_gpt.predicted_artifact_bytes(config)["artifact_bytes"]
