@@ -1092,9 +1092,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.size(-1)
     if not half:
         return x
-    u, v, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
-    turned = torch.cat([u * cos + v * sin, v * cos - u * sin], -1)
-    return torch.cat([turned.to(x.dtype), rest], -1)
+    u, v = x[..., :half].float(), x[..., half : 2 * half].float()
+    turned = torch.addcmul(u * cos, v, sin), torch.addcmul(v * cos, u, sin, value=-1)
+    return torch.cat([*(part.to(x.dtype) for part in turned), x[..., 2 * half :]], -1)
 
 
 def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -1216,10 +1216,11 @@ class Block(nn.Module):
         """What attention adds to the residual stream m (B, T, D)."""
         n = rms(m) * self.depth_scale
         q = project(n, "attn.q", visit, call).unflatten(-1, (self.num_heads, -1))  # (B, T, H, d)
-        k = project(n, "attn.k", visit, call).unflatten(-1, (self.num_kv_heads, -1))
+        k = project(n, "attn.k", visit, call).unflatten(-1, (self.num_kv_heads, -1))  # (B, T, K, d)
         v = project(n, "attn.v", visit, call).unflatten(-1, (self.num_kv_heads, -1))
-        q = rotate(rms(q), call.cos, call.sin) * self.q_gain.to(q.dtype).unsqueeze(-1)
-        k = rotate(rms(k), call.cos, call.sin)
+        heads = rotate(rms(torch.cat([q, k], 2)), call.cos, call.sin)
+        q, k = heads.split([self.num_heads, self.num_kv_heads], 2)
+        q = q * self.q_gain.to(q.dtype).unsqueeze(-1)
         y = self.attend(q, k, v, call.docs)
         if self.exclusive:
             y = remove_own_value(y, v)
