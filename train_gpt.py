@@ -383,21 +383,23 @@ def one_typo_apart(a: str, b: str) -> bool:
     )
 
 
+def need(condition: Any, message: str) -> None:
+    """Raises UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 def validate(config: Config) -> None:
     """Checks what involves several settings. Raises UserError with the keys, the values and the fix."""
-    c = config
+    validate_model(config)
+    validate_rows(config)
+    validate_stages(config)
 
-    def need(condition: bool, message: str) -> None:
-        if not condition:
-            raise UserError(message)
 
-    need(
-        c.model_dim % c.num_heads == 0, f"MODEL_DIM={c.model_dim}: not divisible by NUM_HEADS={c.num_heads}; change one"
-    )
-    need(
-        c.num_heads % c.num_kv_heads == 0,
-        f"NUM_HEADS={c.num_heads}: not divisible by NUM_KV_HEADS={c.num_kv_heads}; change one",
-    )
+def validate_model(c: Config) -> None:
+    heads = f"NUM_HEADS={c.num_heads}"
+    need(c.model_dim % c.num_heads == 0, f"MODEL_DIM={c.model_dim}: not divisible by {heads}; change one")
+    need(c.num_heads % c.num_kv_heads == 0, f"{heads}: not divisible by NUM_KV_HEADS={c.num_kv_heads}; change one")
     layer_numbers = 2 * c.model_dim**2 + 2 * c.model_dim * (c.num_kv_heads * c.head_dim + c.mlp_dim)
     count = c.num_layers * layer_numbers + c.vocab_size * c.model_dim
     need(
@@ -411,34 +413,35 @@ def validate(config: Config) -> None:
     )
     need(c.gate_window <= c.model_dim, f"GATE_WINDOW={c.gate_window}: larger than MODEL_DIM={c.model_dim}; lower it")
     need(
-        c.row_tokens or c.train_batch_tokens % 8 == 0,
-        f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: not divisible by 8; change it or set ROW_TOKENS",
-    )
-    need(
-        c.train_row_tokens > 0 and c.train_batch_tokens % c.train_row_tokens == 0,
-        f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: not a multiple of ROW_TOKENS={c.train_row_tokens}; change one",
-    )
-    need(
-        c.rows_per_step <= 2**16,
-        f"ROW_TOKENS={c.train_row_tokens}: {c.rows_per_step} rows in TRAIN_BATCH_TOKENS={c.train_batch_tokens},"
-        f" need at most {2**16}; raise it",
-    )
-    need(
-        c.train_seq_len <= c.train_row_tokens,
-        f"TRAIN_SEQ_LEN={c.train_seq_len}: longer than one row, ROW_TOKENS={c.train_row_tokens}; lower it",
-    )
-    need(
-        c.eval_stride <= c.eval_seq_len,
-        f"EVAL_STRIDE={c.eval_stride}: larger than EVAL_SEQ_LEN={c.eval_seq_len}; lower it",
-    )
-    need(
-        c.ttt_chunk_size <= c.ttt_eval_seq_len,
-        f"TTT_CHUNK_SIZE={c.ttt_chunk_size}: larger than TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}; lower it",
-    )
-    need(
         not c.num_loops or c.loop_start <= c.loop_end < c.num_layers,
         f"LOOP_START={c.loop_start}, LOOP_END={c.loop_end}: need LOOP_START <= LOOP_END < NUM_LAYERS={c.num_layers}",
     )
+    for looping in (False, True):
+        kinds = [visit.wiring for visit in layer_plan(c, looping)]
+        pushing = [visit.wiring for visit in layer_plan(c, looping) if visit.push]
+        need(
+            kinds == sorted(kinds) and "two_lane" not in pushing,
+            f"PARALLEL_START_LAYER={c.parallel_start_layer}: layers with lanes must come last, after every looped"
+            f" layer and every layer of the first half of NUM_LAYERS={c.num_layers}",
+        )
+
+
+def validate_rows(c: Config) -> None:
+    batch, row = f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}", f"ROW_TOKENS={c.train_row_tokens}"
+    need(c.row_tokens or c.train_batch_tokens % 8 == 0, f"{batch}: not divisible by 8; change it or set ROW_TOKENS")
+    need(
+        c.train_row_tokens > 0 and c.train_batch_tokens % c.train_row_tokens == 0,
+        f"{batch}: not a multiple of {row}; change one",
+    )
+    need(c.rows_per_step <= 2**16, f"{row}: {c.rows_per_step} rows in {batch}, need at most {2**16}; raise it")
+    need(c.train_seq_len <= c.train_row_tokens, f"TRAIN_SEQ_LEN={c.train_seq_len}: longer than {row}; lower it")
+    context = f"EVAL_SEQ_LEN={c.eval_seq_len}"
+    need(c.eval_stride <= c.eval_seq_len, f"EVAL_STRIDE={c.eval_stride}: larger than {context}; lower it")
+    context = f"TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}"
+    need(c.ttt_chunk_size <= c.ttt_eval_seq_len, f"TTT_CHUNK_SIZE={c.ttt_chunk_size}: larger than {context}; lower it")
+
+
+def validate_stages(c: Config) -> None:
     need(
         not c.max_wallclock_seconds or c.gptq_reserve_seconds < c.max_wallclock_seconds,
         f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g}: must be less than"
@@ -451,21 +454,11 @@ def validate(config: Config) -> None:
         f"STAGES={c.stages}: give a comma list of {', '.join(stages)} in this order, or describe",
     )
     need(
-        picked == ["describe"] or "train" in picked or bool(c.run_id),
+        picked == ["describe"] or "train" in picked or c.run_id,
         f"STAGES={c.stages}: without train it needs RUN_ID, the run whose files it continues from",
     )
-    need(
-        c.run_id not in (".", "..") and Path(c.run_id).name == c.run_id,
-        f"RUN_ID={c.run_id}: must be a plain folder name",
-    )
-    for looping in (False, True):
-        kinds = [visit.wiring for visit in layer_plan(c, looping)]
-        pushing = [visit.wiring for visit in layer_plan(c, looping) if visit.push]
-        need(
-            kinds == sorted(kinds) and "two_lane" not in pushing,
-            f"PARALLEL_START_LAYER={c.parallel_start_layer}: layers with lanes must come last, after every looped"
-            f" layer and every layer of the first half of NUM_LAYERS={c.num_layers}",
-        )
+    plain = c.run_id not in (".", "..") and Path(c.run_id).name == c.run_id
+    need(plain, f"RUN_ID={c.run_id}: must be a plain folder name")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1673,40 +1666,25 @@ class Trainer:
         Raises TrainingDiverged on a loss or gradient that is no number, and Interrupted after a signal, when the step
         has been finished and saved.
         """
-        config, log, begin = self.config, self.log, time.monotonic() - self.elapsed
-        saved = logged = self.elapsed
-        tokens_done = 0
+        config, begin, saved = self.config, time.monotonic() - self.elapsed, self.elapsed
         with noted_signals() as signals:
             for rows in prefetch(self.step_rows, range(self.step, config.iterations), self.run.device):
                 if self.finished():
                     break
                 if not self.looping and self.progress() >= config.enable_looping_at and config.num_loops:
                     self.looping = True
-                    log("looping", step=self.step, progress=self.progress(), visits=len(self.plans[True]))
-                multiplier = lr_multiplier(self.progress(), config)
-                momentum = muon_momentum(self.step, config)
+                    self.log("looping", step=self.step, progress=self.progress(), visits=len(self.plans[True]))
+                multiplier, momentum = lr_multiplier(self.progress(), config), muon_momentum(self.step, config)
                 clock, stop = time.monotonic() - begin, signals[0] if signals else 0
                 numbers = self.update(rows, self.looping, multiplier, momentum, clock, stop)
                 loss, self.elapsed, stop, norm = numbers
-                self.step, tokens_done = self.step + 1, tokens_done + config.train_batch_tokens
+                self.step += 1
                 if not math.isfinite(loss) or not math.isfinite(norm):
                     text = f"loss {loss}, gradient {norm} at step {self.step}; lower MATRIX_LR or TIED_EMBED_LR"
                     raise TrainingDiverged(text)
                 self.history.append([self.step, loss, self.elapsed])
-                if self.step <= 5 or self.step % config.train_log_every == 0 or self.step == config.iterations:
-                    speed = round(tokens_done / max(self.elapsed - logged, 1e-9))
-                    done = f"{self.step}/{config.iterations}"
-                    log(
-                        "train",
-                        step=done,
-                        loss=loss,
-                        lr_multiplier=multiplier,
-                        seconds=self.elapsed,
-                        tokens_per_s=speed,
-                    )
-                    logged, tokens_done = self.elapsed, 0
-                due = config.checkpoint_seconds and self.elapsed - saved >= config.checkpoint_seconds
-                if due or stop:
+                self.log_step(multiplier)
+                if stop or config.checkpoint_seconds and self.elapsed - saved >= config.checkpoint_seconds:
                     saved = self.elapsed
                     self.save_checkpoint()
                 if stop:
@@ -1714,14 +1692,25 @@ class Trainer:
                 if config.val_loss_every and self.step % config.val_loss_every == 0:
                     paused = time.monotonic()
                     tally = self.validate()
-                    log("validation", step=self.step, val_loss=tally.loss, val_bpb=tally.bpb)
+                    self.log("validation", step=self.step, val_loss=tally.loss, val_bpb=tally.bpb)
                     begin += time.monotonic() - paused
-            stop = torch.tensor(float(signals[0] if signals else 0), device=self.run.device)
-            if self.run.sum_(stop).item():  # it came during the last step
+            late = torch.tensor(float(signals[0] if signals else 0), device=self.run.device)
+            if self.run.sum_(late).item():  # it came during the last step
                 self.save_checkpoint()
                 raise Interrupted(signals[0] if signals else signal.SIGTERM)
         self.run.synchronize()
         self.elapsed = self.run.share(time.monotonic() - begin)
+
+    def log_step(self, multiplier: float) -> None:
+        """A line for the first steps, every TRAIN_LOG_EVERY steps and the last one; speed since the line before."""
+        every, last = self.config.train_log_every, self.config.iterations
+        if self.step > 5 and self.step % every and self.step != last:
+            return
+        step, loss, seconds = self.history[-1]
+        since = self.history[-1 - every] if self.step > every else self.history[0]
+        speed = (step - since[0]) * self.config.train_batch_tokens / max(seconds - since[2], 1e-9)
+        values = {"loss": loss, "lr_multiplier": multiplier, "seconds": seconds, "tokens_per_s": round(speed)}
+        self.log("train", step=f"{step}/{last}", **values)
 
     def validate(self) -> "Tally":
         """Plain score of the current weights."""

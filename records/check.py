@@ -27,6 +27,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import scipy.stats
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from records.logs import RunLog, Score, logged_source, read_log
@@ -988,17 +990,6 @@ def credit(folder: Folder) -> Finding:
     return ok(f"names {found[0]}") if found else warn("the README names no earlier entry", "#N of the base")
 
 
-def student_t_tail(t: float, df: float) -> float:
-    """P(T > t) of Student's t with df >= 1 degrees of freedom, to about 1e-7: with x = tan(a) sqrt(df) the density is
-    proportional to cos(a)^(df - 1), summed here by Simpson's rule."""
-    n = 20_000
-    begin, end = math.atan(abs(t) / math.sqrt(df)), math.pi / 2
-    values = [max(math.cos(begin + (end - begin) * i / n), 0.0) ** (df - 1) for i in range(n + 1)]
-    area = (values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2])) * (end - begin) / n / 3
-    norm = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
-    return norm * area if t >= 0 else 1 - norm * area
-
-
 class Welch(NamedTuple):
     """One-sided test that the mean of the new scores is below that of the reference by more than a margin."""
 
@@ -1008,17 +999,15 @@ class Welch(NamedTuple):
 
 
 def welch(new: list[float], reference: list[float], margin: float) -> Welch | None:
-    """t = (mean(reference) - mean(new) - margin) / sqrt(s^2/n + s^2/n), Welch-Satterthwaite degrees of freedom; None
-    with fewer than two scores on a side. Lower scores are better."""
+    """Welch's test of the reference less the margin against the new scores; None with fewer than two on a side.
+    Lower scores are better."""
     if min(len(new), len(reference)) < 2:
         return None
-    a, b = statistics.variance(new) / len(new), statistics.variance(reference) / len(reference)
-    gain = statistics.fmean(reference) - statistics.fmean(new) - margin
-    if a + b == 0:
+    if statistics.variance(new) + statistics.variance(reference) == 0:
+        gain = statistics.fmean(reference) - statistics.fmean(new) - margin
         return Welch(math.copysign(math.inf, gain), 1.0, 0.0 if gain > 0 else 1.0)
-    df = (a + b) ** 2 / (a**2 / (len(new) - 1) + b**2 / (len(reference) - 1))
-    t = gain / math.sqrt(a + b)
-    return Welch(t, df, student_t_tail(t, df))
+    result = scipy.stats.ttest_ind([x - margin for x in reference], new, equal_var=False, alternative="greater")
+    return Welch(float(result.statistic), float(result.df), float(result.pvalue))
 
 
 class Comparison(NamedTuple):
