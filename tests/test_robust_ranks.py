@@ -131,7 +131,7 @@ def test_two_hosts_without_a_shared_folder_give_the_run_of_one(
                 subprocess.Popen(script_command(*options), cwd=home, env=env, stdout=output, stderr=output)
             )
     for number, process in enumerate(processes):
-        assert process.wait(180) == 0, text_of(tmp_path / f"host{number}" / "out.txt")[-3000:]
+        assert process.wait(60) == 0, text_of(tmp_path / f"host{number}" / "out.txt")[-3000:]
     folders = [tmp_path / f"host{number}" / "runs" / "toy" for number in (0, 1)]
     main = [folder for folder in folders if (folder / "result.json").exists()]
     assert len(main) == 1 and not list(next(f for f in folders if f not in main).iterdir())
