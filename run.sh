@@ -3,15 +3,17 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-Usage: ./run.sh          train, quantise and score on whatever this machine has
-       ./run.sh test     run the test suite (further words go to pytest: -m slow runs the long tests)
-       ./run.sh --help   this text
+Usage: ./run.sh                        train, quantise and score on whatever this machine has
+       ./run.sh records/FOLDER [SEED]  run a published system and compare the figures (folders with published.json)
+       ./run.sh test                   run the test suite (further words go to pytest: -m slow runs the long tests)
+       ./run.sh --help                 this text
 
 Makes a virtual environment in .venv, installs the pinned requirements, builds the embedded corpus, and starts
 train_gpt.py: with torchrun and one process per GPU, or as one process that uses all cores where there is no GPU.
 
 The environment is passed through. What people set most:
-  PRESET   tiny, default, pr1941. Unset: default where there are GPUs and the FineWeb shards in DATA_DIR, else tiny
+  PRESET   default, tiny, or a published system: baseline, pr489, fork5, fork5_twin, fork5_10l, pr1880, pr1941, pr1855,
+           pr2135. Unset: default where there are GPUs and the FineWeb shards in DATA_DIR, else tiny
   SEED     initial weights (1337)
   RUN_ID   folder under runs/ for log, weights, artifact, result.json and picture
   STAGES   train,quantize,evaluate or a part of it; describe prints sizes and needs no data
@@ -24,7 +26,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 case "${1:-}" in
     "" | test) ;;
     -h | --help) usage; exit 0 ;;
-    *) echo "run.sh: unknown word '$1'; see ./run.sh --help" >&2; exit 2 ;;
+    *) [ -d "$1" ] || { echo "run.sh: '$1' is neither a folder nor a known word; see ./run.sh --help" >&2; exit 2; } ;;
 esac
 
 venv=${VENV:-.venv}
@@ -43,6 +45,7 @@ if [ "${1:-}" = test ]; then
     shift
     exec "$python" -m pytest tests -m "not slow" "$@"
 fi
+if [ -n "${1:-}" ]; then exec "$python" records/reproduce.py "$@"; fi
 
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 if [ -z "${PRESET:-}" ]; then

@@ -38,16 +38,22 @@ import inspect
 import io
 import itertools
 import json
+import lzma
 import math
 import os
 import platform
 import resource
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,6 +114,9 @@ class Config:
     train_batch_tokens: int = setting(786_432, 1, 2**25)  # targets per optimizer step, over all ranks
     row_tokens: int = setting(0, 0, 2**24)  # length of one packed row (the micro-batch); 0: train_batch_tokens / 8
     train_seq_len: int = setting(2048, 2)  # longest attention segment in training
+    loader: str = setting("stream", choices=("stream", "coprime"))  # rows follow the stream, or windows all over it
+    varlen_attn: bool = setting(True)  # attention ends at documents; 0: windows of the plain stream, in scoring too
+    caseops_enabled: bool = setting(False)  # the CaseOps export of the data and its tokenizer (#1729)
     val_batch_tokens: int = setting(524_288, 1, 2**27)  # targets per scoring step over 8 ranks; one row holds an eighth
     eval_seq_len: int = setting(2048, 2, 2**20)  # longest context in scoring
 
@@ -117,6 +126,7 @@ class Config:
     gptq_reserve_seconds: float = setting(8.0, 0)  # part of the budget kept for the calibration pass (#1868)
     warmup_steps: int = setting(20, 0)  # throw-away steps that only compile; everything they change is undone
     warmdown_frac: float = setting(0.75, 0, 1)  # last fraction of progress in which the learning rate falls
+    warmdown_iters: int = setting(0, 0)  # the same as a number of steps, at the speed measured so far; 0: the fraction
     min_lr: float = setting(0.10, 0, 1)  # floor of the learning-rate multiplier
     train_log_every: int = setting(500, 1)  # steps between loss lines
     val_loss_every: int = setting(0, 0)  # steps between validations; 0: only at the end. Not counted as training time
@@ -127,19 +137,35 @@ class Config:
     num_heads: int = setting(8, 1)
     num_kv_heads: int = setting(4, 1)
     mlp_mult: float = setting(4.0, 0.1, 64)  # hidden width = int(mlp_mult * model_dim)
+    leaky_relu_sq_slope: float = setting(0.5, 0, 1)  # MLP activation leaky_relu(x, slope)^2; 0: ReLU^2
+    ln_scale: bool = setting(True)  # norm outputs of layer l times 1 / sqrt(l + 1) (#315)
+    resid_scale_depth_init: bool = setting(False)  # attn_scale and mlp_scale begin at 1 / sqrt(l + 1), not 1 (#489)
+    init_scheme: str = setting("ortho", choices=("ortho", "default"))  # of q, k, v, MLP up; default: +-1/sqrt(fan_in)
     qk_gain_init: float = setting(5.0)  # initial query gain of each head, after the q/k norm
     rope_dims: int = setting(16, 0)  # rotated channels of each head; the others carry no position
     rope_base: float = setting(1e4, 1)
+    rope_train_seq_len: int = setting(0, 0)  # NTK: the base grows with train_seq_len beyond this length; 0: never
     xsa_last_n: int = setting(11, 0)  # exclusive self-attention on the last n layers
-    gated_attn_init_std: float = setting(0.005, 0)  # initial spread of the attention output gates
-    gate_window: int = setting(12, 1)  # channels that the MLP output gate and the SmearGate look at
+    attn_gate: str = setting(
+        "dense", choices=("none", "dense", "sparse", "two_sigma")
+    )  # a factor per head: attn_gate()
+    gated_attn_init_std: float = setting(0.005, 0)  # initial spread of the dense attention gates
+    sparse_attn_gate_scale: float = setting(1.0, 0)  # factor inside the sigmoid of the sparse attention gates
+    gate_window: int = setting(12, 1)  # channels that the narrow gates look at
+    mlp_gate_out: bool = setting(True)  # a factor per token on the MLP's output (#1941)
     mlp_gate_bias: float = setting(5.0)  # sigmoid(5) = 0.993: the MLP output gate starts almost open (#1941)
     smear_gate_enabled: bool = setting(True)  # mix the previous token's embedding in (#1667, BOS mask of #1855)
+    smear_gate_pos: str = setting("pre_norm", choices=("pre_norm", "post_norm"))  # around the embedding norm
+    smear_perdim_enabled: bool = setting(False)  # the same with one constant factor per channel (#489)
+    bigram_vocab_size: int = setting(0, 0, 2**24)  # BigramHash: rows of a table for hashed token pairs; 0: none
+    bigram_dim: int = setting(128, 1, 2**14)
+    skip_gates_enabled: bool = setting(True)  # U-Net skips blend with the stream; 0: they are added
     num_loops: int = setting(2, 0, 64)  # extra passes over layers loop_start..loop_end
     loop_start: int = setting(3, 0)
     loop_end: int = setting(5, 0)  # inclusive
     enable_looping_at: float = setting(0.35, 0, 1)  # progress at which the extra passes begin
     parallel_start_layer: int = setting(8, 0)  # first layer with separate attention and MLP lanes; 0: none
+    parallel_residual_start: int = setting(-1, -1)  # first layer whose MLP reads what its attention reads; -1: none
     tied_embed_init_std: float = setting(0.005, 0)
     logit_softcap: float = setting(30.0, 1e-3)
 
@@ -150,7 +176,9 @@ class Config:
     muon_momentum: float = setting(0.97, 0, 1)
     muon_momentum_warmup_start: float = setting(0.92, 0, 1)
     muon_momentum_warmup_steps: int = setting(1500, 0)
-    muon_backend_steps: int = setting(5, 1, 5)  # Newton-Schulz iterations with the Polar Express coefficients
+    muon_backend_steps: int = setting(5, 1, 5)  # Newton-Schulz iterations
+    polar_express_ns: bool = setting(True)  # their coefficients change from step to step (arXiv:2505.16932)
+    muon_row_normalize: bool = setting(True)  # rows of an update get unit length first (MuonEq-R)
     beta1: float = setting(0.9, 0, 0.9999)
     beta2: float = setting(0.95, 0, 0.99999)
     adam_eps: float = setting(1e-8, 0)
@@ -158,21 +186,34 @@ class Config:
     adam_wd: float = setting(0.02, 0)
     embed_wd: float = setting(0.085, 0)
     grad_clip_norm: float = setting(0.3, 0)  # global norm of the gradient averaged over all ranks; 0: off
-    ema_decay: float = setting(0.9965, 0, 0.999999)  # the moving average of the weights is what gets quantised
+    ema_decay: float = setting(0.9965, 0, 0.999999)  # the moving average of the weights is what gets quantised; 0: none
+    swa_enabled: bool = setting(False)  # instead the mean of the weights collected late in training
+    swa_start_frac: float = setting(0.4, 0, 1)  # collecting begins when the learning-rate multiplier falls below this
+    swa_every: int = setting(50, 1)  # steps between two collected weights
 
     # quantisation
+    quant_scheme: str = setting("gptq", choices=("gptq", "gptq_lite", "intn_row", "int8_clip"))  # see QUANTIZERS
     matrix_bits: int = setting(6, 2, 8)
+    mlp_bits: int = setting(0, 0, 8)  # of the MLP matrices; 0: matrix_bits
     embed_bits: int = setting(7, 2, 8)
     attn_clip_sigmas: float = setting(13.0, 1)  # row scale = clip * std(row) / (2^(bits-1) - 1)
     mlp_clip_sigmas: float = setting(12.0, 1)
     embed_clip_sigmas: float = setting(15.0, 1)
     gptq_calibration_batches: int = setting(16, 1, 100_000)  # training rows behind the Hessians, over all ranks
+    mag_prune_frac: float = setting(0.0, 0, 0.99)  # smallest weights of each matrix that become 0 before quantisation
+    fp16_keep_name_patterns: str = setting("")  # comma list; matrices with one of these in their name stay fp16
+    gated_attn_quant_gate: bool = setting(True)  # attention gates as int8 rows instead of fp16
+    lqer_rank: int = setting(0, 0, 64)  # rank of the correction of the worst quantised matrices (#1797); 0: none
+    lqer_top_k: int = setting(3, 0, 1000)  # how many matrices are corrected
+    lqer_asym_group: int = setting(64, 1)  # entries of a right factor that share a scale
+    compressor: str = setting("brotli", choices=("brotli", "lzma", "zlib", "zstd", "pergroup"))  # see CODECS
     fit_artifact: bool = setting(True)  # raise the clips until code and weights fit into 16,000,000 bytes
 
     # scoring and test-time training (the last enabled one of plain, sliding, TTT is the submitted score)
     sliding_window_enabled: bool = setting(False)
     eval_stride: int = setting(64, 1)  # new targets per sliding window
     ttt_enabled: bool = setting(True)
+    ttt_kind: str = setting("lora_phased", choices=("lora_phased", "chunk_sgd", "pre_eval_illegal"))  # see ADAPTERS
     ttt_chunk_size: int = setting(48, 1)  # targets scored between two adapter updates
     ttt_eval_seq_len: int = setting(2048, 2, 2**16)
     ttt_batch_size: int = setting(64, 1, 2**16)  # documents adapted side by side
@@ -182,12 +223,23 @@ class Config:
     ttt_beta1: float = setting(0.0, 0, 0.9999)
     ttt_beta2: float = setting(0.999, 0, 0.99999)
     ttt_weight_decay: float = setting(2.0, 0)
+    ttt_k_lora: bool = setting(True)  # adapters on the key maps too
     phased_ttt_prefix_docs: int = setting(2000, 0)  # scored documents after which the last global update happens
     phased_ttt_num_phases: int = setting(3, 1, 1000)
     global_ttt_lr: float = setting(1e-3, 0)
     global_ttt_momentum: float = setting(0.9, 0, 0.9999)
     global_ttt_chunk_tokens: int = setting(32_768, 2, 2**27)  # targets per global SGD step
-    global_ttt_grad_clip: float = setting(1.0, 0)
+    global_ttt_grad_clip: float = setting(1.0, 0)  # of every update of all weights during scoring
+    ttt_chunk_tokens: int = setting(32_768, 2, 2**27)  # chunk_sgd: targets scored between two rounds of updates
+    ttt_epochs: int = setting(3, 1, 1000)  # passes over each scored chunk
+    ttt_lr: float = setting(0.005, 0)
+    ttt_momentum: float = setting(0.9, 0, 0.9999)
+    ttt_batch_seqs: int = setting(32, 1, 2**16)  # windows per update for each of 8 ranks, whatever their number
+    chunk_ttt_optimizer: str = setting("sgd", choices=("sgd", "adamw"))
+    ngram_tilt_enabled: bool = setting(False)  # raise the probability of the token that followed before (#1145)
+    token_order: int = setting(16, 2, 64)  # length of such a repetition, the token itself included
+    token_threshold: float = setting(0.8, 0, 1)  # share of earlier occurrences that it followed
+    token_boost: float = setting(2.625, 0, 100)  # what is added to its logit
 
     @property
     def head_dim(self) -> int:
@@ -211,11 +263,19 @@ class Config:
 
     @property
     def dataset_dir(self) -> Path:
-        return Path(self.data_path or f"{self.data_dir}/datasets/fineweb10B_sp{self.vocab_size}")
+        variant = "_lossless_caps_caseops_v1_reserved" if self.caseops_enabled else ""
+        return Path(self.data_path or f"{self.data_dir}/datasets/fineweb10B_sp{self.vocab_size}{variant}")
 
     @property
     def tokenizer_file(self) -> Path:
-        return Path(self.tokenizer_path or f"{self.data_dir}/tokenizers/fineweb_{self.vocab_size}_bpe.model")
+        variant = "_lossless_caps_caseops_v1_reserved" if self.caseops_enabled else ""
+        return Path(self.tokenizer_path or f"{self.data_dir}/tokenizers/fineweb_{self.vocab_size}_bpe{variant}.model")
+
+    @property
+    def rotary_base(self) -> float:
+        """ROPE_BASE, raised by the NTK rule base (T / T0)^(r / (r - 2)) where training is longer than its reference."""
+        ratio = self.train_seq_len / self.rope_train_seq_len if self.rope_train_seq_len else 1.0
+        return self.rope_base * max(ratio, 1.0) ** (self.rope_dims / (self.rope_dims - 2) if self.rope_dims > 2 else 0)
 
     @property
     def stage_list(self) -> list[str]:
@@ -231,7 +291,64 @@ class Config:
 FIELDS = {field.name: field for field in dataclasses.fields(Config) if field.name != "preset"}
 
 PRESETS: dict[str, dict[str, Any]] = {"default": {}}
-PRESETS["pr1941"] = PRESETS["default"] | dict(smear_gate_enabled=False)
+# The published systems, from the first baseline to the last leader (records/ has a folder for each). Where an original
+# breaks a hard rule or cannot work, its preset does the right thing: the folder's README says what and why.
+PRESETS["baseline"] = dict(  # NaiveBaseline
+    vocab_size=1024, train_seq_len=1024, eval_seq_len=1024, train_batch_tokens=524_288, varlen_attn=False,
+    num_layers=9, mlp_mult=2.0, leaky_relu_sq_slope=0.0, ln_scale=False, init_scheme="default", qk_gain_init=1.5,
+    rope_dims=64, xsa_last_n=0, attn_gate="none", mlp_gate_out=False, smear_gate_enabled=False,
+    skip_gates_enabled=False, num_loops=0, parallel_start_layer=0,
+    tied_embed_lr=0.05, matrix_lr=0.04, scalar_lr=0.04, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
+    muon_momentum_warmup_steps=500, polar_express_ns=False, muon_row_normalize=False, muon_wd=0.0, adam_wd=0.0,
+    embed_wd=0.0, grad_clip_norm=0.0, ema_decay=0.0, warmdown_frac=0.0, warmdown_iters=1200, min_lr=0.0,
+    gptq_reserve_seconds=0.0, quant_scheme="int8_clip", matrix_bits=8, embed_bits=8, compressor="zlib",
+    ttt_enabled=False,
+)  # fmt: skip
+PRESETS["pr489"] = PRESETS["baseline"] | dict(
+    num_layers=7, mlp_mult=3.0, train_seq_len=4096, eval_seq_len=4096, logit_softcap=15.0, qk_gain_init=1.0,
+    rope_dims=16, bigram_vocab_size=2048, smear_perdim_enabled=True, resid_scale_depth_init=True,
+    tied_embed_lr=0.01, matrix_lr=0.03, muon_wd=0.04, muon_momentum=0.99, warmdown_iters=6000,
+    sliding_window_enabled=True, ttt_enabled=True, ttt_kind="chunk_sgd", chunk_ttt_optimizer="adamw",
+    ttt_chunk_tokens=1_048_576, ttt_epochs=5, ttt_lr=5e-4, ttt_batch_seqs=4,
+)  # fmt: skip
+PRESETS["fork5"] = PRESETS["baseline"] | dict(
+    num_layers=11, mlp_mult=3.0, train_seq_len=2048, eval_seq_len=2048, train_batch_tokens=786_432, rope_dims=16,
+    rope_train_seq_len=1024, ln_scale=True, init_scheme="ortho", xsa_last_n=4, bigram_vocab_size=2048,
+    smear_perdim_enabled=True, muon_wd=0.02, grad_clip_norm=0.3, warmdown_iters=3500, ema_decay=0.997,
+    quant_scheme="gptq_lite", matrix_bits=6, mag_prune_frac=0.05, fp16_keep_name_patterns="blocks.{last}.attn.k",
+    compressor="zstd", sliding_window_enabled=True, ttt_enabled=True, ttt_kind="chunk_sgd",
+    ttt_chunk_tokens=1_048_576, ttt_epochs=20, ttt_lr=0.008,
+)  # fmt: skip
+# The same with the rates of its public twin (#398, #287): its author may have listed defaults that never ran.
+PRESETS["fork5_twin"] = PRESETS["fork5"] | dict(
+    tied_embed_lr=0.035, matrix_lr=0.025, scalar_lr=0.025, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
+    muon_momentum_warmup_steps=1500, muon_wd=0.04, adam_wd=0.04, embed_wd=0.04, mag_prune_frac=0.0,
+)  # fmt: skip
+# The run behind the log that fork5 shipped (#180).
+PRESETS["fork5_10l"] = PRESETS["fork5_twin"] | dict(
+    num_layers=10, xsa_last_n=0, rope_dims=64, rope_train_seq_len=0, ln_scale=False, bigram_vocab_size=10_240,
+    tied_embed_lr=0.03, matrix_lr=0.02, scalar_lr=0.02, warmdown_iters=3000, ema_decay=0.0, swa_enabled=True,
+    quant_scheme="intn_row", mlp_bits=5, mag_prune_frac=0.03,
+    fp16_keep_name_patterns="tok_emb,blocks.{last}.attn.k", ttt_enabled=False,
+)  # fmt: skip
+PRESETS["pr1880"] = dict(
+    loader="coprime", varlen_attn=False, attn_gate="two_sigma", mlp_gate_out=False, smear_gate_pos="post_norm",
+    parallel_start_layer=0, parallel_residual_start=7, logit_softcap=15.0, matrix_lr=0.022, muon_momentum=0.99,
+    polar_express_ns=False, warmdown_frac=0.72, min_lr=0.0, gptq_reserve_seconds=12.0, embed_bits=8,
+    attn_clip_sigmas=12.85, mlp_clip_sigmas=12.85, embed_clip_sigmas=20.0, gptq_calibration_batches=64,
+    gated_attn_quant_gate=False, sliding_window_enabled=True, ttt_kind="chunk_sgd",
+)  # fmt: skip
+PRESETS["pr1941"] = dict(smear_gate_enabled=False)
+PRESETS["pr1855"] = dict(
+    caseops_enabled=True, attn_gate="sparse", sparse_attn_gate_scale=0.5, mlp_gate_out=False, beta2=0.99,
+    warmdown_frac=0.85, mlp_clip_sigmas=11.5, embed_clip_sigmas=14.0, lqer_rank=4, compressor="pergroup",
+    ttt_lora_rank=80, ttt_beta2=0.99, ttt_weight_decay=0.5, phased_ttt_prefix_docs=2500,
+)  # fmt: skip
+PRESETS["pr2135"] = PRESETS["pr1855"] | dict(
+    matrix_lr=0.028, lqer_asym_group=32, gptq_calibration_batches=32, gated_attn_quant_gate=False,
+    eval_seq_len=2560, ttt_eval_seq_len=2560, phased_ttt_num_phases=1, ttt_lora_lr=8e-5, ttt_weight_decay=2.0,
+    ttt_k_lora=False, ngram_tilt_enabled=True,
+)  # fmt: skip
 # The whole system at a size that two CPU cores train in minutes, on the corpus of data/embedded.py. Its own values
 # where the published ones assume thousands of steps: the average spans 6 % of the steps, the momentum ramp 30 %.
 PRESETS["tiny"] = PRESETS["default"] | dict(
@@ -266,41 +383,67 @@ PRESETS["tiny"] = PRESETS["default"] | dict(
     global_ttt_chunk_tokens=2048,
 )
 
-# Published names that are no longer a choice: the value that is built in (anything else is refused), or None where
-# the name never had an effect, or only on speed. They are accepted so that published commands run as they are.
-RETIRED: dict[str, str | None] = {
-    "ATTN_OUT_GATE_ENABLED": "0",
-    "COMPRESSOR": "brotli",
-    "CONTROL_TENSOR_NAME_PATTERNS": None,
-    "EMBED_LR": None,
-    "FUSED_CE_ENABLED": None,
-    "GATED_ATTN_ENABLED": "1",
-    "GLOBAL_TTT_BATCH_SEQS": None,
-    "GLOBAL_TTT_EPOCHS": "1",
-    "GLOBAL_TTT_RESPECT_DOC_BOUNDARIES": "1",
-    "GLOBAL_TTT_WARMUP_CHUNKS": "0",
-    "GLOBAL_TTT_WARMUP_START_LR": None,
-    "LN_SCALE": "1",
-    "LQER_ENABLED": "0",
-    "MATRIX_CLIP_SIGMAS": None,
-    "MUON_ROW_NORMALIZE": "1",
-    "PARALLEL_FINAL_LANE": "mean",
-    "PHASED_TTT_ENABLED": None,
-    "POLAR_EXPRESS_NS": "1",
-    "ROPE_TRAIN_SEQ_LEN": None,
-    "ROPE_YARN": "0",
-    "SKIP_GATES_ENABLED": "1",
-    "SPARSE_ATTN_GATE_ENABLED": "0",
-    "TIE_EMBEDDINGS": "1",
-    "TTT_EVAL_BATCHES": "",
-    "TTT_GRAD_STEPS": "1",
-    "TTT_K_LORA": "1",
-    "TTT_MLP_LORA": "1",
-    "TTT_O_LORA": "1",
-    "TTT_OPTIMIZER": "adam",
-    "TTT_WARM_START_A": "1",
-    "VAL_DOC_FRACTION": "1",
+
+class Switch(NamedTuple):
+    """A published on/off name of something that has a value here."""
+
+    field: str
+    on: Any
+    off: Any
+    amount: bool = False  # an amount keeps its size when switched on; a choice is replaced
+
+
+SWITCHES = {
+    "ATTN_OUT_GATE_ENABLED": Switch("attn_gate", "two_sigma", "none"),
+    "GATE_ATTN_OUT": Switch("attn_gate", "two_sigma", "none"),  # #1667's name
+    "GATED_ATTN_ENABLED": Switch("attn_gate", "dense", "none"),
+    "SPARSE_ATTN_GATE_ENABLED": Switch("attn_gate", "sparse", "none"),
+    "INT5_ALL": Switch("matrix_bits", 5, 6),
+    "EMA_ENABLED": Switch("ema_decay", 0.9965, 0.0, amount=True),
+    "LQER_ENABLED": Switch("lqer_rank", 4, 0, amount=True),
 }
+
+# Other published names of the same quantity.
+ALIASES = {
+    "ATTN_OUT_GATE_WIDTH": "gate_window",
+    "SMEAR_GATE_WIDTH": "gate_window",
+    "GATE_WIDTH": "gate_window",
+    "BIGRAM_HASH_BUCKETS": "bigram_vocab_size",
+    "PRUNE_FRAC": "mag_prune_frac",
+    "SMEAR_GATE": "smear_gate_enabled",
+    "VAL_BATCH_SIZE": "val_batch_tokens",
+}
+
+# Published names with a meaning in each record, or with one that is not offered: what to say instead.
+AMBIGUOUS = {
+    "GATE_MLP_OUT": "#1667's gate is another one than #1941's MLP_GATE_OUT and in no preset; unset it",
+    "SWA_CHECKPOINTS": "set SWA_START_FRAC and SWA_EVERY",
+    "TTT_NUM_CHUNKS": "set TTT_CHUNK_TOKENS",
+    "WEIGHT_DECAY": "it meant Muon's decay (#489, fork5), AdamW's (#180, #267) or both (#179);"
+    " set MUON_WD, ADAM_WD, EMBED_WD",
+}
+
+# Published names that are no longer a choice. They are accepted so that published commands run as they are: some never
+# had an effect on the result (None; the two caps of ASYM_LOGIT_RESCALE received no gradient, the SmearGate's BOS mask is
+# always on here, the matrices of MATRIX_CLIP_SIGMAS are those of the ATTN and MLP clips), of the others only the value
+# that is built in.
+RETIRED: dict[str, str | None] = dict.fromkeys(
+    """ARTIFACT_DIR ASYM_LOGIT_RESCALE COMPILE_SHAPE_WARMUP CONTROL_TENSOR_NAME_PATTERNS EMBEDDING_DIM EMBED_LR
+    EVAL_BATCH_SEQS FUSED_CE_ENABLED GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_WARMUP_START_LR GPTQ_CALIBRATION_MODE HEAD_LR
+    LATE_QAT_THRESHOLD LOGIT_RESCALE_OFFSET LOGIT_RESCALE_SCALE LOGIT_RESCALE_STEEPNESS LQER_FACTOR_BITS MUON_BETA2
+    PHASED_TTT_ENABLED QAT_THRESHOLD SMEAR_GATE_BOS_FIX TTT_GRAD_STEPS_CLEAN WITHIN_TAU WORD_NORMALIZE WORD_ORDER
+    WORD_TAU""".split()
+) | dict(
+    AGREE_ADD_BOOST="0", ATTN_OUT_GATE_SRC="proj", AWQ_LITE_ENABLED="0", EVAL_INCLUDE_TAIL="1",
+    GLOBAL_TTT_EPOCHS="1", GLOBAL_TTT_OPTIMIZER="sgd", GLOBAL_TTT_RESPECT_DOC_BOUNDARIES="1",
+    GLOBAL_TTT_WARMUP_CHUNKS="0", LATE_QAT="0", LOGIT_RESCALE_MODE="tanh", LQER_ASYM_ENABLED="1",
+    MATRIX_CLIP_SIGMAS="12.85", MUON_HUBER_WD="0", NGRAM_HINT_PRECOMPUTE_OUTSIDE="0", OPTROT_ENABLED="0",
+    PARALLEL_FINAL_LANE="mean", PREQUANT_ONLY="0", QK_GAIN_INIT_SCHEDULE="", ROPE_YARN="0", SMEAR_BOS_TOKEN_ID="1",
+    SPARSE_ATTN_GATE_INIT_STD="0", TIE_EMBEDDINGS="1", TTT_EVAL_BATCHES="", TTT_EVAL_ONLY="0", TTT_FREEZE_BLOCKS="0",
+    TTT_FREEZE_LAYERS="0", TTT_GRAD_STEPS="1", TTT_LORA_EMA_DECAY="0", TTT_MLP_LORA="1", TTT_O_LORA="1",
+    TTT_OPTIMIZER="adam", TTT_UPDATE_EVERY="1", TTT_WARM_START_A="1", VAL_DOC_FRACTION="1", WITHIN_BOOST="0",
+    WORD_BOOST="0",
+)  # fmt: skip
 
 
 def load_config(env: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
@@ -314,26 +457,48 @@ def load_config(env: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
         raise UserError(f"PRESET={preset}: unknown; choose one of {', '.join(PRESETS)}")
     values = dict(PRESETS[preset])
     origins = {name: f"preset {preset}" for name in values}
-    known = {name.upper() for name in FIELDS} | RETIRED.keys() | {"PRESET"}
+    known = {name.upper() for name in FIELDS} | RETIRED.keys() | SWITCHES.keys() | ALIASES.keys() | {"PRESET"}
+    given: dict[str, str] = {}  # field -> the name under which the environment set it
     for key, text in env.items():
+        need(key not in AMBIGUOUS, f"{key}={text}: {AMBIGUOUS.get(key)}")
         if key in RETIRED:
             check_retired(key, text)
             origins[key] = f"environment, without effect here (value {text!r})"
-        elif key.lower() in FIELDS and key.isupper():
-            values[key.lower()] = parse_value(key, text)
-            origins[key.lower()] = "environment"
+        elif (name := ALIASES.get(key, key.lower() if key.isupper() else "")) in FIELDS:
+            value = parse_value(key, text, name)
+            clash = name in given and value != values[name]
+            need(not clash, f"{key}={text}: {given.get(name)}={env.get(given.get(name, ''))} says otherwise; unset one")
+            values[name], given[name], origins[name] = value, key, "environment" + f", as {key}" * (key in ALIASES)
         elif key not in known:
             near = next((name for name in sorted(known) if one_typo_apart(key, name)), None)
-            if near:
-                raise UserError(f"{key}={text}: no such setting; did you mean {near}? Rename or unset it")
+            need(not near, f"{key}={text}: no such setting; did you mean {near}? Rename or unset it")
+    turn_switches(env, values, given, origins)
     config = Config(preset=preset, **values)
     validate(config)
     return config, origins
 
 
-def parse_value(key: str, text: str) -> Any:
-    """The text of one environment variable as the type of its Config field, inside its range."""
-    field, default = FIELDS[key.lower()], FIELDS[key.lower()].default
+def turn_switches(env: Mapping[str, str], values: dict[str, Any], given: dict[str, str], origins: dict) -> None:
+    """Applies the published on/off names in `env` to `values`; a contradiction raises UserError."""
+    for key in sorted(SWITCHES.keys() & env.keys(), key=lambda key: env[key]):  # what is switched off comes first
+        field, on, off, amount = SWITCHES[key]
+        need(env[key].strip() in ("0", "1"), f"{key}={env[key]}: not 0 or 1; for example {key}=1")
+        wanted, current = env[key].strip() == "1", values.get(field, FIELDS[field].default)
+        fits = (current != off if amount else current == on) == wanted
+        need(
+            fits or field not in given,
+            f"{key}={env[key]}: {given.get(field)}={env.get(given.get(field, ''))} says otherwise; unset one",
+        )
+        if not fits:
+            values[field], origins[field] = on if wanted else off, f"environment, as {key}"
+        if wanted:
+            given[field] = key
+
+
+def parse_value(key: str, text: str, name: str = "") -> Any:
+    """The text of one environment variable as the type of its Config field `name` (that of the key), in its range."""
+    field = FIELDS[name or key.lower()]
+    default = field.default
     try:
         if field.type is bool:
             value = {"0": False, "1": True}[text.strip()]
@@ -413,14 +578,24 @@ def validate_model(c: Config) -> None:
     )
     need(c.gate_window <= c.model_dim, f"GATE_WINDOW={c.gate_window}: larger than MODEL_DIM={c.model_dim}; lower it")
     need(
+        c.bigram_vocab_size != 1 and c.bigram_vocab_size * c.bigram_dim <= LARGEST_NUMBER // 4,
+        f"BIGRAM_VOCAB_SIZE={c.bigram_vocab_size}: need 0, or 2 and more rows, and fewer than {LARGEST_NUMBER // 4}"
+        f" numbers with BIGRAM_DIM={c.bigram_dim}",
+    )
+    need(
+        not c.parallel_start_layer or c.parallel_residual_start < 0,
+        f"PARALLEL_RESIDUAL_START={c.parallel_residual_start}: excludes"
+        f" PARALLEL_START_LAYER={c.parallel_start_layer}; set that to 0, or this to -1",
+    )
+    need(
         not c.num_loops or c.loop_start <= c.loop_end < c.num_layers,
         f"LOOP_START={c.loop_start}, LOOP_END={c.loop_end}: need LOOP_START <= LOOP_END < NUM_LAYERS={c.num_layers}",
     )
     for looping in (False, True):
-        kinds = [visit.wiring for visit in layer_plan(c, looping)]
+        lanes = [visit.wiring == "two_lane" for visit in layer_plan(c, looping)]
         pushing = [visit.wiring for visit in layer_plan(c, looping) if visit.push]
         need(
-            kinds == sorted(kinds) and "two_lane" not in pushing,
+            lanes == sorted(lanes) and "two_lane" not in pushing,
             f"PARALLEL_START_LAYER={c.parallel_start_layer}: layers with lanes must come last, after every looped"
             f" layer and every layer of the first half of NUM_LAYERS={c.num_layers}",
         )
@@ -435,6 +610,10 @@ def validate_rows(c: Config) -> None:
     )
     need(c.rows_per_step <= 2**16, f"{row}: {c.rows_per_step} rows in {batch}, need at most {2**16}; raise it")
     need(c.train_seq_len <= c.train_row_tokens, f"TRAIN_SEQ_LEN={c.train_seq_len}: longer than {row}; lower it")
+    need(
+        c.loader != "coprime" or c.train_row_tokens % c.train_seq_len == 0,
+        f"LOADER=coprime: {row} is not a multiple of TRAIN_SEQ_LEN={c.train_seq_len}; change one",
+    )
     context = f"EVAL_SEQ_LEN={c.eval_seq_len}"
     need(c.eval_stride <= c.eval_seq_len, f"EVAL_STRIDE={c.eval_stride}: larger than {context}; lower it")
     context = f"TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}"
@@ -442,6 +621,14 @@ def validate_rows(c: Config) -> None:
 
 
 def validate_stages(c: Config) -> None:
+    need(
+        not (c.warmdown_frac and c.warmdown_iters),
+        f"WARMDOWN_ITERS={c.warmdown_iters}: excludes WARMDOWN_FRAC={c.warmdown_frac:g}; set one of them to 0",
+    )
+    need(
+        not (c.swa_enabled and c.ema_decay),
+        f"SWA_ENABLED=1: excludes EMA_DECAY={c.ema_decay:g}; set one of them to 0",
+    )
     need(
         not c.max_wallclock_seconds or c.gptq_reserve_seconds < c.max_wallclock_seconds,
         f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g}: must be less than"
@@ -571,12 +758,14 @@ class Log:
     """Writes lines `event key:value ...` to the console and to a file, on the main rank only."""
 
     def __init__(self, path: Path | None, anew: bool = False):
+        self.mark: dict[str, Any] = {}  # what every line says besides
         try:
             self.file = open(path, "wb" if anew else "ab", buffering=0) if path else None
         except OSError as error:
             raise UserError(f"{path}: cannot write ({error.strerror}); set RUNS_DIR or RUN_ID") from None
 
     def __call__(self, event: str, **values: Any) -> None:
+        values |= self.mark
         self.text(" ".join([event, *(f"{key}:{self.show(key, value)}" for key, value in values.items())]))
 
     def text(self, text: str, console: bool = True) -> None:
@@ -826,15 +1015,39 @@ class Row(NamedTuple):
 def training_row(stream: TokenStream, number: int, config: Config, device: torch.device) -> Row:
     """Row `number` of the endless training stream; rows tile it, so each token is a target exactly once an epoch.
 
-    Segments begin at the row's first token and at every BOS, and are cut after train_seq_len tokens.
+    Segments begin at the first token of a window and, with VARLEN_ATTN, at every BOS; they are cut after
+    train_seq_len tokens.
     """
     length = config.train_row_tokens
-    tokens = stream.read(number * length, length + 1)
-    starts = np.union1d([0], np.flatnonzero(tokens[:-1] == BOS_ID))
+    windows = [stream.read(begin, size + 1) for begin, size in row_windows(number, len(stream), config)]
+    inputs, targets = (np.concatenate([w[part] for w in windows]) for part in (slice(None, -1), slice(1, None)))
+    starts = np.cumsum([0] + [len(window) - 1 for window in windows[:-1]])
+    if config.varlen_attn:
+        starts = np.union1d(starts, np.flatnonzero(inputs == BOS_ID))
     stretches = np.diff(np.append(starts, length))
     docs = pack_segments(cut_lengths(stretches, config.train_seq_len), config.train_seq_len, device)
-    tokens = torch.from_numpy(tokens)
-    return Row(move(tokens[None, :-1], device), move(tokens[None, 1:], device), docs)
+    return Row(*(move(torch.from_numpy(tokens)[None], device) for tokens in (inputs, targets)), docs)
+
+
+def row_windows(number: int, total: int, config: Config) -> list[tuple[int, int]]:
+    """(first token, length) of the stretches of the stream that make up row `number`.
+
+    LOADER=stream takes them in order, as one stretch. LOADER=coprime (#1060) cuts the stream into windows of
+    train_seq_len and visits them at a stride that has no common divisor with their number, so that a row mixes
+    distant texts and an epoch still has every window once; each epoch draws its own stride, start and phase. The
+    original keeps such a cursor for every shard and draws shards; one cursor over the whole stream needs no state.
+    """
+    length, size = config.train_row_tokens, config.train_seq_len
+    if config.loader == "stream":
+        return [(number * length, length)]
+    count, windows = max(total // size, 1), []
+    for index in range(number * length // size, (number + 1) * length // size):
+        epoch, place = divmod(index, count)
+        random = np.random.default_rng(epoch)
+        phase, start = int(random.integers(size)), int(random.integers(count))
+        stride = next(s for s in iter(lambda: int(random.integers(1, count + 1)), 0) if math.gcd(s, count) == 1)
+        windows.append((phase + (start + place * stride) % count * size, size))
+    return windows
 
 
 def cut_lengths(lengths: np.ndarray, limit: int) -> np.ndarray:
@@ -979,16 +1192,16 @@ class Matrix(NamedTuple):
     bank: str  # attribute of GPT
     half: int  # layer i is row half * num_layers + i of the bank
     hessian: str  # the kind whose recorded inputs this one shares
-    clip: str  # Config field with its quantisation clip
+    role: str  # key of `precision`: clip and bits of its quantisation
 
 
 MATRICES = {
-    "attn.q": Matrix("qo_bank", 0, "attn.q", "attn_clip_sigmas"),
-    "attn.k": Matrix("kv_bank", 0, "attn.q", "attn_clip_sigmas"),
-    "attn.v": Matrix("kv_bank", 1, "attn.q", "attn_clip_sigmas"),
-    "attn.o": Matrix("qo_bank", 1, "attn.o", "attn_clip_sigmas"),
-    "mlp.up": Matrix("mlp_up_bank", 0, "mlp.up", "mlp_clip_sigmas"),
-    "mlp.down": Matrix("mlp_down_bank", 0, "mlp.down", "mlp_clip_sigmas"),
+    "attn.q": Matrix("qo_bank", 0, "attn.q", "attn"),
+    "attn.k": Matrix("kv_bank", 0, "attn.q", "attn"),
+    "attn.v": Matrix("kv_bank", 1, "attn.q", "attn"),
+    "attn.o": Matrix("qo_bank", 1, "attn.o", "attn"),
+    "mlp.up": Matrix("mlp_up_bank", 0, "mlp.up", "mlp"),
+    "mlp.down": Matrix("mlp_down_bank", 0, "mlp.down", "mlp"),
 }
 BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 
@@ -1019,10 +1232,11 @@ def layer_plan(config: Config, looping: bool) -> tuple[Visit, ...]:
     skips = min(len(looped) // 2, len(looped) - len(looped) // 2, first_half)
     plan = []
     for slot, layer in enumerate(order):
-        lanes = 0 < config.parallel_start_layer <= layer
+        wiring = "parallel" if 0 <= config.parallel_residual_start <= layer else "serial"
+        wiring = "two_lane" if 0 < config.parallel_start_layer <= layer else wiring
         position = slot - first_half
         skip = position if 0 <= position < skips else None
-        plan.append(Visit(slot, layer, "two_lane" if lanes else "serial", slot < first_half, skip))
+        plan.append(Visit(slot, layer, wiring, slot < first_half, skip))
     return tuple(plan)
 
 
@@ -1099,9 +1313,20 @@ def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
     return grouped.view(B, T, H, d).to(y.dtype)
 
 
-def leaky_relu_squared(x: Tensor) -> Tensor:
-    """leaky_relu(x, 0.5)^2: x^2 above zero, x^2 / 4 below. A fused kernel can take its place."""
-    return F.leaky_relu(x, 0.5).square()
+def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
+    """leaky_relu(x, slope)^2: x^2 above zero, (slope x)^2 below. A fused kernel can take its place."""
+    return F.leaky_relu(x, slope).square()
+
+
+def previous(x: Tensor, positions: Tensor) -> Tensor:
+    """x (B, T, D) one token later: 0 at the first position of a segment."""
+    return F.pad(x, (0, 0, 1, 0))[:, :-1] * (positions > 0).unsqueeze(-1).to(x.dtype)
+
+
+def bigram_hash(inputs: Tensor, positions: Tensor, rows: int) -> Tensor:
+    """Row (B, T) of the bigram table for each token and the one before; the last row where there is none (#162)."""
+    mixed = torch.bitwise_xor(36313 * inputs, 27191 * F.pad(inputs, (1, 0))[:, :-1])
+    return torch.where(positions > 0, mixed % (rows - 1), rows - 1)
 
 
 def softcapped_nll(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
@@ -1179,6 +1404,25 @@ def choose_attention(config: Config, device: torch.device) -> tuple[str, Callabl
     return name, usable[name]
 
 
+class AttnGate(NamedTuple):
+    """One factor per head and token on the attention result: multiplier * sigmoid(scale * W n[:width])."""
+
+    width: int  # channels of the normed input n that it looks at
+    scale: float
+    multiplier: float
+    init_std: float  # of W; 0: zeros
+
+
+def attn_gate(config: Config) -> AttnGate | None:
+    """The attention gate of a configuration."""
+    return {
+        "none": None,
+        "dense": AttnGate(config.model_dim, 1.0, 1.0, config.gated_attn_init_std),  # #1886
+        "sparse": AttnGate(config.gate_window, config.sparse_attn_gate_scale, 1.0, 0.0),  # #1787
+        "two_sigma": AttnGate(config.gate_window, 1.0, 2.0, 0.0),  # #1667
+    }[config.attn_gate]
+
+
 class Block(nn.Module):
     """The small parameters of one physical layer, and its two sub-layers. The matrices are in the banks."""
 
@@ -1186,16 +1430,20 @@ class Block(nn.Module):
         super().__init__()
         d, H = config.model_dim, config.num_heads
         self.num_heads, self.num_kv_heads, self.gate_window = H, config.num_kv_heads, config.gate_window
-        self.attend = attend
-        self.depth_scale = 1 / math.sqrt(layer + 1)
+        self.attend, self.slope = attend, config.leaky_relu_sq_slope
+        self.depth_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
         self.exclusive = layer >= config.num_layers - config.xsa_last_n
         self.q_gain = nn.Parameter(torch.empty(H))
-        self.attn_gate_w = nn.Parameter(torch.empty(H, d))
         self.attn_scale = nn.Parameter(torch.empty(d))
         self.mlp_scale = nn.Parameter(torch.empty(d))
         self.resid_mix = nn.Parameter(torch.empty(2, d))
-        self.mlp_gate_w = nn.Parameter(torch.empty(1, config.gate_window))
-        self.mlp_gate_b = nn.Parameter(torch.empty(1))
+        self.gate = attn_gate(config)
+        if self.gate:
+            self.attn_gate_w = nn.Parameter(torch.empty(H, self.gate.width))
+        self.mlp_gate_out = config.mlp_gate_out
+        if self.mlp_gate_out:
+            self.mlp_gate_w = nn.Parameter(torch.empty(1, config.gate_window))
+            self.mlp_gate_b = nn.Parameter(torch.empty(1))
         if 0 < config.parallel_start_layer <= layer:  # only layers with lanes have something to mix
             self.post_lambdas = nn.Parameter(torch.empty(2, 2))  # from attention, MLP (rows) into each lane
             self.resid_lambdas = nn.Parameter(torch.empty(2))
@@ -1217,18 +1465,21 @@ class Block(nn.Module):
         y = self.attend(q, k, v, call.docs)
         if self.exclusive:
             y = remove_own_value(y, v)
-        gate = torch.sigmoid(F.linear(n, self.attn_gate_w.to(n.dtype)).float())  # (B, T, H)
-        y = (y * gate.to(y.dtype).unsqueeze(-1)).flatten(2)
-        return self.attn_scale.to(y.dtype) * project(y, "attn.o", visit, call, lora_input=n)
+        if self.gate:
+            window = F.linear(n[..., : self.gate.width], self.attn_gate_w.to(n.dtype)).float()  # (B, T, H)
+            factor = self.gate.multiplier * torch.sigmoid(self.gate.scale * window)
+            y = y * factor.to(y.dtype).unsqueeze(-1)
+        return self.attn_scale.to(y.dtype) * project(y.flatten(2), "attn.o", visit, call, lora_input=n)
 
     def mlp(self, r: Tensor, visit: Visit, call: Call) -> Tensor:
         """What the MLP adds to the residual stream r (B, T, D). Its output gate looks at r itself (#1941)."""
         u = rms(r) * self.depth_scale
-        h = leaky_relu_squared(project(u, "mlp.up", visit, call))  # (B, T, F)
+        h = leaky_relu_squared(project(u, "mlp.up", visit, call), self.slope)  # (B, T, F)
         y = project(h, "mlp.down", visit, call, lora_input=u)
-        window = r[..., : self.gate_window]
-        gate = torch.sigmoid(F.linear(window, self.mlp_gate_w.to(r.dtype)).float() + self.mlp_gate_b)  # (B, T, 1)
-        return self.mlp_scale.to(y.dtype) * (gate.to(y.dtype) * y)
+        if self.mlp_gate_out:
+            window = F.linear(r[..., : self.gate_window], self.mlp_gate_w.to(r.dtype)).float()  # (B, T, 1)
+            y = torch.sigmoid(window + self.mlp_gate_b).to(y.dtype) * y
+        return self.mlp_scale.to(y.dtype) * y
 
 
 Lanes = tuple[Tensor, Tensor]  # (attn_lane, mlp_lane), each (B, T, D); the same tensor while the stream is one
@@ -1239,6 +1490,13 @@ def serial(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> 
     m = block.mix(lanes[0], x0)
     r = m + block.attention(m, visit, call)
     x = r + block.mlp(r, visit, call)
+    return x, x
+
+
+def parallel(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> Lanes:
+    """Attention and MLP side by side on one stream: both read the same input."""
+    m = block.mix(lanes[0], x0)
+    x = m + block.attention(m, visit, call) + block.mlp(m, visit, call)
     return x, x
 
 
@@ -1254,7 +1512,7 @@ def two_lane(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -
     )
 
 
-WIRINGS = {"serial": serial, "two_lane": two_lane}
+WIRINGS = {"serial": serial, "parallel": parallel, "two_lane": two_lane}
 
 
 class GPT(nn.Module):
@@ -1277,10 +1535,17 @@ class GPT(nn.Module):
             # One parameter per connection: those that a plan does not use get no gradient and no decay.
             skips = sum(visit.skip is not None for visit in layer_plan(c, looping=True))
             self.skip_weights = nn.ParameterList([torch.empty(d) for _ in range(skips)])
-            self.skip_gates = nn.ParameterList([torch.empty(d) for _ in range(skips)])
+            if c.skip_gates_enabled:
+                self.skip_gates = nn.ParameterList([torch.empty(d) for _ in range(skips)])
             if c.smear_gate_enabled:
                 self.smear_gate_w = nn.Parameter(torch.empty(1, c.gate_window))
                 self.smear_lambda = nn.Parameter(torch.empty(1))
+            if c.smear_perdim_enabled:
+                self.smear_perdim = nn.Parameter(torch.empty(d))
+            if c.bigram_vocab_size:
+                self.bigram_emb = nn.Embedding(c.bigram_vocab_size, c.bigram_dim)
+                self.bigram_bank = nn.Parameter(torch.empty(1, d, c.bigram_dim))
+                self.bigram_scale = nn.Parameter(torch.empty(1))
         if not on_meta:
             self.init_weights()
             self.to(run.device)
@@ -1290,30 +1555,38 @@ class GPT(nn.Module):
         """Draws every parameter anew from SEED.
 
         | parameter                              | value                                                       |
-        | attn_gate_w, tok_emb                   | normal, std GATED_ATTN_INIT_STD, TIED_EMBED_INIT_STD        |
-        | q, k, v, mlp up                        | orthogonal                                                  |
+        | attn_gate_w, tok_emb                   | normal, std of the gate, TIED_EMBED_INIT_STD                |
+        | q, k, v, mlp up                        | orthogonal, or uniform in +-1 / sqrt(fan_in): INIT_SCHEME   |
         | attention output, mlp down             | 0: every block starts as the identity                       |
-        | q_gain, mlp_gate_b                     | QK_GAIN_INIT, MLP_GATE_BIAS                                 |
-        | attn_scale, mlp_scale, skip_weights    | 1                                                           |
+        | bigram_bank                            | orthogonal / sqrt(2 L); bigram_emb is 0: one of two factors |
+        | q_gain, mlp_gate_b, bigram_scale       | QK_GAIN_INIT, MLP_GATE_BIAS, 0.05                           |
+        | attn_scale, mlp_scale                  | 1, or 1 / sqrt(l + 1): RESID_SCALE_DEPTH_INIT               |
         | resid_mix                              | all of the stream, none of the embedding                    |
-        | post_lambdas, resid_lambdas            | 1, 1.1                                                      |
+        | skip_weights, post_lambdas             | 1                                                           |
+        | resid_lambdas                          | 1.1                                                         |
         | skip_gates, mlp_gate_w, smear_*        | 0                                                           |
         """
         c, L = self.config, self.config.num_layers
         random = torch.Generator().manual_seed(c.seed)
         constants = {"q_gain": c.qk_gain_init, "mlp_gate_b": c.mlp_gate_bias, "resid_lambdas": 1.1}
-        constants |= dict.fromkeys(["attn_scale", "mlp_scale", "post_lambdas"], 1.0)
+        constants |= {"post_lambdas": 1.0, "bigram_scale": 0.05}
         for name, parameter in self.named_parameters():
             parameter.fill_(1.0 if name.startswith("skip_weights") else constants.get(name.split(".")[-1], 0.0))
-        for block in self.blocks:
-            block.attn_gate_w.normal_(0, c.gated_attn_init_std, generator=random)
+        for layer, block in enumerate(self.blocks):
+            if block.gate:
+                block.attn_gate_w.normal_(0, block.gate.init_std, generator=random)
             block.resid_mix[0] = 1
+            for scale in (block.attn_scale, block.mlp_scale):
+                scale.fill_(1 / math.sqrt(layer + 1) if c.resid_scale_depth_init else 1.0)
         self.tok_emb.weight.normal_(0, c.tied_embed_init_std, generator=random)
-        for layer in range(L):
-            for matrix in (self.qo_bank[layer], self.kv_bank[layer], self.kv_bank[L + layer]):
+        qkv = [m for layer in range(L) for m in (self.qo_bank[layer], self.kv_bank[layer], self.kv_bank[L + layer])]
+        for matrix in [*qkv, *self.mlp_up_bank]:
+            if c.init_scheme == "ortho":
                 nn.init.orthogonal_(matrix, generator=random)
-        for matrix in self.mlp_up_bank:
-            nn.init.orthogonal_(matrix, generator=random)
+            else:
+                matrix.uniform_(-1, 1, generator=random).div_(math.sqrt(matrix.size(1)))
+        if c.bigram_vocab_size:
+            nn.init.orthogonal_(self.bigram_bank[0], 1 / math.sqrt(2 * L), generator=random)
 
     def matrices(self) -> dict[str, tuple[Tensor, ...]]:
         """Every weight matrix by kind and layer, cast to the activation dtype once per forward call."""
@@ -1324,15 +1597,25 @@ class GPT(nn.Module):
         return weights | {"head": (self.tok_emb.weight.to(self.dtype),)}
 
     def embed(self, inputs: Tensor, table: Tensor, positions: Tensor) -> Tensor:
-        """Token ids (B, T) -> (B, T, D) of unit mean square, the previous token smeared in inside a document."""
-        e = F.embedding(inputs, table)
-        if self.config.smear_gate_enabled:
-            window = e[..., : self.config.gate_window]
-            gate = torch.sigmoid(F.linear(window, self.smear_gate_w.to(e.dtype)).float()) * self.smear_lambda
-            allowed = (positions > 0) & (inputs != BOS_ID)  # no look across the start of a segment or document
-            gate = (gate * allowed.unsqueeze(-1)).to(e.dtype)  # (B, T, 1)
-            e = e + gate * F.pad(e, (0, 0, 1, 0))[:, :-1]
-        return rms(e)
+        """Token ids (B, T) -> (B, T, D) of unit mean square, with what the token before adds inside a segment."""
+        c, e = self.config, F.embedding(inputs, table)
+        if c.bigram_vocab_size:
+            pairs = F.embedding(bigram_hash(inputs, positions, c.bigram_vocab_size), self.bigram_emb.weight)
+            e = e + self.bigram_scale.to(e.dtype) * F.linear(pairs.to(e.dtype), self.bigram_bank[0].to(e.dtype))
+        if c.smear_gate_enabled and c.smear_gate_pos == "pre_norm":
+            e = self.smear(e, inputs, positions)
+        e = rms(e)
+        if c.smear_gate_enabled and c.smear_gate_pos == "post_norm":
+            e = self.smear(e, inputs, positions)
+        if c.smear_perdim_enabled:  # a constant mixture of both tokens (#489)
+            e = torch.lerp(e, previous(e, positions), torch.sigmoid(self.smear_perdim).to(e.dtype))
+        return e
+
+    def smear(self, e: Tensor, inputs: Tensor, positions: Tensor) -> Tensor:
+        """Adds the embedding of the token before, as far as a gate on the own one says; not to a BOS (#1667, #1855)."""
+        window = F.linear(e[..., : self.config.gate_window], self.smear_gate_w.to(e.dtype)).float()
+        gate = torch.sigmoid(window) * self.smear_lambda * (inputs != BOS_ID).unsqueeze(-1)  # (B, T, 1)
+        return e + gate.to(e.dtype) * previous(e, positions)
 
     def forward(
         self,
@@ -1351,7 +1634,7 @@ class GPT(nn.Module):
         positions = torch.arange(inputs.size(1), device=inputs.device) if docs is None else docs.positions
         half = self.config.rope_dims // 2
         steps = torch.arange(half, device=inputs.device, dtype=torch.float32) / max(half, 1)
-        angles = positions.float()[:, None, None] * self.config.rope_base**-steps  # (T, 1, half)
+        angles = positions.float()[:, None, None] * self.config.rotary_base**-steps  # (T, 1, half)
         weights = self.matrices()
         call = Call(weights, docs, angles.cos(), angles.sin(), lora, taps)
 
@@ -1368,22 +1651,25 @@ class GPT(nn.Module):
         return softcapped_nll(project(x, "head", HEAD, call), targets, self.config.logit_softcap)
 
     def take_skip(self, skip: int, kept: Tensor, x: Tensor) -> Tensor:
-        """Blends a kept output into the stream: sigmoid(gate) of x, the rest of the scaled skip."""
-        gate = torch.sigmoid(self.skip_gates[skip]).to(x.dtype)
-        return torch.lerp(self.skip_weights[skip].to(x.dtype) * kept, x, gate)
+        """Brings a kept output into the stream: added, or blended as sigmoid(gate) of x and the rest of the skip."""
+        kept = self.skip_weights[skip].to(x.dtype) * kept
+        if not self.config.skip_gates_enabled:
+            return x + kept
+        return torch.lerp(kept, x, torch.sigmoid(self.skip_gates[skip]).to(x.dtype))
 
     def groups(self) -> dict[str, dict[str, nn.Parameter]]:
         """Optimizer group -> name -> parameter; every parameter is in exactly one group."""
         named = dict(self.named_parameters())
-        matrix = {name: named.pop(name) for name in BANKS}
-        embed = {"tok_emb.weight": named.pop("tok_emb.weight")}
+        matrix = {name: named.pop(name) for name in (*BANKS, "bigram_bank") if name in named}
+        embed = {name: named.pop(name) for name in ("tok_emb.weight", "bigram_emb.weight") if name in named}
         return {"matrix": matrix, "embed": embed, "scalar": named}
 
     def unused(self, plan: tuple[Visit, ...]) -> set[str]:
         """Names of the parameters that a plan does not touch: the skip connections of the loops."""
         used = {visit.skip for visit in plan}
-        kinds = ("skip_weights", "skip_gates")
-        return {f"{kind}.{skip}" for kind in kinds for skip in range(len(self.skip_weights)) if skip not in used}
+        unused = [skip for skip in range(len(self.skip_weights)) if skip not in used]
+        names = {f"{kind}.{skip}" for kind in ("skip_weights", "skip_gates") for skip in unused}
+        return names & dict(self.named_parameters()).keys()
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Every parameter as a float32 array."""
@@ -1412,14 +1698,16 @@ class GPT(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def lr_multiplier(progress: float, config: Config) -> float:
+def lr_multiplier(progress: float, step: int, config: Config) -> float:
     """Factor on all learning rates: 1, then linear to 0 over the last WARMDOWN_FRAC, never below MIN_LR.
 
-    With the defaults: 1 until progress 0.25, 0.5 at 0.625, 0.10 from 0.925 on.
+    With the defaults: 1 until progress 0.25, 0.5 at 0.625, 0.10 from 0.925 on. WARMDOWN_ITERS is that fraction in
+    steps: of as many as there will be in all at the speed so far, step / progress.
     """
-    if progress < 1 - config.warmdown_frac or not config.warmdown_frac:
+    frac = config.warmdown_iters * progress / step if config.warmdown_iters and step else config.warmdown_frac
+    if progress < 1 - frac or not frac:
         return 1.0
-    return max((1 - progress) / config.warmdown_frac, config.min_lr)
+    return max((1 - progress) / frac, config.min_lr)
 
 
 def muon_momentum(step: int, config: Config) -> float:
@@ -1437,17 +1725,23 @@ POLAR_EXPRESS = (  # (a, b, c) of each iteration X <- a X + (b S + c S^2) X, S =
 )
 
 
-def polar_express(update: Tensor, steps: int) -> Tensor:
+CLASSIC = ((3.4445, -4.7750, 2.0315),) * 5  # the same coefficients in each iteration (Muon)
+
+
+def orthogonalize(update: Tensor, steps: int, polar: bool = True, unit_rows: bool = True) -> Tensor:
     """Each matrix of (n, rows, cols) with its singular values moved close to 1, in the input's dtype.
 
-    Rows are first brought to unit length (MuonEq-R). In exact arithmetic, singular values in [0.003, 1] of the
-    Frobenius-normalised matrix end in [0.859, 1.141] after 5 steps. A symmetric-product kernel can take its place.
+    Rows are first brought to unit length if wanted (MuonEq-R). In exact arithmetic, singular values in [0.003, 1] of
+    the Frobenius-normalised matrix end in [0.859, 1.141] after 5 polar steps; the classic ones leave [0.68, 1.21].
+    A symmetric-product kernel can take its place.
     """
-    x = update / update.float().norm(dim=-1, keepdim=True).clamp_min(1e-7).to(update.dtype)
+    x = update
+    if unit_rows:
+        x = x / x.float().norm(dim=-1, keepdim=True).clamp_min(1e-7).to(x.dtype)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(x.dtype)
-    for a, b, c in POLAR_EXPRESS[:steps]:
+    for a, b, c in (POLAR_EXPRESS if polar else CLASSIC)[:steps]:
         s = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
@@ -1456,12 +1750,13 @@ def polar_express(update: Tensor, steps: int) -> Tensor:
 class Muon:
     """Momentum, orthogonalised. Each rank updates its share of every bank and the updates are gathered.
 
-    M <- mu M + G;  X = polar(G + mu M);  W <- (1 - lr wd) W - lr sqrt(max(1, rows / cols)) X
+    M <- mu M + G;  X = orthogonal(G + mu M);  W <- (1 - lr wd) W - lr sqrt(max(1, rows / cols)) X
     """
 
-    def __init__(self, banks: list[nn.Parameter], config: Config, run: Run):
-        self.banks, self.run, self.config = banks, run, config
-        self.polar = maybe_compile(polar_express, config, run)
+    def __init__(self, banks: dict[str, nn.Parameter], config: Config, run: Run):
+        self.names, self.banks, self.run, self.config = list(banks), list(banks.values()), run, config
+        self.orthogonalize = maybe_compile(orthogonalize, config, run)
+        banks = self.banks
         # Shares are equal: a bank is padded with zero matrices to a multiple of the number of ranks.
         self.shares = [-(-len(bank) // run.world_size) for bank in banks]
         self.momentum = [
@@ -1484,7 +1779,8 @@ class Muon:
         gathered = []
         for share, kept in zip(gradients, self.momentum):
             kept.mul_(momentum).add_(share)
-            update = self.polar(share.add(kept, alpha=momentum), self.config.muon_backend_steps)
+            how = (self.config.muon_backend_steps, self.config.polar_express_ns, self.config.muon_row_normalize)
+            update = self.orthogonalize(share.add(kept, alpha=momentum), *how)
             gathered.append(self.run.gather_shards(update))  # travels while the next bank is orthogonalised
         for bank, (update, handle) in zip(self.banks, gathered):
             if handle is not None:
@@ -1495,7 +1791,7 @@ class Muon:
     def arrays(self) -> dict[str, Tensor]:
         """The momentum of whole banks, float32, whatever the number of ranks. Collective."""
         arrays = {}
-        for name, bank, kept in zip(BANKS, self.banks, self.momentum):
+        for name, bank, kept in zip(self.names, self.banks, self.momentum):
             full, handle = self.run.gather_shards(kept)
             if handle is not None:
                 handle.wait()
@@ -1503,7 +1799,7 @@ class Muon:
         return arrays
 
     def load(self, arrays: Mapping[str, Tensor]) -> None:
-        for name, kept, share in zip(BANKS, self.momentum, self.shares):
+        for name, kept, share in zip(self.names, self.momentum, self.shares):
             full = self.padded(torch.as_tensor(arrays[name]), share)
             kept.copy_(full[self.run.rank * share : (self.run.rank + 1) * share])
 
@@ -1514,7 +1810,7 @@ class Optimizer:
     def __init__(self, model: GPT, config: Config, run: Run):
         groups = model.groups()
         self.config, self.run, self.model = config, run, model
-        self.muon = Muon(list(groups["matrix"].values()), config, run)
+        self.muon = Muon(groups["matrix"], config, run)
         self.replicated = groups["embed"] | groups["scalar"]
         embed = dict(params=list(groups["embed"].values()), base_lr=config.tied_embed_lr, weight_decay=config.embed_wd)
         scalar = dict(params=list(groups["scalar"].values()), base_lr=config.scalar_lr, weight_decay=config.adam_wd)
@@ -1566,7 +1862,7 @@ class Optimizer:
 
     def load(self, arrays: Mapping[str, Tensor]) -> None:
         """Sets every buffer; those that are not named start anew."""
-        self.muon.load({name: arrays[f"muon.{name}"] for name in BANKS})
+        self.muon.load({name: arrays[f"muon.{name}"] for name in self.muon.names})
         self.adamw.state.clear()
         for name, parameter in self.replicated.items():
             keys = ("step", "exp_avg", "exp_avg_sq")
@@ -1625,6 +1921,7 @@ class Trainer:
         self.average = [parameter.detach().clone() for parameter in self.model.parameters()]
         self.plans = {looping: layer_plan(config, looping) for looping in (False, True)}
         self.step, self.elapsed, self.looping = 0, 0.0, False
+        self.collected = 0  # weights in the mean of SWA
         self.history: list[list[float]] = []  # [step, training loss, seconds]
 
     def deal(self, numbers: Iterable[int]) -> Iterator[Row]:
@@ -1649,13 +1946,27 @@ class Trainer:
             total += loss.detach()
         gradients, numbers = self.optimizer.exchange(plan, [total, clock if self.run.is_main else 0.0, stop])
         self.optimizer.step(gradients, multiplier, momentum)
-        torch._foreach_lerp_(self.average, [p.data for p in self.model.parameters()], 1 - self.config.ema_decay)
+        if share := self.average_share(multiplier):
+            torch._foreach_lerp_(self.average, [p.data for p in self.model.parameters()], share)
         return numbers.tolist()  # the one host sync of a step
+
+    def average_share(self, multiplier: float) -> float:
+        """Share of the new weights in the average: constant (EMA), or 1 / n for the n-th weights collected (SWA)."""
+        config = self.config
+        if not config.swa_enabled:
+            return 1 - config.ema_decay
+        if multiplier >= config.swa_start_frac or (self.step + 1) % config.swa_every:
+            return 0.0
+        self.collected += 1
+        return 1 / self.collected
 
     def progress(self) -> float:
         """From 0 to 1 over the time budget, by rank 0's clock; without one, over the iterations."""
         limit = self.config.train_seconds
         return min(self.elapsed / limit if limit < math.inf else self.step / self.config.iterations, 1.0)
+
+    def multiplier(self) -> float:
+        return lr_multiplier(self.progress(), self.step, self.config)
 
     def finished(self) -> bool:
         return self.step >= self.config.iterations or self.elapsed >= self.config.train_seconds
@@ -1674,7 +1985,7 @@ class Trainer:
                 if not self.looping and self.progress() >= config.enable_looping_at and config.num_loops:
                     self.looping = True
                     self.log("looping", step=self.step, progress=self.progress(), visits=len(self.plans[True]))
-                multiplier, momentum = lr_multiplier(self.progress(), config), muon_momentum(self.step, config)
+                multiplier, momentum = self.multiplier(), muon_momentum(self.step, config)
                 clock, stop = time.monotonic() - begin, signals[0] if signals else 0
                 numbers = self.update(rows, self.looping, multiplier, momentum, clock, stop)
                 loss, self.elapsed, stop, norm = numbers
@@ -1731,6 +2042,7 @@ class Trainer:
             for _ in range(self.config.warmup_steps):
                 self.update([Row(tokens, tokens, docs)], looping, 1.0, 0.9)
         self.set_state(*before)
+        self.collected = 0
         self.log("warm_up", steps=2 * self.config.warmup_steps, seconds=time.monotonic() - start)
 
     def state(self) -> tuple[dict, dict, dict]:
@@ -1758,6 +2070,7 @@ class Trainer:
                 "step": self.step,
                 "elapsed": self.elapsed,
                 "looping": self.looping,
+                "collected": self.collected,
                 "settings": training_settings(self.config),
             }
             save_arrays(run_dir(self.config) / "checkpoint.bin", meta, arrays)
@@ -1774,8 +2087,9 @@ class Trainer:
         meta, arrays = found
         if odd := differing(training_settings(self.config), meta.get("settings")):
             raise UserError(f"{path}: made with {odd}; set the same values or choose another RUN_ID")
-        step, elapsed, looping = (meta.get(key) for key in ("step", "elapsed", "looping"))
+        step, elapsed, looping, collected = (meta.get(key) for key in ("step", "elapsed", "looping", "collected"))
         fitting = type(step) is int and 0 <= step <= self.config.iterations and type(looping) is bool
+        fitting = fitting and type(collected) is int and 0 <= collected <= step
         if not fitting or type(elapsed) is not float or not 0 <= elapsed < 1e9:
             raise UserError(f"{path}: step {step}, seconds {elapsed}, looping {looping}; delete this file")
         check_arrays(path, arrays, self.checkpoint_shapes(arrays, step))
@@ -1785,14 +2099,14 @@ class Trainer:
             part, name = key.split("/")
             parts[part][name] = torch.from_numpy(array.copy())
         self.set_state(**parts)
-        self.step, self.elapsed, self.looping = step, elapsed, looping
+        self.step, self.elapsed, self.looping, self.collected = step, elapsed, looping, collected
         self.log("resumed", step=self.step, seconds=self.elapsed)
 
     def checkpoint_shapes(self, arrays: Mapping[str, np.ndarray], step: int) -> dict[str, tuple]:
         """The arrays that a checkpoint of this step must have; AdamW's only where the parameter has had an update."""
         named = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
         shapes = {f"{part}/{name}": shape for part in ("weights", "average") for name, shape in named.items()}
-        shapes |= {f"optimizer/muon.{name}": named[name] for name in BANKS}
+        shapes |= {f"optimizer/muon.{name}": named[name] for name in self.optimizer.muon.names}
         for name in self.optimizer.replicated:
             if f"optimizer/adamw.step.{name}" in arrays:
                 shapes[f"optimizer/adamw.step.{name}"] = ()
@@ -1800,16 +2114,19 @@ class Trainer:
         return shapes | {"history": (step, 3)}
 
     def use_average(self) -> None:
-        """Replaces the weights by their moving average; everything downstream uses it."""
-        self.model.load(self.state()[1])
+        """Replaces the weights by their average; everything downstream uses it."""
+        if not self.config.swa_enabled or self.collected:
+            self.model.load(self.state()[1])
 
     @torch.no_grad()
     def hessians(self) -> dict[tuple[str, int], Tensor]:
         """X^T X of every kind of weight over the rows that follow the last training step, summed over ranks.
 
-        The model runs as it will be scored: averaged weights, looped plan, attention inside documents.
+        The model runs as it will be scored: averaged weights, looped plan. Only GPTQ wants them.
         """
         first, taps = self.step * self.config.rows_per_step, Taps()
+        if self.config.quant_scheme != "gptq":
+            return {}
         for name, matrix in MATRICES.items():
             if matrix.hessian == name:
                 width = getattr(self.model, matrix.bank).size(-1)
@@ -1825,9 +2142,10 @@ def training_settings(config: Config) -> dict[str, Any]:
     """The settings that decide what the train stage computes; a resumed run must have the same."""
     later = ("run_id", "runs_dir", "stages", "compile", "attn_backend", "checkpoint_seconds", "preset", "data_dir")
     shown = ("train_log_every", "val_loss_every", "val_batch_tokens", "eval_seq_len", "eval_stride", "warmup_steps")
-    scoring = ("ttt_", "global_ttt_", "phased_ttt_", "sliding_", "matrix_bits", "embed_bits", "fit_artifact")
+    first, last = list(FIELDS).index("matrix_bits"), list(FIELDS).index("token_boost")
+    stages = {*list(FIELDS)[first : last + 1]} - {"gptq_calibration_batches"}  # of quantize and evaluate
     values = dataclasses.asdict(config)
-    skip = {name for name in values if name in later + shown or name.startswith(scoring) or "clip_sigmas" in name}
+    skip = {name for name in values if name in later + shown} | stages
     return {name: value for name, value in values.items() if name not in skip}
 
 
@@ -1911,14 +2229,13 @@ def run_dir(config: Config) -> Path:
 # COMPRESS
 #
 # Averaged weights and Hessians become integer codes, and these one artifact file, from which alone the model is
-# scored. Matrices go through GPTQ, attention gates are rounded to int8 rows, everything else is stored as fp16.
+# scored. Matrices go through a quantiser, attention gates are rounded to int8 rows, everything else is stored as fp16.
 # The entropy coder does the packing: an int6 code occupies a byte here and about 3.4 bits in the file.
 # ------------------------------------------------------------------------------------------------------------
 
 ENTROPY_BITS_AT_ONE_SIGMA = 2.047  # log2 sqrt(2 pi e): entropy of a Gaussian row whose step is one std, in bits
 FIT_MARGIN_BYTES = 3000  # head-room of a refitted artifact; sizes of equal settings differ by a few kB
 FIT_TRIES, FIT_LARGEST_FACTOR = 6, 4.0  # give up then: what is missing is not for coarser steps to save
-BROTLI = {"quality": 10, "lgwin": 22}  # quality 11 saves less than 0.01 % of these streams and takes a third longer
 
 
 def gptq(W: Tensor, H: Tensor, clip_sigmas: float, bits: int, block: int = 128) -> tuple[Tensor, Tensor]:
@@ -1931,7 +2248,7 @@ def gptq(W: Tensor, H: Tensor, clip_sigmas: float, bits: int, block: int = 128) 
     """
     n, rows, cols = W.shape
     top = 2 ** (bits - 1) - 1
-    scale = (clip_sigmas * W.std(-1) / top).half().clamp_min(2.0**-24)  # the least fp16: a zero row stays zero
+    scale = half_scale(clip_sigmas * W.std(-1), top)
     H, diagonal = H.clone(), H.diagonal(dim1=-2, dim2=-1)
     dead = diagonal == 0  # inputs never seen in calibration: their weights become 0
     H.diagonal(dim1=-2, dim2=-1).add_(dead)
@@ -1975,6 +2292,152 @@ def inverse_factor(H: Tensor, mean: Tensor) -> Tensor:
     raise TrainingDiverged("a calibration Hessian is not finite or not positive definite; lower the learning rates")
 
 
+HALF_LEAST, HALF_MOST = 2.0**-24, 65504.0  # positive fp16 numbers: a scale is never 0 and never infinite
+INT8_CLIP = 0.9999984  # the percentile of |row| at which the baseline clips
+LITE_CLIPS = (0.999, 0.9995, 0.9999, 0.99999, 1.0)  # percentiles of |row| that GPTQ-lite tries
+
+
+def half_scale(largest: Tensor, levels: float) -> Tensor:
+    """The step size, as float16, with which `levels` steps reach `largest` (any shape, not negative)."""
+    return (largest / levels).half().clamp(HALF_LEAST, HALF_MOST)
+
+
+def round_to_rows(W: Tensor, clip: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Rounds rows to the nearest of 2^bits - 1 levels between -clip and clip.
+
+    W (..., rows, cols) and clip (..., rows), both float32 -> codes (..., rows, cols) int8, scale (..., rows) float16.
+    The codes are made with the rounded scale, the one they are read with.
+    """
+    top = 2 ** (bits - 1) - 1
+    scale = half_scale(clip, top)
+    return (W / scale.float().unsqueeze(-1)).round_().clamp_(-top, top).to(torch.int8), scale
+
+
+def row_quantiles(x: Tensor, fractions: Sequence[float]) -> list[Tensor]:
+    """Quantiles over the last axis with linear interpolation, (..., n) -> (...) for each fraction in [0, 1].
+
+    torch.quantile computes the same but refuses more than 2^24 elements.
+    """
+    ordered, last = x.sort(-1).values, x.size(-1) - 1
+    ranks = [fraction * last for fraction in fractions]
+    return [torch.lerp(ordered[..., int(r)], ordered[..., min(int(r) + 1, last)], r - int(r)) for r in ranks]
+
+
+# Quantisers: W (n, rows, cols) float32, H (n, cols, cols) its summed X^T X, clip_sigmas, bits -> codes (n, rows, cols)
+# int8 within +-(2^(bits-1) - 1), scale (n, rows) float16. The three here use neither H nor clip_sigmas.
+
+
+def int8_clip(W: Tensor, H: Tensor | None, clip_sigmas: float, bits: int) -> tuple[Tensor, Tensor]:
+    """Round to nearest, clipped at the 99.99984th percentile of |row| (NaiveBaseline, PR #489)."""
+    return round_to_rows(W, row_quantiles(W.abs(), [INT8_CLIP])[0], bits)
+
+
+def intn_row(W: Tensor, H: Tensor | None, clip_sigmas: float, bits: int) -> tuple[Tensor, Tensor]:
+    """Round to nearest without clipping: the largest |w| of a row takes the last level."""
+    return round_to_rows(W, W.abs().amax(-1), bits)
+
+
+def gptq_lite(W: Tensor, H: Tensor | None, clip_sigmas: float, bits: int) -> tuple[Tensor, Tensor]:
+    """Round to nearest, each row clipped at that percentile of LITE_CLIPS which leaves the least squared error.
+
+    The published code decides once per matrix, although it says per row. Of equal errors the lower percentile wins.
+    """
+    clips = torch.stack(row_quantiles(W.abs(), LITE_CLIPS))  # (percentiles, n, rows)
+    errors = []
+    for clip in clips:
+        codes, scale = round_to_rows(W, clip, bits)
+        errors.append((W - codes * scale.float().unsqueeze(-1)).square().mean(-1))
+    best = torch.stack(errors).argmin(0, keepdim=True)
+    return round_to_rows(W, clips.gather(0, best)[0], bits)
+
+
+def prune(W: Tensor, frac: float) -> Tensor:
+    """W (..., rows, cols) with each |w| below the `frac` quantile of its own matrix set to 0; frac 0 changes nothing."""
+    threshold = row_quantiles(W.abs().flatten(-2), [frac])[0]
+    return W.masked_fill(W.abs() < threshold[..., None, None], 0)
+
+
+QUANTIZERS: dict[str, Callable] = {
+    "gptq": gptq,
+    "gptq_lite": gptq_lite,
+    "intn_row": intn_row,
+    "int8_clip": int8_clip,
+}
+
+
+# Low-rank correction of the worst matrices (LQER, arXiv:2402.02446, as in #1797): W - codes * scale is approximated by
+# A B with A in 2 bits and B in 4. The levels are asymmetric, -2..1 and -8..7, so the sign of a singular pair, which is
+# arbitrary, decides how well it is rounded.
+
+LQER_PARTS = ("lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale")
+
+
+def lqer_shapes(rows: int, cols: int, rank: int, group: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of the arrays of `lqer_factors`. B has one scale per `group` values, counted row by row, or per
+    row where `group` does not divide its size."""
+    rank = min(rank, rows, cols)
+    group = cols if rank * cols % group else group
+    return {
+        "lqer_a": ((rows, rank), "i1"),
+        "lqer_a_scale": ((1,), "<f2"),
+        "lqer_b": ((rank, cols), "i1"),
+        "lqer_b_scale": ((rank * cols // group,), "<f2"),
+    }
+
+
+def round_asymmetric(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """x (groups, size) float32 -> codes int8 from -2^(bits-1) to 2^(bits-1) - 1, scale (groups,) float16.
+
+    The largest |x| of a group lies half a step beyond the last positive level.
+    """
+    half = 2 ** (bits - 1)
+    scale = half_scale(torch.from_numpy(np.abs(x).max(1)), half - 0.5).numpy()
+    return np.clip(np.round(x / scale.astype(np.float32)[:, None]), -half, half - 1).astype(np.int8), scale
+
+
+def lqer_factors(E: Tensor, rank: int, group: int) -> dict[str, np.ndarray]:
+    """The residual E (rows, cols) -> arrays of `lqer_shapes`, whose product `lqer_product` is near E.
+
+    Start: the truncated SVD with A = U S, B = V^T. Then one pair after the other takes the sign with which the
+    quantised product is nearer to E.
+    """
+    U, S, Vt = torch.linalg.svd(E.float(), full_matrices=False)
+    shapes, E = lqer_shapes(*E.shape, rank, group), E.float().cpu().numpy()
+    rank, groups = shapes["lqer_b"][0][0], shapes["lqer_b_scale"][0][0]
+    A, B = (U[:, :rank] * S[:rank]).cpu().numpy(), Vt[:rank].cpu().numpy()
+
+    def with_signs(signs: np.ndarray) -> dict[str, np.ndarray]:
+        a, a_scale = round_asymmetric((A * signs).reshape(1, -1), 2)
+        b, b_scale = round_asymmetric((B * signs[:, None]).reshape(groups, -1), 4)
+        return {
+            "lqer_a": a.reshape(A.shape),
+            "lqer_a_scale": a_scale,
+            "lqer_b": b.reshape(B.shape),
+            "lqer_b_scale": b_scale,
+        }
+
+    signs = np.ones(rank, np.float32)
+    best = with_signs(signs)
+    error = np.linalg.norm(E - lqer_product(best))
+    for pair in range(rank):
+        signs[pair] = -1
+        flipped = with_signs(signs)
+        new = np.linalg.norm(E - lqer_product(flipped))
+        if new < error:
+            best, error = flipped, new
+        else:
+            signs[pair] = 1
+    return best
+
+
+def lqer_product(factors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Arrays of `lqer_shapes` -> their product (rows, cols) float32, to be added to codes * scale."""
+    A = factors["lqer_a"] * factors["lqer_a_scale"].astype(np.float32)
+    groups = factors["lqer_b"].reshape(factors["lqer_b_scale"].size, -1)
+    B = groups * factors["lqer_b_scale"].astype(np.float32)[:, None]
+    return A @ B.reshape(factors["lqer_b"].shape)
+
+
 class Stored(NamedTuple):
     """One array of the artifact."""
 
@@ -1984,13 +2447,49 @@ class Stored(NamedTuple):
     dtype: str
 
 
-def artifact_table(config: Config) -> list[Stored]:
-    """The arrays of an artifact in file order. It follows from the configuration, so the file need not hold it."""
+class Precision(NamedTuple):
+    """How finely the matrices of one role are rounded."""
+
+    clip_sigmas: float
+    bits: int
+
+
+def precision(role: str, config: Config) -> Precision:
+    """Clip and bits of a role: attn, mlp or embed."""
+    return {
+        "attn": Precision(config.attn_clip_sigmas, config.matrix_bits),
+        "mlp": Precision(config.mlp_clip_sigmas, config.mlp_bits or config.matrix_bits),
+        "embed": Precision(config.embed_clip_sigmas, config.embed_bits),
+    }[role]
+
+
+def stays_half(name: str, config: Config) -> bool:
+    """Whether FP16_KEEP_NAME_PATTERNS exempts this matrix from quantisation; {last} is the last layer's number."""
+    patterns = config.fp16_keep_name_patterns.replace("{last}", str(config.num_layers - 1)).replace(" ", "")
+    return any(pattern in name for pattern in patterns.split(",") if pattern)
+
+
+SORTED_STREAMS = ("embedding", "attn.q", "mlp.up")  # COMPRESSOR=pergroup brings similar rows together there (#1855)
+
+
+def artifact_table(config: Config, corrected: Iterable[str] = ()) -> list[Stored]:
+    """The arrays of an artifact in file order; `corrected` are the matrices with a low-rank correction (LQER).
+
+    All else follows from the configuration, so the file need not hold it.
+    """
     table = []
 
     def add(stream: str, name: str, shape: tuple[int, ...]) -> None:
+        if stays_half(name, config):
+            table.append(Stored("halves", name, shape, "<f2"))
+            return
         table.append(Stored(stream, name + ".codes", shape, "i1"))
         table.append(Stored("halves", name + ".scale", shape[:1], "<f2"))
+        if config.compressor == "pergroup" and stream in SORTED_STREAMS:
+            table.append(Stored("orders", name + ".order", shape[:1], "<u2"))
+        if name in corrected:
+            for part, (part_shape, dtype) in lqer_shapes(*shape, config.lqer_rank, config.lqer_asym_group).items():
+                table.append(Stored("lqer" if dtype == "i1" else "halves", f"{name}.{part}", part_shape, dtype))
 
     parameters = {name: tuple(p.shape) for name, p in GPT(config, Run(), "meta").named_parameters()}
     for kind, matrix in MATRICES.items():
@@ -1998,57 +2497,93 @@ def artifact_table(config: Config) -> list[Stored]:
             add(kind, f"blocks.{layer}.{kind}", parameters[matrix.bank][1:])
     add("embedding", "tok_emb.weight", parameters["tok_emb.weight"])
     for name, shape in parameters.items():
-        if name.endswith("attn_gate_w"):
-            add("gates", name, shape)
+        if name == "bigram_emb.weight":
+            add("bigram", name, shape)
+        elif name.endswith("attn_gate_w") and config.gated_attn_quant_gate:
+            table.append(Stored("gates", name + ".codes", shape, "i1"))
+            table.append(Stored("halves", name + ".scale", shape[:1], "<f2"))
         elif name not in BANKS and name != "tok_emb.weight":
             table.append(Stored("halves", name, shape, "<f2"))
     return table
 
 
-def quantize(arrays: dict[str, np.ndarray], config: Config, device: torch.device) -> dict[str, np.ndarray]:
-    """Weights and Hessians, as in trained.bin -> the arrays of artifact_table by name."""
-    stored, L = {}, config.num_layers
-    to_device = lambda array: torch.from_numpy(array.copy()).to(device)
+class Weights(NamedTuple):
+    """Matrices that are quantised in one call, because they share their inputs."""
 
-    def keep(name: str, codes: Tensor, scale: Tensor) -> None:
-        stored[name + ".codes"], stored[name + ".scale"] = codes.cpu().numpy(), scale.cpu().numpy()
+    names: list[list[str]]  # n lists: what lies below each other in one matrix
+    parts: list[Tensor]  # for each place in these lists (n, rows, cols) float32
+    hessian: Tensor | None  # (n, cols, cols)
+    role: str
+
+
+def weight_groups(arrays: Mapping[str, np.ndarray], config: Config, device: torch.device) -> Iterator[Weights]:
+    """All matrices of trained.bin: per kind of input one group of all layers (q, k and v together), embeddings."""
+    L = config.num_layers
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.copy()).to(device)
+
+    def hessian(kind: str, count: int) -> Tensor | None:
+        if config.quant_scheme != "gptq":
+            return None
+        return torch.stack([tensor(arrays[f"hessian.{kind}.{number}"]) for number in range(count)])
 
     for kind in [kind for kind, matrix in MATRICES.items() if matrix.hessian == kind]:
-        # One call for all layers, and for the kinds that share their inputs (q, k, v): their rows are independent.
         kinds = [name for name, matrix in MATRICES.items() if matrix.hessian == kind]
-        parts = [to_device(arrays[MATRICES[name].bank][MATRICES[name].half * L :][:L]) for name in kinds]
-        hessians = torch.stack([to_device(arrays[f"hessian.{kind}.{layer}"]) for layer in range(L)])
-        codes, scale = gptq(torch.cat(parts, 1), hessians, getattr(config, MATRICES[kind].clip), config.matrix_bits)
+        parts = [tensor(arrays[MATRICES[name].bank][MATRICES[name].half * L :][:L]) for name in kinds]
+        names = [[f"blocks.{layer}.{name}" for name in kinds] for layer in range(L)]
+        yield Weights(names, parts, hessian(kind, L), MATRICES[kind].role)
+    yield Weights([["tok_emb.weight"]], [tensor(arrays["tok_emb.weight"])[None]], hessian("head", 1), "embed")
+    if config.bigram_vocab_size:
+        yield Weights([["bigram_emb.weight"]], [tensor(arrays["bigram_emb.weight"])[None]], None, "embed")
+
+
+def quantize(arrays: Mapping[str, np.ndarray], config: Config, device: torch.device) -> dict[str, np.ndarray]:
+    """Weights and Hessians, as in trained.bin -> the arrays of artifact_table by name."""
+    stored: dict[str, np.ndarray] = {}
+    residuals: dict[str, Tensor] = {}
+
+    def keep(name: str, weight: Tensor, codes: Tensor, scale: Tensor) -> None:
+        if stays_half(name, config):
+            stored[name] = weight.cpu().numpy().astype(np.float16)
+            return
+        stored[name + ".codes"], stored[name + ".scale"] = codes.cpu().numpy(), scale.cpu().numpy()
+        if config.lqer_rank:
+            residuals[name] = weight - codes * scale.float().unsqueeze(-1)
+
+    for names, parts, hessian, role in weight_groups(arrays, config, device):
+        parts = [prune(part, config.mag_prune_frac) for part in parts]
+        scheme = config.quant_scheme if hessian is not None or config.quant_scheme != "gptq" else "gptq_lite"
+        codes, scale = QUANTIZERS[scheme](torch.cat(parts, 1), hessian, *precision(role, config))
         sizes = [part.size(1) for part in parts]
-        for name, q, s in zip(kinds, codes.split(sizes, 1), scale.split(sizes, 1)):
-            for layer in range(L):
-                keep(f"blocks.{layer}.{name}", q[layer], s[layer])
-    weight, hessian = to_device(arrays["tok_emb.weight"]), to_device(arrays["hessian.head.0"])
-    codes, scale = gptq(weight[None], hessian[None], config.embed_clip_sigmas, config.embed_bits)
-    keep("tok_emb.weight", codes[0], scale[0])
+        for place, (part, q, s) in enumerate(zip(parts, codes.split(sizes, 1), scale.split(sizes, 1))):
+            for number, below in enumerate(names):
+                keep(below[place], part[number], q[number], s[number])
+    by_error = sorted(residuals, key=lambda name: -float(residuals[name].norm()))
+    for name in by_error[: config.lqer_top_k]:
+        factors = lqer_factors(residuals[name], config.lqer_rank, config.lqer_asym_group)
+        stored |= {f"{name}.{part}": array for part, array in factors.items()}
     for entry in artifact_table(config):
+        name = entry.name.removesuffix(".codes")
         if entry.stream == "gates":
-            gate = torch.from_numpy(arrays[entry.name.removesuffix(".codes")].copy())
-            scale = (gate.abs().amax(1) / 127).half().clamp_min(2.0**-24)
-            keep(
-                entry.name.removesuffix(".codes"),
-                (gate / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8),
-                scale,
-            )
-        elif entry.name in arrays:
-            stored[entry.name] = arrays[entry.name].astype(np.float16)
+            codes, scale = intn_row(torch.from_numpy(arrays[name].copy())[None], None, 0, 8)
+            stored[entry.name], stored[name + ".scale"] = codes[0].numpy(), scale[0].numpy()
+        elif name in arrays and name not in stored and entry.dtype == "<f2":
+            stored[name] = arrays[name].astype(np.float16)
     return stored
 
 
 def dequantize(stored: Mapping[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
     """The arrays of an artifact -> float32 parameters of GPT by name."""
-    values = {
-        name: array.astype(np.float32)
-        for name, array in stored.items()
-        if "." + name.split(".")[-1] not in (".codes", ".scale")
-    }
-    for name in [name.removesuffix(".codes") for name in stored if name.endswith(".codes")]:
-        values[name] = stored[name + ".codes"].astype(np.float32) * stored[name + ".scale"].astype(np.float32)[:, None]
+    values = {}
+    for name, array in stored.items():
+        if name.endswith(".codes"):
+            name = name.removesuffix(".codes")
+            values[name] = array.astype(np.float32) * stored[name + ".scale"].astype(np.float32)[:, None]
+            if f"{name}.lqer_a" in stored:
+                values[name] += lqer_product({part: stored[f"{name}.{part}"] for part in LQER_PARTS})
+        elif name.rsplit(".", 1)[-1] not in ("scale", "order", *LQER_PARTS):
+            values[name] = array.astype(np.float32)
     halves: dict[str, list] = {bank: [None, None] for bank in BANKS}
     for kind, matrix in MATRICES.items():
         halves[matrix.bank][matrix.half] = [values.pop(f"blocks.{layer}.{kind}") for layer in range(config.num_layers)]
@@ -2057,19 +2592,24 @@ def dequantize(stored: Mapping[str, np.ndarray], config: Config) -> dict[str, np
 
 def stream_bytes(stored: Mapping[str, np.ndarray], table: list[Stored]) -> dict[str, bytes]:
     """Arrays -> one byte string per stream. Codes run down the columns, whose statistics differ more than those of
-    rows; of half-precision numbers first all low bytes, then all high ones."""
+    rows; of two-byte numbers first all low bytes, then all high ones."""
     streams: dict[str, list[bytes]] = {}
     for entry in table:
         array = stored[entry.name]
-        streams.setdefault(entry.stream, []).append((array.T if entry.dtype == "i1" else array.astype("<f2")).tobytes())
+        streams.setdefault(entry.stream, []).append((array.T if entry.dtype == "i1" else array).tobytes())
     joined = {stream: b"".join(parts) for stream, parts in streams.items()}
-    return joined | {"halves": joined["halves"][0::2] + joined["halves"][1::2]}
+    return joined | {stream: joined[stream][0::2] + joined[stream][1::2] for stream in TWO_BYTES if stream in joined}
+
+
+TWO_BYTES = ("halves", "orders")  # streams of two-byte numbers
 
 
 def stream_arrays(streams: Mapping[str, bytes], table: list[Stored]) -> dict[str, np.ndarray]:
     """The inverse of stream_bytes."""
-    data = np.frombuffer(streams["halves"], np.uint8).reshape(2, -1).T.tobytes()
-    streams, stored, used = {**streams, "halves": data}, {}, dict.fromkeys(streams, 0)
+    streams, stored, used = dict(streams), {}, dict.fromkeys(streams, 0)
+    for stream in TWO_BYTES:
+        if stream in streams:
+            streams[stream] = np.frombuffer(streams[stream], np.uint8).reshape(2, -1).T.tobytes()
     for entry in table:
         count, begin = math.prod(entry.shape), used[entry.stream]
         array = np.frombuffer(streams[entry.stream], entry.dtype, count, begin)
@@ -2078,17 +2618,168 @@ def stream_arrays(streams: Mapping[str, bytes], table: list[Stored]) -> dict[str
     return stored
 
 
-def save_artifact(path: Path, stored: Mapping[str, np.ndarray], config: Config) -> int:
-    """Compresses the streams side by side and writes the artifact. Returns its size in bytes."""
+def row_order(codes: np.ndarray) -> np.ndarray:
+    """A chain through the rows, each followed by its nearest neighbour among those left.
+
+    codes (rows, cols) int8, rows <= 65,536 -> permutation (rows,) uint16 that begins with row 0. Distance is the sum of
+    absolute differences; of equal ones the lowest index wins. Similar rows in a row help coders that look back
+    (PR #1855); the order itself costs 2 bytes per row.
+    """
+    rows, here = len(codes), 0
+    order, left, index, used = np.zeros(rows, np.uint16), codes, np.arange(rows), np.zeros(rows, bool)
+    for step in range(1, rows):
+        row, used[here] = left[here], True
+        # Differences of int8 reach 255: they wrap around in int8 and are right again when read as uint8.
+        gaps = (np.maximum(left, row) - np.minimum(left, row)).view(np.uint8)
+        distance = gaps.sum(1, dtype=np.int64)
+        distance[used] = np.iinfo(np.int64).max
+        here = int(distance.argmin())
+        order[step] = index[here]
+        if step % 256 == 0:  # rows that are used cost time; leaving them out keeps the others in ascending order
+            here -= int(used[:here].sum())
+            left, index, used = left[~used], index[~used], np.zeros(int((~used).sum()), bool)
+    return order
+
+
+def sort_rows(stored: Mapping[str, np.ndarray], table: list[Stored]) -> dict[str, np.ndarray]:
+    """`stored` with the rows of the matrices that have an order in the table rearranged, and these orders."""
+    stored = dict(stored)
+    for name in [entry.name.removesuffix(".order") for entry in table if entry.name.endswith(".order")]:
+        stored[name + ".order"] = order = row_order(stored[name + ".codes"])
+        stored[name + ".codes"] = stored[name + ".codes"][order]
+    return stored
+
+
+def restore_rows(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inverse of sort_rows. Raises ValueError unless every order names each row once."""
+    stored = dict(stored)
+    for name in [name.removesuffix(".order") for name in stored if name.endswith(".order")]:
+        inverse = np.argsort(order := stored[name + ".order"], kind="stable")
+        if not np.array_equal(order[inverse], np.arange(len(order))):
+            raise ValueError(f"{name}: its row order is no permutation")
+        stored[name + ".codes"] = stored[name + ".codes"][inverse]
+    return stored
+
+
+def expanded(data: bytes, size: int, finished: bool) -> bytes:
+    """What a decoder made, if it is what the caller expects. Raises ValueError otherwise."""
+    if len(data) != size or not finished:
+        raise ValueError(f"does not expand to {size} bytes")
+    return data
+
+
+# Codecs. compress(data) -> bytes; decompress(data, size) -> just `size` bytes, or ValueError for data that is damaged
+# or of another size. Decoders stop after size + 1 bytes; but brotli fills its current block (about twice as much), and
+# lrzip is trusted to keep to the size in its header. brotli has no checksum: a changed bit may pass as `size` other
+# bytes, so the container keeps a SHA-256.
+
+
+def pack_brotli(data: bytes) -> bytes:
     import brotli
 
-    streams = stream_bytes(stored, artifact_table(config))
+    return brotli.compress(data, quality=10, lgwin=22)  # 11 saves under 0.01 % of these streams, and takes 1/3 longer
+
+
+def unpack_brotli(data: bytes, size: int) -> bytes:
+    import brotli
+
+    decoder = brotli.Decompressor()
+    try:
+        found = decoder.process(data, output_buffer_limit=size + 1)
+    except brotli.error as error:
+        raise ValueError(str(error)) from None
+    return expanded(found, size, decoder.is_finished())
+
+
+def pack_lzma(data: bytes) -> bytes:
+    return lzma.compress(data, preset=9)
+
+
+def unpack_lzma(data: bytes, size: int) -> bytes:
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**27)  # preset 9 needs 65 MiB
+    try:
+        found = decoder.decompress(data, size + 1)
+    except lzma.LZMAError as error:
+        raise ValueError(str(error)) from None
+    return expanded(found, size, decoder.eof and not decoder.unused_data)
+
+
+def pack_zlib(data: bytes) -> bytes:
+    return zlib.compress(data, 9)
+
+
+def unpack_zlib(data: bytes, size: int) -> bytes:
+    decoder = zlib.decompressobj()
+    try:
+        found = decoder.decompress(data, size + 1)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    return expanded(found, size, decoder.eof and not decoder.unused_data)
+
+
+def pack_zstd(data: bytes) -> bytes:
+    import zstandard
+
+    return zstandard.ZstdCompressor(level=22, write_checksum=True).compress(data)
+
+
+def unpack_zstd(data: bytes, size: int) -> bytes:
+    import zstandard
+
+    try:
+        # The decoder allocates what the header announces, so that is compared first.
+        announced = zstandard.get_frame_parameters(data).content_size
+        found = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False) if announced == size else b""
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from None
+    return expanded(found, size, announced == size)
+
+
+def run_lrzip(data: bytes, *options: str) -> bytes:
+    """What the program lrzip makes of data. Raises ValueError when it is not installed or fails."""
+    program = shutil.which("lrzip")
+    if program is None:
+        raise ValueError("the program lrzip is not installed; install it (Debian: lrzip) or choose another compressor")
+    with tempfile.TemporaryDirectory() as folder:
+        source, result = Path(folder, "source"), Path(folder, "result")
+        source.write_bytes(data)
+        command = [program, *options, "-q", "-f", "-o", str(result), str(source)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+        if done.returncode or not result.is_file():
+            raise ValueError(f"lrzip failed with status {done.returncode}")
+        return result.read_bytes()
+
+
+def pack_lrzip(data: bytes) -> bytes:
+    return run_lrzip(data, "-z", "-L", "9")
+
+
+def unpack_lrzip(data: bytes, size: int) -> bytes:
+    announced = int.from_bytes(data[6:14], "little")  # of the 24-byte header: magic, version (2), size (8), ...
+    expanded(b"", 0, bytes(data[:4]) == b"LRZI" and announced == size)
+    return expanded(run_lrzip(data, "-d"), size, True)
+
+
+CODECS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes, int], bytes]]] = {
+    "brotli": (pack_brotli, unpack_brotli),
+    "lzma": (pack_lzma, unpack_lzma),
+    "zlib": (pack_zlib, unpack_zlib),
+    "zstd": (pack_zstd, unpack_zstd),
+    "lrzip": (pack_lrzip, unpack_lrzip),
+}
+
+
+def save_artifact(path: Path, stored: Mapping[str, np.ndarray], config: Config) -> int:
+    """Compresses the streams side by side and writes the artifact. Returns its size in bytes."""
+    corrected = sorted(name.removesuffix(".lqer_a") for name in stored if name.endswith(".lqer_a"))
+    table = artifact_table(config, corrected)
+    streams = stream_bytes(sort_rows(stored, table), table)
+    codec = config.compressor if config.compressor != "pergroup" else "lrzip" if shutil.which("lrzip") else "brotli"
     longest_first = sorted(streams, key=lambda stream: -len(streams[stream]))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        packed = dict(
-            zip(longest_first, pool.map(lambda stream: brotli.compress(streams[stream], **BROTLI), longest_first))
-        )
-    return write_container(path, {"model": model_settings(config)}, [packed[stream] for stream in streams])
+        packed = dict(zip(longest_first, pool.map(lambda stream: CODECS[codec][0](streams[stream]), longest_first)))
+    meta = {"model": artifact_settings(config), "codec": codec, "corrected": corrected}
+    return write_container(path, meta, [packed[stream] for stream in streams])
 
 
 def load_artifact(path: Path, config: Config) -> dict[str, np.ndarray]:
@@ -2097,27 +2788,33 @@ def load_artifact(path: Path, config: Config) -> dict[str, np.ndarray]:
     Raises UserError when it is damaged, or of another model than `config` says. Decompression is bounded by the
     sizes that follow from the configuration.
     """
-    import brotli
-
-    table = artifact_table(config)
-    sizes: dict[str, int] = {}
-    for entry in table:
-        sizes[entry.stream] = sizes.get(entry.stream, 0) + math.prod(entry.shape) * np.dtype(entry.dtype).itemsize
-    meta, packed = read_container(path, HEADER_LIMIT + sum(sizes.values()))
-    if odd := differing(model_settings(config), meta.get("model")):
+    limit = sum(math.prod(e.shape) * np.dtype(e.dtype).itemsize for e in artifact_table(config))
+    meta, packed = read_container(path, HEADER_LIMIT + 2 * limit)
+    if odd := differing(artifact_settings(config), meta.get("model")):
         raise UserError(f"{path}: made with {odd}; set the same values")
-    streams = {}
     try:
-        if len(packed) != len(sizes):
-            raise ValueError(f"{len(packed)} streams, expected {len(sizes)}")
-        for (stream, size), data in zip(sizes.items(), packed):
-            decoder = brotli.Decompressor()
-            streams[stream] = decoder.process(data, output_buffer_limit=size + 1)
-            if len(streams[stream]) != size or not decoder.is_finished():
-                raise ValueError(f"stream {stream} does not expand to {size} bytes")
-    except (ValueError, brotli.error) as error:
+        table, codec = artifact_table(config, corrected_names(meta.get("corrected"), config)), meta.get("codec")
+        sizes: dict[str, int] = {}
+        for entry in table:
+            sizes[entry.stream] = sizes.get(entry.stream, 0) + math.prod(entry.shape) * np.dtype(entry.dtype).itemsize
+        if codec not in CODECS or len(packed) != len(sizes):
+            raise ValueError(f"codec {str(codec)[:20]}, {len(packed)} streams, expected {len(sizes)}")
+        expand = CODECS[codec][1]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            streams = dict(zip(sizes, pool.map(lambda data, size: expand(bytes(data), size), packed, sizes.values())))
+        return dequantize(restore_rows(stream_arrays(streams, table)), config)
+    except ValueError as error:
         raise UserError(f"{path}: damaged artifact ({error}); quantise again") from None
-    return dequantize(stream_arrays(streams, table), config)
+
+
+def corrected_names(names: Any, config: Config) -> list[str]:
+    """The corrected matrices that an artifact names. Raises ValueError unless they are distinct matrices of it."""
+    known = {entry.name.removesuffix(".codes") for entry in artifact_table(config) if entry.stream != "gates"}
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("no list of corrected matrices")
+    if not known.issuperset(names) or len(set(names)) != len(names) or (names and not config.lqer_rank):
+        raise ValueError(f"corrected matrices {str(names)[:80]}")
+    return names
 
 
 def artifact_model(path: Path, config: Config, run: Run) -> GPT:
@@ -2128,12 +2825,14 @@ def artifact_model(path: Path, config: Config, run: Run) -> GPT:
     return model
 
 
-def model_settings(config: Config) -> dict[str, Any]:
-    """The settings that the forward pass depends on; they travel in the artifact."""
+def artifact_settings(config: Config) -> dict[str, Any]:
+    """The settings that the forward pass or the layout of the file depends on; they travel in the artifact."""
     first, last = list(FIELDS).index("num_layers"), list(FIELDS).index("logit_softcap")
-    skip = ("gated_attn_init_std", "tied_embed_init_std", "qk_gain_init", "mlp_gate_bias", "enable_looping_at")
-    names = ["vocab_size", *list(FIELDS)[first : last + 1]]
-    return {name: getattr(config, name) for name in names if name not in skip}
+    initial = ("gated_attn_init_std", "tied_embed_init_std", "qk_gain_init", "mlp_gate_bias", "init_scheme")
+    skip = (*initial, "resid_scale_depth_init", "enable_looping_at", "rope_base", "rope_train_seq_len")
+    layout = ("fp16_keep_name_patterns", "gated_attn_quant_gate", "lqer_rank", "lqer_asym_group", "compressor")
+    names = [name for name in ["vocab_size", *list(FIELDS)[first : last + 1]] if name not in skip]
+    return {name: getattr(config, name) for name in (*names, "rotary_base", *layout)}
 
 
 PACKED_START = b"#coding:latin1\nimport brotli as B,linecache as C\n"
@@ -2177,20 +2876,23 @@ def counted_code_bytes() -> tuple[int, bool]:
 def predicted_artifact_bytes(config: Config) -> dict[str, int]:
     """Forecast of the artifact from the rate model of Gaussian rows, before any training.
 
-    Codes with clip k and range r take 2.047 + log2(r / k) + log2(1 + (k / r)^2 / 12) / 2 bits; brotli adds about
-    1.2 % on such streams; half-precision numbers shrink to about 0.85 of their size.
+    Codes with clip k and range r take 2.047 + log2(r / k) + log2(1 + (k / r)^2 / 12) / 2 bits. Schemes without a clip
+    in sigmas put it near the largest of a row: about 0.88 sqrt(2 ln 2n) of n numbers. The codec adds about 1.2 % on
+    such streams; half-precision numbers shrink to about 0.85 of their size, small codes (LQER, gates) to 4 and 7 bits.
     """
+    top_k = [entry.name.removesuffix(".codes") for entry in artifact_table(config) if entry.dtype == "i1"]
     bits, halves = 0.0, 0
-    for entry in artifact_table(config):
+    for entry in artifact_table(config, top_k[: config.lqer_top_k] if config.lqer_rank else ()):
         count = math.prod(entry.shape)
-        if entry.dtype == "<f2":
+        if entry.dtype != "i1":
             halves += 2 * count
-        elif entry.stream == "gates":
-            bits += 7.0 * count  # int8 with the largest of each row at 127
+        elif entry.stream in ("gates", "lqer"):
+            bits += (7.0 if entry.stream == "gates" else 4.0) * count
         else:
-            embedding = entry.stream == "embedding"
-            clip = config.embed_clip_sigmas if embedding else getattr(config, MATRICES[entry.stream].clip)
-            top = 2 ** ((config.embed_bits if embedding else config.matrix_bits) - 1) - 1
+            clip, width = precision(MATRICES[entry.stream].role if entry.stream in MATRICES else "embed", config)
+            if config.quant_scheme != "gptq":
+                clip = 0.88 * math.sqrt(2 * math.log(2 * entry.shape[1]))
+            top = 2 ** (width - 1) - 1
             bits += count * (
                 ENTROPY_BITS_AT_ONE_SIGMA + math.log2(top / clip) + 0.5 * math.log2(1 + (clip / top) ** 2 / 12)
             )
@@ -2227,7 +2929,8 @@ class Tally:
     def __init__(self, validation: Validation):
         self.validation, self.nats = validation, 0.0
         self.times = np.zeros(len(validation.tokens), np.uint8)
-        self.learned = 0  # targets that a weight update has used, every one of them after its score
+        self.learned = 0  # targets that a weight update has used after their score
+        self.learned_early = 0  # and before it, which only TTT_KIND=pre_eval_illegal does
 
     def add(self, nll: Tensor, positions: Tensor | np.ndarray) -> None:
         """Adds nats (n,) of the targets at these stream positions (n,); summed in float64."""
@@ -2244,8 +2947,8 @@ class Tally:
     def over_ranks(self, run: Run) -> "Tally":
         """The tally of all ranks together. Collective."""
         total = Tally(self.validation)
-        sums = torch.tensor([self.nats, self.learned], dtype=torch.float64, device=run.device)
-        total.nats, total.learned = run.sum_(sums).tolist()
+        sums = torch.tensor([self.nats, self.learned, self.learned_early], dtype=torch.float64, device=run.device)
+        total.nats, total.learned, total.learned_early = run.sum_(sums).tolist()
         total.times = run.sum_(torch.from_numpy(self.times).to(run.device, copy=True)).cpu().numpy()
         return total
 
@@ -2276,11 +2979,16 @@ class Window(NamedTuple):
     end: int
 
 
-def document_windows(validation: Validation, context: int, stride: int) -> list[Window]:
-    """The windows of all documents, in stream order and stream positions."""
+def stretches(validation: Validation, config: Config) -> np.ndarray:
+    """What windows do not reach across (n, 2): documents, or without VARLEN_ATTN only the ends of the stream."""
+    return validation.documents if config.varlen_attn else np.array([[0, len(validation.tokens) - 1]])
+
+
+def windows_inside(documents: np.ndarray, context: int, stride: int) -> list[Window]:
+    """The windows of all documents (n, 2), in stream order and stream positions."""
     return [
         Window(start + begin, start + first, start + end)
-        for start, count in validation.documents.tolist()
+        for start, count in documents.tolist()
         for begin, first, end in plan_windows(count, context, stride)
     ]
 
@@ -2320,20 +3028,29 @@ def window_row(
 
 
 @torch.no_grad()
-def score(forward: Callable, validation: Validation, config: Config, run: Run, log: Log, stride: int) -> Tally:
-    """Scores every target of the validation stream once, with windows of EVAL_SEQ_LEN inside documents.
+def score_windows(
+    forward: Callable, windows: Iterable[Window], tally: Tally, config: Config, run: Run, log: Log
+) -> None:
+    """Tallies this rank's share of the windows.
 
     Rows are formed before they are dealt to ranks, so the sums do not depend on the number of ranks.
     """
-    context, plan, tally = config.eval_seq_len, layer_plan(config, looping=True), Tally(validation)
-    rows = fill_rows(document_windows(validation, context, stride), config.score_row_tokens)
+    context, plan = config.eval_seq_len, layer_plan(config, looping=True)
+    rows = fill_rows(list(windows), config.score_row_tokens)
     pad_to = config.score_row_tokens if run.device.type == "cuda" else 0  # one shape to compile
-    for windows in log.bar(rows[run.rank :: run.world_size], "score"):
-        row, positions = window_row(windows, validation, context, pad_to, run.device)
+    for part in log.bar(rows[run.rank :: run.world_size], "score"):
+        row, positions = window_row(part, tally.validation, context, pad_to, run.device)
         nll = forward(row.inputs, row.targets, plan, row.docs)[0].cpu()
-        counted = np.concatenate([np.arange(w.begin, w.end) >= w.first_scored for w in windows])
+        counted = np.concatenate([np.arange(w.begin, w.end) >= w.first_scored for w in part])
         counted = torch.from_numpy(np.append(counted, np.zeros(len(positions) - len(counted), bool)))
         tally.add(nll[counted], positions[counted.numpy()])
+
+
+def score(forward: Callable, validation: Validation, config: Config, run: Run, log: Log, stride: int) -> Tally:
+    """Scores every target of the validation stream once, with windows of EVAL_SEQ_LEN inside its stretches."""
+    tally = Tally(validation)
+    windows = windows_inside(stretches(validation, config), config.eval_seq_len, stride)
+    score_windows(forward, windows, tally, config, run, log)
     return tally.over_ranks(run)
 
 
@@ -2357,6 +3074,8 @@ class Adapters:
         slots, rank = len(layer_plan(c, looping=True)), c.ttt_lora_rank
         shapes = {name: (slots, *getattr(model, m.bank).shape[1:]) for name, m in MATRICES.items() if name != "mlp.up"}
         shapes["mlp.down"] = (slots, c.model_dim, c.model_dim)  # reads the MLP's input: a path around the whole MLP
+        if not c.ttt_k_lora:
+            del shapes["attn.k"]
         shapes["head"] = (1, c.vocab_size, c.model_dim)
         shapes["attn.o"] = (slots, c.model_dim, c.model_dim)  # reads the block's input, not the attention result
         random = torch.Generator(device).manual_seed(seed)
@@ -2415,10 +3134,12 @@ def score_and_adapt(
     config: Config,
     run: Run,
     tally: Tally,
+    hints: Tensor | None = None,
 ) -> None:
     """Scores a batch of documents chunk by chunk; after each chunk its documents' adapters learn from it.
 
-    One forward pass serves both: its losses are tallied first, and only then differentiated. A chunk's window
+    One forward pass serves both: its losses are tallied first, and only then differentiated. With `hints`, one id per
+    stream position or -1, what is tallied is the loss under the tilted distribution (`tilt`). A chunk's window
     begins and ends at the same distance into every document, so the chunk is the last columns of the batch;
     documents that have ended, and the rest of a last chunk, are padding behind the real tokens.
     """
@@ -2433,43 +3154,156 @@ def score_and_adapt(
         learns = counts > first + chunk  # a document's last chunk teaches nobody
         inside = columns < counts[:, None]
         tokens = torch.where(inside, validation.tokens[inputs], 0).to(run.device)
-        wanted = validation.tokens[targets].to(run.device)
+        wanted = validation.tokens[targets].unsqueeze(-1)
+        if hints is not None:
+            wanted = torch.cat([wanted, hints[targets].unsqueeze(-1).long()], -1)  # (B, chunk, 2)
         with torch.set_grad_enabled(bool(learns.any())):
-            nll = forward(tokens, wanted, plan, None, adapters.lora(run.dtype))
-        tally.add(nll.cpu()[real], targets[real])
+            priced = forward(tokens, wanted.clamp(min=0).to(run.device), plan, None, adapters.lora(run.dtype))
+        nll, scored = priced[..., 0], priced.detach().cpu()
+        scored = scored[..., 0] if hints is None else tilt(scored, wanted, config.token_boost)
+        tally.add(scored[real], targets[real])
         if learns.any():
             tally.learn_from(targets[learns], tally.times)
             adapters.update((nll.mean(1) * learns.to(run.device)).sum())
 
 
-def global_update(model: GPT, scored: np.ndarray, tally: Tally, config: Config, run: Run) -> int:
+def window_names(tokens: np.ndarray, length: int) -> np.ndarray:
+    """Numbers (n - length + 1,) int32 of all windows of `length` tokens, equal just where the windows are; -1 marks
+    windows that occur once, except at length 1.
+
+    Windows grow by joining two shorter ones, which may overlap; a window with a part that occurs once occurs once, so
+    each join sorts only what still repeats.
+    """
+    names, span = tokens.astype(np.int32), 1
+    while span < length:
+        step = min(span, length - span)
+        left, right = names[:-step], names[step:]
+        repeated = np.flatnonzero((left >= 0) & (right >= 0))
+        keys = left[repeated].astype(np.int64) << 32 | right[repeated]
+        order = np.argsort(keys)
+        keys = keys[order]
+        first = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
+        once = first & np.append(first[1:], True)[: len(keys)]
+        names = np.full(len(left), -1, np.int32)
+        names[repeated[order]] = np.where(once, -1, np.cumsum(first, dtype=np.int32))
+        span += step
+    return names
+
+
+def place_in_run(keys: np.ndarray) -> np.ndarray:
+    """Of each element of a sorted array: how many equal ones stand before it."""
+    index = np.arange(len(keys))
+    first = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
+    return index - np.maximum.accumulate(np.where(first, index, 0))
+
+
+def token_hints(tokens: np.ndarray, order: int, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Guesses for tokens whose last order - 1 predecessors have stood together before (PR #2135, exact tables).
+
+    tokens (n,) with ids < 2^31, order >= 2, threshold in (0, 1] -> target indices (k,) ascending and hints (k,), int64.
+    Of the tokens that followed the same context earlier, the hint is the most frequent one, on ties the one that led
+    first; it is given where its share is at least `threshold`. A hint depends on nothing but the tokens before its
+    target. A table is never built: counts are places in sorted order, leaders are running maxima.
+    """
+    length, share = order - 1, Fraction(str(threshold)).limit_denominator()
+    assert order >= 2, order
+    names = window_names(tokens[:-1], length) if len(tokens) > length else np.zeros(0, np.int32)
+    begin = np.flatnonzero(names >= 0)
+    context, target = names[begin].astype(np.int64), tokens[begin + length].astype(np.int64)
+    pair = context << 31 | target
+    by_pair = np.argsort(pair, kind="stable")
+    count = np.empty_like(pair)  # (n,) occurrences of this target after this context, this one included
+    count[by_pair] = place_in_run(pair[by_pair]) + 1
+    by_context = np.argsort(context, kind="stable")  # time order within a context
+    context, count, target = context[by_context], count[by_context], target[by_context]
+    height = context * (len(tokens) + 1) + count  # so that a running maximum starts anew with each context
+    rises = height > np.append(-1, np.maximum.accumulate(height)[:-1])[: len(height)]
+    leader = np.maximum.accumulate(np.where(rises, np.arange(len(height)), 0))
+    seen = place_in_run(context)
+    later = np.flatnonzero(seen)
+    lead = leader[later - 1]
+    sure = share.denominator * count[lead] >= share.numerator * seen[later]
+    positions, hints = begin[by_context[later[sure]]] + length, target[lead[sure]]
+    ascending = np.argsort(positions)
+    return positions[ascending], hints[ascending]
+
+
+def stream_hints(validation: Validation, config: Config, run: Run, log: Log) -> Tensor | None:
+    """The hint of each stream position (N,) int32 or -1, made on the main rank; None where NGRAM_TILT_ENABLED=0."""
+    if not config.ngram_tilt_enabled:
+        return None
+    start = time.monotonic()
+    made = functools.partial(token_hints, validation.tokens.numpy(), config.token_order, config.token_threshold)
+    positions, hints = run.on_main(made)
+    log("hints", positions=len(positions), seconds=time.monotonic() - start)
+    table = torch.full((len(validation.tokens),), -1, dtype=torch.int32)
+    table[torch.from_numpy(positions)] = torch.from_numpy(hints).int()
+    return table
+
+
+def tilt(nll: Tensor, ids: Tensor, boost: float) -> Tensor:
+    """Nats of a target when the hinted token's logit is raised by `boost` (#1145).
+
+    nll, ids (..., 2): of the target and of the hint (id -1: none). p'(v) = p(v) e^(boost [v = hint]) / Z with
+    Z = 1 + q (e^boost - 1) and q = p(hint): a distribution again, whatever the target turns out to be.
+    """
+    target, hint = ids.unbind(-1)
+    nats, q = nll[..., 0].double(), torch.exp(-nll[..., 1].double()).clamp(max=1)
+    tilted = nats - boost * (target == hint) + torch.log1p(q * math.expm1(boost))
+    return torch.where(hint >= 0, tilted, nats)
+
+
+def update_weights(
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    windows: list[Window],
+    lr: float,
+    tally: Tally,
+    scored: np.ndarray | None,
+    run: Run,
+) -> None:
+    """One step of all weights on the mean loss over windows, dealt to ranks and weighted by tokens.
+
+    `scored` (N,) says how often each target has been scored, by all ranks; None asks for the illegal order.
+    """
+    config, total = model.config, sum(window.end - window.begin for window in windows)
+    parameters = list(model.parameters())
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for part in fill_rows(windows[run.rank :: run.world_size], config.score_row_tokens):
+        row, targets = window_row(part, tally.validation, config.eval_seq_len, 0, run.device)
+        if scored is None:
+            tally.learned_early += len(targets)
+        else:
+            tally.learn_from(targets, scored)
+        (model(row.inputs, row.targets, layer_plan(config, looping=True), row.docs).sum() / total).backward()
+    for parameter in parameters:
+        run.sum_(parameter.grad)
+    if config.global_ttt_grad_clip:
+        nn.utils.clip_grad_norm_(parameters, config.global_ttt_grad_clip)
+    optimizer.step()
+    model.zero_grad(set_to_none=True)
+
+
+def half_cosine(number: int, count: int) -> float:
+    """From 1 at the first of `count` numbers to 0 at the last."""
+    return 0.5 * (1 + math.cos(math.pi * number / max(count - 1, 1)))
+
+
+def global_update(model: GPT, documents: np.ndarray, tally: Tally, config: Config, run: Run) -> int:
     """One pass of SGD over all weights on documents (n, 2) that are fully scored (#1610). Returns its steps.
 
-    Each step takes GLOBAL_TTT_CHUNK_TOKENS targets, as windows inside documents that are dealt to ranks; gradients
-    are weighted by tokens. The learning rate falls along half a cosine to 0.
+    Each step takes GLOBAL_TTT_CHUNK_TOKENS targets; the learning rate falls along half a cosine to 0.
     """
-    context, plan = config.eval_seq_len, layer_plan(config, looping=True)
-    validation, scored_times = tally.validation._replace(documents=scored), tally.over_ranks(run).times
-    windows = document_windows(validation, context, context)
-    chunks = fill_rows(windows, max(config.global_ttt_chunk_tokens, context))
-    parameters = list(model.parameters())
-    optimizer = torch.optim.SGD(parameters, config.global_ttt_lr, momentum=config.global_ttt_momentum)
+    windows = windows_inside(documents, config.eval_seq_len, config.eval_seq_len)
+    chunks = fill_rows(windows, max(config.global_ttt_chunk_tokens, config.eval_seq_len))
+    optimizer = torch.optim.SGD(model.parameters(), config.global_ttt_lr, momentum=config.global_ttt_momentum)
+    scored = tally.over_ranks(run).times
     for number, chunk in enumerate(chunks):
-        for group in optimizer.param_groups:
-            group["lr"] = config.global_ttt_lr * 0.5 * (1 + math.cos(math.pi * number / max(len(chunks) - 1, 1)))
-        total = sum(window.end - window.begin for window in chunk)
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        if mine := chunk[run.rank :: run.world_size]:
-            row, targets = window_row(mine, validation, context, 0, run.device)
-            tally.learn_from(targets, scored_times)
-            (model(row.inputs, row.targets, plan, row.docs).sum() / total).backward()
-        for parameter in parameters:
-            run.sum_(parameter.grad)
-        if config.global_ttt_grad_clip:
-            nn.utils.clip_grad_norm_(parameters, config.global_ttt_grad_clip)
-        optimizer.step()
-    model.zero_grad(set_to_none=True)
+        lr = config.global_ttt_lr * half_cosine(number, len(chunks))
+        update_weights(model, optimizer, chunk, lr, tally, scored, run)
     return len(chunks)
 
 
@@ -2480,6 +3314,7 @@ def adapt(model: GPT, validation: Validation, config: Config, run: Run, log: Log
     forward = maybe_compile(model, config, run, dynamic=True)
     tracks = range(run.rank, TTT_TRACKS, run.world_size)
     tally, start, begin = Tally(validation), time.monotonic(), 0
+    hints = stream_hints(validation, config, run, log)
     log("ttt", documents=len(validation.documents), batches=len(queue), pauses=pauses)
     for phase, end in enumerate([*pauses, len(queue)]):
         model.requires_grad_(False)
@@ -2490,7 +3325,7 @@ def adapt(model: GPT, validation: Validation, config: Config, run: Run, log: Log
                 seed = ((config.seed * 1000 + phase) * TTT_TRACKS + track) * 2 + (owner == track)
                 adapters, owner = Adapters(config, model, len(queue[number]), seed), track
             adapters.forget()
-            score_and_adapt(forward, adapters, queue[number], validation, config, run, tally)
+            score_and_adapt(forward, adapters, queue[number], validation, config, run, tally, hints)
         model.requires_grad_(True)
         if end < len(queue):
             steps = global_update(model, np.concatenate(queue[:end]), tally, config, run)
@@ -2503,6 +3338,71 @@ def adapt(model: GPT, validation: Validation, config: Config, run: Run, log: Log
             )
         begin = end
     return tally.over_ranks(run)
+
+
+def chunk_optimizer(model: GPT, config: Config) -> torch.optim.Optimizer:
+    """Of all weights, for training on chunks; without weight decay."""
+    if config.chunk_ttt_optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), config.ttt_lr, weight_decay=0.0)
+    return torch.optim.SGD(model.parameters(), config.ttt_lr, momentum=config.ttt_momentum)
+
+
+def learn_chunk(
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    span: tuple[int, int],
+    lr: float,
+    tally: Tally,
+    scored: np.ndarray | None,
+    run: Run,
+) -> None:
+    """TTT_EPOCHS passes over the inputs begin..end-1 of the stream, in windows of the context beside each other."""
+    config = model.config
+    documents = stretches(tally.validation, config)
+    begins, ends = np.maximum(documents[:, 0], span[0]), np.minimum(documents.sum(1), span[1])
+    inside = np.stack([begins, ends - begins], 1)[ends > begins]
+    windows = windows_inside(inside, config.eval_seq_len, config.eval_seq_len)
+    count = 8 * config.ttt_batch_seqs
+    for _ in range(config.ttt_epochs):
+        for begin in range(0, len(windows), count):
+            update_weights(model, optimizer, windows[begin : begin + count], lr, tally, scored, run)
+
+
+def adapt_chunks(model: GPT, validation: Validation, config: Config, run: Run, log: Log) -> Tally:
+    """Sliding score of the stream in chunks of TTT_CHUNK_TOKENS; all weights learn from each after its score (#549,
+    #1413). The optimizer lives through all chunks, whose learning rate falls along half a cosine; the last chunk
+    teaches nobody."""
+    windows = windows_inside(stretches(validation, config), config.eval_seq_len, config.eval_stride)
+    chunks = [
+        list(chunk) for _, chunk in itertools.groupby(windows, lambda w: w.first_scored // config.ttt_chunk_tokens)
+    ]
+    tally, optimizer, forward = Tally(validation), chunk_optimizer(model, config), maybe_compile(model, config, run)
+    quiet = Log(None)
+    log("ttt", chunks=len(chunks), epochs=config.ttt_epochs)
+    for number, chunk in enumerate(log.bar(chunks, "ttt")):
+        score_windows(forward, chunk, tally, config, run, quiet)
+        if number + 1 < len(chunks):
+            begin, end = chunk[0].first_scored, chunk[-1].end
+            scored = np.zeros_like(tally.times)
+            times = torch.from_numpy(tally.times[begin + 1 : end + 1]).to(run.device, copy=True)
+            scored[begin + 1 : end + 1] = run.sum_(times).cpu().numpy()
+            lr = config.ttt_lr * half_cosine(number, len(chunks))
+            learn_chunk(model, optimizer, (begin, end), lr, tally, scored, run)
+    return tally.over_ranks(run)
+
+
+def train_before_scoring(model: GPT, validation: Validation, config: Config, run: Run, log: Log) -> Tally:
+    """What #489 and others did: train on the whole validation stream, then score it. Against the rules (#402, #677);
+    the result is called invalid everywhere."""
+    tally, optimizer = Tally(validation), chunk_optimizer(model, config)
+    learn_chunk(model, optimizer, (0, len(validation.tokens) - 1), config.ttt_lr, tally, None, run)
+    log("ttt", learned_before_score=tally.learned_early)
+    result = score(model, validation, config, run, log, config.eval_stride)
+    result.learned_early = tally.over_ranks(run).learned_early
+    return result
+
+
+ADAPTERS = {"lora_phased": adapt, "chunk_sgd": adapt_chunks, "pre_eval_illegal": train_before_scoring}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2543,7 +3443,8 @@ def make_artifact(config: Config, device: torch.device, log: Log) -> dict[str, A
         log("artifact", bytes=size, clip_factor=factor, gptq_s=middle - start, compress_s=end - middle)
         excess = size + code_bytes - ARTIFACT_LIMIT_BYTES
         coarser = factor * 2 ** min(8 * (excess + FIT_MARGIN_BYTES) / codes, 10)
-        if excess <= 0 or not config.fit_artifact or coarser > FIT_LARGEST_FACTOR or number == FIT_TRIES:
+        fixed = not config.fit_artifact or config.quant_scheme != "gptq"  # the other schemes have no clips to raise
+        if excess <= 0 or fixed or coarser > FIT_LARGEST_FACTOR or number == FIT_TRIES:
             break
         if number == 1:
             write_file(oversize, target.read_bytes())
@@ -2561,11 +3462,14 @@ def make_artifact(config: Config, device: torch.device, log: Log) -> dict[str, A
 
 
 def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """The arrays of trained.bin: every parameter, and one Hessian per layer for each kind of input."""
+    """The arrays of trained.bin: every parameter and, for GPTQ, one Hessian per layer for each kind of input."""
     shapes = {name: tuple(p.shape) for name, p in GPT(config, Run(), "meta").named_parameters()}
     widths = {kind: shapes[matrix.bank][-1] for kind, matrix in MATRICES.items() if matrix.hessian == kind}
-    shapes |= {f"hessian.{kind}.{i}": (width,) * 2 for kind, width in widths.items() for i in range(config.num_layers)}
-    return shapes | {"hessian.head.0": (config.model_dim,) * 2}
+    if config.quant_scheme == "gptq":
+        shapes["hessian.head.0"] = (config.model_dim,) * 2
+        for kind, width in widths.items():
+            shapes |= {f"hessian.{kind}.{layer}": (width,) * 2 for layer in range(config.num_layers)}
+    return shapes
 
 
 def scaled_clips(config: Config, factor: float) -> Config:
@@ -2595,7 +3499,7 @@ def evaluate_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
         start = time.monotonic()
         validation = load_validation(config)
         if kind == "ttt":
-            tally = adapt(model, validation, config, run, log)
+            tally = ADAPTERS[config.ttt_kind](model, validation, config, run, log)
         else:
             tally = score(maybe_compile(model, config, run), validation, config, run, log, strides[kind])
         run.synchronize()
@@ -2625,6 +3529,7 @@ def evaluate_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
         "scored_bytes": tally.bytes,
         "most_times_scored": int(tally.times.max()),
         "learned_targets": round(tally.learned),
+        "learned_before_score": round(tally.learned_early),
         "val_targets": len(validation.tokens) - 1,
         "val_bytes": int(validation.bytes.sum()),
         "val_documents": len(validation.documents),
@@ -2634,7 +3539,7 @@ def evaluate_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
 
 def warm_up_adapt(model: GPT, config: Config, run: Run, log: Log) -> None:
     """Compiles the adaptive pass on synthetic tokens; the model and later adapters are untouched by it."""
-    if maybe_compile(model, config, run) is model:
+    if maybe_compile(model, config, run) is model or config.ttt_kind != "lora_phased":
         return
     start, count = time.monotonic(), 3 * config.ttt_chunk_size
     random = np.random.default_rng(0).integers(2, config.vocab_size, config.ttt_batch_size * count + 1)
@@ -2676,7 +3581,7 @@ def validity(result: dict[str, Any], config: Config) -> list[dict[str, Any]]:
         ("single_pass", once, "most_times_scored", 1, "#1017"),
         ("scored_bytes", counted, "scored_bytes", r.get("val_bytes"), "#1719"),
         ("documents", True if challenge else None, "val_documents", CHALLENGE_DOCUMENTS, "#2127"),
-        ("score_before_update", None if documents is None else True, "learned_targets", None, "#1017"),
+        ("score_before_update", at_most("learned_before_score", 0), "learned_before_score", 0, "#1017"),
         ("weights_from_artifact", None if documents is None else True, "artifact_sha256", None, "#2128"),
         ("hardware", True if "8x" in hardware and "H100" in hardware else None, "hardware", "8xH100", "#1317"),
         ("versions", True, "torch", None, "#839"),
@@ -2796,6 +3701,8 @@ def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> 
     config = named_run(config, run)
     anew = "train" in config.stage_list and not (run_dir(config) / "checkpoint.bin").exists()
     log = Log(run_dir(config) / "log.txt" if run.is_main else None, anew)
+    if config.ttt_enabled and config.ttt_kind == "pre_eval_illegal":
+        log.mark = {"valid": "false", "reason": "trains_on_validation_text_before_scoring_it"}
     log_header(config, dict(origins or {}), run, log)
     path, order, result = run_dir(config) / "result.json", list(STAGES), {}
     parts = earlier_parts(path, config, run)

@@ -67,6 +67,33 @@ def toy_env(**changes: Any) -> dict[str, str]:
     return {key: str(value) for key, value in (TOY | changes).items()}
 
 
+# Sizes alone: what makes a preset that preset (layers, loops, gates, wirings, quantiser, kind of adaptation) stays.
+SMALL = dict(
+    VOCAB_SIZE=64, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, ROW_TOKENS=64, TRAIN_BATCH_TOKENS=256, TRAIN_SEQ_LEN=32,
+    EVAL_SEQ_LEN=32, VAL_BATCH_TOKENS=1024, EVAL_STRIDE=8, ITERATIONS=6, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0,
+    TRAIN_LOG_EVERY=1, MUON_MOMENTUM_WARMUP_STEPS=4, GPTQ_CALIBRATION_BATCHES=5, TTT_CHUNK_SIZE=8, TTT_EVAL_SEQ_LEN=32,
+    TTT_BATCH_SIZE=4, TTT_LORA_RANK=4, TTT_LORA_ALPHA=6, TTT_LORA_LR=0.01, PHASED_TTT_PREFIX_DOCS=12,
+    GLOBAL_TTT_CHUNK_TOKENS=128, TTT_CHUNK_TOKENS=256, TTT_BATCH_SEQS=1, LQER_ASYM_GROUP=16,
+)  # fmt: skip
+
+
+def preset_env(preset: str, **changes: Any) -> dict[str, str]:
+    """A preset at toy size, as environment variables: its own mechanisms, the sizes of SMALL."""
+    own = tg.load_config({"PRESET": preset})[0]
+    sizes = dict(
+        SMALL,
+        PRESET=preset,
+        ROPE_DIMS=8 if own.rope_dims == own.head_dim else 4,
+        ROPE_TRAIN_SEQ_LEN=own.rope_train_seq_len // 64,
+        BIGRAM_VOCAB_SIZE=own.bigram_vocab_size // 64,
+        BIGRAM_DIM=16,
+        WARMDOWN_ITERS=min(own.warmdown_iters, 4),
+        SWA_EVERY=1,
+        SWA_START_FRAC=0.9,
+    )
+    return {key: str(value) for key, value in (sizes | changes).items()}
+
+
 def toy_config(**changes: Any) -> tg.Config:
     """The toy settings as a Config; `changes` are environment names."""
     return tg.load_config(toy_env(**changes))[0]
