@@ -212,6 +212,7 @@ class Config:
     # scoring and test-time training (the last enabled one of plain, sliding, TTT is the submitted score)
     sliding_window_enabled: bool = setting(False)
     eval_stride: int = setting(64, 1)  # new targets per sliding window
+    eval_max_seconds: float = setting(580.0, 0)  # where training has a clock: longer chunks rather than more time
     ttt_enabled: bool = setting(True)
     ttt_kind: str = setting("lora_phased", choices=("lora_phased", "chunk_sgd", "pre_eval_illegal"))  # see ADAPTERS
     ttt_chunk_size: int = setting(48, 1)  # targets scored between two adapter updates
@@ -428,13 +429,13 @@ AMBIGUOUS = {
 # always on here, the matrices of MATRIX_CLIP_SIGMAS are those of the ATTN and MLP clips), of the others only the value
 # that is built in.
 RETIRED: dict[str, str | None] = dict.fromkeys(
-    """ARTIFACT_DIR ASYM_LOGIT_RESCALE COMPILE_SHAPE_WARMUP CONTROL_TENSOR_NAME_PATTERNS EMBEDDING_DIM EMBED_LR
+    """ARTIFACT_DIR ASYM_LOGIT_RESCALE COMPILE_SHAPE_WARMUP CONTROL_TENSOR_NAME_PATTERNS EMBED_LR
     EVAL_BATCH_SEQS FUSED_CE_ENABLED GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_WARMUP_START_LR GPTQ_CALIBRATION_MODE HEAD_LR
     LATE_QAT_THRESHOLD LOGIT_RESCALE_OFFSET LOGIT_RESCALE_SCALE LOGIT_RESCALE_STEEPNESS LQER_FACTOR_BITS MUON_BETA2
     PHASED_TTT_ENABLED QAT_THRESHOLD SMEAR_GATE_BOS_FIX TTT_GRAD_STEPS_CLEAN WITHIN_TAU WORD_NORMALIZE WORD_ORDER
     WORD_TAU""".split()
 ) | dict(
-    AGREE_ADD_BOOST="0", ATTN_OUT_GATE_SRC="proj", AWQ_LITE_ENABLED="0", EVAL_INCLUDE_TAIL="1",
+    AGREE_ADD_BOOST="0", ATTN_OUT_GATE_SRC="proj", AWQ_LITE_ENABLED="0", EMBEDDING_DIM="512", EVAL_INCLUDE_TAIL="1",
     GLOBAL_TTT_EPOCHS="1", GLOBAL_TTT_OPTIMIZER="sgd", GLOBAL_TTT_RESPECT_DOC_BOUNDARIES="1",
     GLOBAL_TTT_WARMUP_CHUNKS="0", LATE_QAT="0", LOGIT_RESCALE_MODE="tanh", LQER_ASYM_ENABLED="1",
     MATRIX_CLIP_SIGMAS="12.85", MUON_HUBER_WD="0", NGRAM_HINT_PRECOMPUTE_OUTSIDE="0", OPTROT_ENABLED="0",
@@ -480,7 +481,7 @@ def load_config(env: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
 
 def turn_switches(env: Mapping[str, str], values: dict[str, Any], given: dict[str, str], origins: dict) -> None:
     """Applies the published on/off names in `env` to `values`; a contradiction raises UserError."""
-    for key in sorted(SWITCHES.keys() & env.keys(), key=lambda key: env[key]):  # what is switched off comes first
+    for key in sorted(SWITCHES.keys() & env.keys(), key=lambda key: (env[key], key)):  # 0 comes first
         field, on, off, amount = SWITCHES[key]
         need(env[key].strip() in ("0", "1"), f"{key}={env[key]}: not 0 or 1; for example {key}=1")
         wanted, current = env[key].strip() == "1", values.get(field, FIELDS[field].default)
@@ -679,16 +680,15 @@ class Run:
             dist.all_reduce(tensor)
         return tensor
 
-    def sum_shards(self, full: Tensor) -> Tensor:
-        """The sum of `full` (n, ...) over ranks, of which each rank gets its own n / world_size rows."""
+    def sum_shards(self, full: Tensor) -> tuple[Tensor, Any]:
+        """The sum of `full` (n, ...) over ranks, of which each rank gets its own n / world_size rows: see arrived()."""
         if self.world_size == 1:
-            return full
+            return full, None
         shard = full.new_empty((len(full) // self.world_size, *full.shape[1:]))
-        dist.reduce_scatter_tensor(shard, full)
-        return shard
+        return shard, dist.reduce_scatter_tensor(shard, full, async_op=True)
 
     def gather_shards(self, shard: Tensor) -> tuple[Tensor, Any]:
-        """All ranks' shards stacked, as (full tensor, handle); wait() for the handle before reading, if not None."""
+        """All ranks' shards stacked: see arrived()."""
         if self.world_size == 1:
             return shard, None
         full = shard.new_empty((len(shard) * self.world_size, *shard.shape[1:]))
@@ -752,6 +752,13 @@ def start_run(env: Mapping[str, str]) -> Run:
     except ValueError as error:
         raise UserError(f"processes of this run: {error}; start them with torchrun, one per GPU") from None
     return Run(rank, world_size, device)
+
+
+def arrived(tensor: Tensor, handle: Any) -> Tensor:
+    """A tensor on its way between ranks, once it is there; None is the handle of what never left."""
+    if handle is not None:
+        handle.wait()
+    return tensor
 
 
 class Log:
@@ -1304,6 +1311,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([*(part.to(x.dtype) for part in turned), x[..., 2 * half :]], -1)
 
 
+def mix_and_norm(x: Tensor, x0: Tensor, mix: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """m = mix[0] x + mix[1] x0, channel by channel, and scale * rms(m); a fused kernel can take its place."""
+    keep, fresh = mix.to(x.dtype)
+    m = keep * x + fresh * x0
+    return m, rms(m) * scale
+
+
 def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
     """Exclusive self-attention: y (B, T, H, d) without its component along the token's own value (B, T, K, d)."""
     B, T, H, d = y.shape
@@ -1448,14 +1462,12 @@ class Block(nn.Module):
             self.post_lambdas = nn.Parameter(torch.empty(2, 2))  # from attention, MLP (rows) into each lane
             self.resid_lambdas = nn.Parameter(torch.empty(2))
 
-    def mix(self, x: Tensor, x0: Tensor) -> Tensor:
-        """The residual stream with the embedding mixed in again, channel by channel."""
-        keep, fresh = self.resid_mix.to(x.dtype)
-        return keep * x + fresh * x0
+    def mix(self, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream with the embedding mixed in again, and what attention reads of it."""
+        return mix_and_norm(x, x0, self.resid_mix, self.depth_scale)
 
-    def attention(self, m: Tensor, visit: Visit, call: Call) -> Tensor:
-        """What attention adds to the residual stream m (B, T, D)."""
-        n = rms(m) * self.depth_scale
+    def attention(self, n: Tensor, visit: Visit, call: Call) -> Tensor:
+        """What attention, reading n (B, T, D), adds to the residual stream."""
         q = project(n, "attn.q", visit, call).unflatten(-1, (self.num_heads, -1))  # (B, T, H, d)
         k = project(n, "attn.k", visit, call).unflatten(-1, (self.num_kv_heads, -1))  # (B, T, K, d)
         v = project(n, "attn.v", visit, call).unflatten(-1, (self.num_kv_heads, -1))
@@ -1487,23 +1499,23 @@ Lanes = tuple[Tensor, Tensor]  # (attn_lane, mlp_lane), each (B, T, D); the same
 
 def serial(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> Lanes:
     """Attention, then the MLP, on one stream."""
-    m = block.mix(lanes[0], x0)
-    r = m + block.attention(m, visit, call)
+    m, n = block.mix(lanes[0], x0)
+    r = m + block.attention(n, visit, call)
     x = r + block.mlp(r, visit, call)
     return x, x
 
 
 def parallel(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> Lanes:
     """Attention and MLP side by side on one stream: both read the same input."""
-    m = block.mix(lanes[0], x0)
-    x = m + block.attention(m, visit, call) + block.mlp(m, visit, call)
+    m, n = block.mix(lanes[0], x0)
+    x = m + block.attention(n, visit, call) + block.mlp(m, visit, call)
     return x, x
 
 
 def two_lane(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> Lanes:
     """Attention and MLP side by side, each on its own lane; both write to both lanes."""
     attn_lane, mlp_lane = lanes
-    a = block.attention(block.mix(attn_lane, x0), visit, call)
+    a = block.attention(block.mix(attn_lane, x0)[1], visit, call)
     m = block.mlp(mlp_lane, visit, call)
     post, keep = block.post_lambdas.to(a.dtype), block.resid_lambdas.to(a.dtype)
     return (
@@ -1728,80 +1740,108 @@ POLAR_EXPRESS = (  # (a, b, c) of each iteration X <- a X + (b S + c S^2) X, S =
 CLASSIC = ((3.4445, -4.7750, 2.0315),) * 5  # the same coefficients in each iteration (Muon)
 
 
-def orthogonalize(update: Tensor, steps: int, polar: bool = True, unit_rows: bool = True) -> Tensor:
-    """Each matrix of (n, rows, cols) with its singular values moved close to 1, in the input's dtype.
+def orthogonalize(update: Tensor, tall: Tensor, steps: int, polar: bool = True, unit_rows: bool = True) -> Tensor:
+    """Each matrix of (n, rows, cols), rows <= cols, with its singular values moved close to 1, in the input's dtype.
 
-    Rows are first brought to unit length if wanted (MuonEq-R). In exact arithmetic, singular values in [0.003, 1] of
-    the Frobenius-normalised matrix end in [0.859, 1.141] after 5 polar steps; the classic ones leave [0.68, 1.21].
-    A symmetric-product kernel can take its place.
+    With unit_rows, rows are first brought to unit length (MuonEq-R); where `tall` (n,) is set the matrix lies on its
+    side and its columns are what the rows are. In exact arithmetic, singular values in [0.003, 1] of the
+    Frobenius-normalised matrix end in [0.859, 1.141] after 5 polar steps; those of the classic ones in [0.68, 1.21].
     """
     x = update
     if unit_rows:
-        x = x / x.float().norm(dim=-1, keepdim=True).clamp_min(1e-7).to(x.dtype)
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
+        length = torch.where(
+            tall.view(-1, 1, 1), x.float().norm(dim=1, keepdim=True), x.float().norm(dim=2, keepdim=True)
+        )
+        x = x / length.clamp_min(1e-7).to(x.dtype)
     x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(x.dtype)
     for a, b, c in (POLAR_EXPRESS if polar else CLASSIC)[:steps]:
         s = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return x
+
+
+class Stack(NamedTuple):
+    """Banks whose matrices have one shape when those taller than wide are laid on their side: exchanged together."""
+
+    names: list[str]
+    tall: Tensor  # (n,) bool: which matrices of this rank's share lie on their side
+    share: int  # matrices per rank; the last shares are filled up with zero matrices
+    momentum: Tensor  # (share, rows, cols) in the run's dtype
 
 
 class Muon:
-    """Momentum, orthogonalised. Each rank updates its share of every bank and the updates are gathered.
+    """Momentum, orthogonalised. Each rank updates its share of every stack of banks and the updates are gathered.
 
     M <- mu M + G;  X = orthogonal(G + mu M);  W <- (1 - lr wd) W - lr sqrt(max(1, rows / cols)) X
     """
 
     def __init__(self, banks: dict[str, nn.Parameter], config: Config, run: Run):
-        self.names, self.banks, self.run, self.config = list(banks), list(banks.values()), run, config
+        self.banks, self.run, self.config = banks, run, config
         self.orthogonalize = maybe_compile(orthogonalize, config, run)
-        banks = self.banks
-        # Shares are equal: a bank is padded with zero matrices to a multiple of the number of ranks.
-        self.shares = [-(-len(bank) // run.world_size) for bank in banks]
-        self.momentum = [
-            torch.zeros(share, *bank.shape[1:], dtype=run.dtype, device=bank.device)
-            for bank, share in zip(banks, self.shares)
-        ]
+        shapes: dict[tuple[int, int], list[str]] = {}
+        for name, bank in banks.items():
+            shapes.setdefault((min(bank.shape[1:]), max(bank.shape[1:])), []).append(name)
+        self.stacks = [self.stack(names, shape) for shape, names in shapes.items()]
+
+    def stack(self, names: list[str], shape: tuple[int, int]) -> Stack:
+        device = self.banks[names[0]].device
+        tall = torch.tensor([self.is_tall(name) for name in names for _ in self.banks[name]], device=device)
+        share = -(-len(tall) // self.run.world_size)
+        mine = slice(self.run.rank * share, (self.run.rank + 1) * share)
+        momentum = torch.zeros(share, *shape, dtype=self.run.dtype, device=device)
+        return Stack(names, self.padded(tall, share)[mine], share, momentum)
+
+    def is_tall(self, name: str) -> bool:
+        return self.banks[name].size(1) > self.banks[name].size(2)
 
     def padded(self, full: Tensor, share: int) -> Tensor:
         missing = share * self.run.world_size - len(full)
         return torch.cat([full, full.new_zeros(missing, *full.shape[1:])]) if missing else full
 
+    def join(self, stack: Stack, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Tensors of the banks' shapes, by name -> one tensor (ranks * share, rows, cols)."""
+        parts = [tensors[name].mT if self.is_tall(name) else tensors[name] for name in stack.names]
+        return self.padded(torch.cat([part.to(self.run.dtype) for part in parts]), stack.share)
+
+    def split(self, stack: Stack, full: Tensor) -> dict[str, Tensor]:
+        """The inverse of join."""
+        sizes = [len(self.banks[name]) for name in stack.names]
+        parts = zip(stack.names, full[: sum(sizes)].split(sizes))
+        return {name: part.mT if self.is_tall(name) else part for name, part in parts}
+
     def gradient_shares(self) -> list[Tensor]:
-        """This rank's matrices of the summed gradients, bank by bank."""
-        gradients = [self.padded(bank.grad.to(self.run.dtype), share) for bank, share in zip(self.banks, self.shares)]
-        return [self.run.sum_shards(gradient) for gradient in gradients]
+        """This rank's matrices of the summed gradients, stack by stack."""
+        gradients = {name: bank.grad for name, bank in self.banks.items()}
+        travelling = [self.run.sum_shards(self.join(stack, gradients)) for stack in self.stacks]
+        return [arrived(*shard) for shard in travelling]
 
     @torch.no_grad()
     def step(self, gradients: list[Tensor], lr: float, momentum: float) -> None:
         """One update; `gradients` as from gradient_shares."""
-        gathered = []
-        for share, kept in zip(gradients, self.momentum):
-            kept.mul_(momentum).add_(share)
-            how = (self.config.muon_backend_steps, self.config.polar_express_ns, self.config.muon_row_normalize)
-            update = self.orthogonalize(share.add(kept, alpha=momentum), *how)
-            gathered.append(self.run.gather_shards(update))  # travels while the next bank is orthogonalised
-        for bank, (update, handle) in zip(self.banks, gathered):
-            if handle is not None:
-                handle.wait()
-            scale = math.sqrt(max(1.0, bank.size(1) / bank.size(2)))
-            bank.mul_(1 - lr * self.config.muon_wd).add_(update[: len(bank)].to(bank.dtype), alpha=-lr * scale)
+        config, travelling = self.config, []
+        for share, stack in zip(gradients, self.stacks):
+            stack.momentum.mul_(momentum).add_(share)
+            update = share.add(stack.momentum, alpha=momentum)
+            how = (config.muon_backend_steps, config.polar_express_ns, config.muon_row_normalize)
+            update = self.orthogonalize(update, stack.tall, *how)
+            travelling.append(self.run.gather_shards(update))  # while the next stack is orthogonalised
+        for stack, shards in zip(self.stacks, travelling):
+            for name, update in self.split(stack, arrived(*shards)).items():
+                bank = self.banks[name]
+                scale = math.sqrt(max(1.0, bank.size(1) / bank.size(2)))
+                bank.mul_(1 - lr * config.muon_wd).add_(update.to(bank.dtype), alpha=-lr * scale)
 
     def arrays(self) -> dict[str, Tensor]:
         """The momentum of whole banks, float32, whatever the number of ranks. Collective."""
         arrays = {}
-        for name, bank, kept in zip(self.names, self.banks, self.momentum):
-            full, handle = self.run.gather_shards(kept)
-            if handle is not None:
-                handle.wait()
-            arrays[name] = full[: len(bank)].float()
-        return arrays
+        for stack in self.stacks:
+            arrays |= self.split(stack, arrived(*self.run.gather_shards(stack.momentum)).float())
+        return {name: arrays[name].contiguous() for name in self.banks}
 
     def load(self, arrays: Mapping[str, Tensor]) -> None:
-        for name, kept, share in zip(self.names, self.momentum, self.shares):
-            full = self.padded(torch.as_tensor(arrays[name]), share)
-            kept.copy_(full[self.run.rank * share : (self.run.rank + 1) * share])
+        for stack in self.stacks:
+            full = self.join(stack, {name: torch.as_tensor(arrays[name]) for name in stack.names})
+            stack.momentum.copy_(full[self.run.rank * stack.share :][: stack.share])
 
 
 class Optimizer:
@@ -1862,7 +1902,7 @@ class Optimizer:
 
     def load(self, arrays: Mapping[str, Tensor]) -> None:
         """Sets every buffer; those that are not named start anew."""
-        self.muon.load({name: arrays[f"muon.{name}"] for name in self.muon.names})
+        self.muon.load({name: arrays[f"muon.{name}"] for name in self.muon.banks})
         self.adamw.state.clear()
         for name, parameter in self.replicated.items():
             keys = ("step", "exp_avg", "exp_avg_sq")
@@ -2106,7 +2146,7 @@ class Trainer:
         """The arrays that a checkpoint of this step must have; AdamW's only where the parameter has had an update."""
         named = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
         shapes = {f"{part}/{name}": shape for part in ("weights", "average") for name, shape in named.items()}
-        shapes |= {f"optimizer/muon.{name}": named[name] for name in self.optimizer.muon.names}
+        shapes |= {f"optimizer/muon.{name}": named[name] for name in self.optimizer.muon.banks}
         for name in self.optimizer.replicated:
             if f"optimizer/adamw.step.{name}" in arrays:
                 shapes[f"optimizer/adamw.step.{name}"] = ()
@@ -3126,6 +3166,36 @@ def phase_pauses(queue: list[np.ndarray], config: Config) -> list[int]:
     return sorted({int(np.searchsorted(done, share)) + 1 for share in shares if share})
 
 
+def batch_work(batch: np.ndarray, config: Config) -> int:
+    """Tokens that adapting to a batch of documents (n, 2) pushes through the model: much more than it scores."""
+    windows = plan_windows(int(batch[0, 1]), config.ttt_eval_seq_len, config.ttt_chunk_size, config.ttt_chunk_size)
+    return len(batch) * sum(first + config.ttt_chunk_size - begin for begin, first, _ in windows)
+
+
+class Governor:
+    """Keeps this rank's part of an evaluation inside its time, by longer chunks: half as many updates, half the work.
+
+    Decides by the clock and the lengths of documents, never by what they say.
+    """
+
+    def __init__(self, config: Config, work: list[int]):
+        self.start, self.left, self.done, self.slowed = time.monotonic(), sum(work), 0, 0
+        self.limit = config.eval_max_seconds if config.max_wallclock_seconds and config.eval_max_seconds else math.inf
+
+    def chunk_factor(self) -> int:
+        """1, or the power of two by which chunks must grow so that all work ends in time."""
+        elapsed, factor = time.monotonic() - self.start, 1
+        if self.limit == math.inf or self.done < 0.05 * (self.done + self.left):  # too early to tell
+            return factor
+        while elapsed * (1 + self.left / factor / self.done) > self.limit and factor < 64:
+            factor *= 2
+        self.slowed += factor > 1
+        return factor
+
+    def finished(self, work: int) -> None:
+        self.left, self.done = self.left - work, self.done + work
+
+
 def score_and_adapt(
     forward: Callable,
     adapters: Adapters,
@@ -3134,16 +3204,17 @@ def score_and_adapt(
     config: Config,
     run: Run,
     tally: Tally,
+    chunk: int,
     hints: Tensor | None = None,
 ) -> None:
-    """Scores a batch of documents chunk by chunk; after each chunk its documents' adapters learn from it.
+    """Scores a batch of documents in chunks of `chunk` targets; after each chunk its documents' adapters learn from it.
 
     One forward pass serves both: its losses are tallied first, and only then differentiated. With `hints`, one id per
     stream position or -1, what is tallied is the loss under the tilted distribution (`tilt`). A chunk's window
     begins and ends at the same distance into every document, so the chunk is the last columns of the batch;
     documents that have ended, and the rest of a last chunk, are padding behind the real tokens.
     """
-    chunk, plan = config.ttt_chunk_size, layer_plan(config, looping=True)
+    plan = layer_plan(config, looping=True)
     starts, counts = torch.from_numpy(batch[:, :1].copy()), torch.from_numpy(batch[:, 1].copy())
     last = len(validation.tokens) - 1
     for begin, first, end in plan_windows(int(counts.max()), config.ttt_eval_seq_len, chunk, first=chunk):
@@ -3154,13 +3225,14 @@ def score_and_adapt(
         learns = counts > first + chunk  # a document's last chunk teaches nobody
         inside = columns < counts[:, None]
         tokens = torch.where(inside, validation.tokens[inputs], 0).to(run.device)
-        wanted = validation.tokens[targets].unsqueeze(-1)
+        wanted = validation.tokens[targets]
         if hints is not None:
-            wanted = torch.cat([wanted, hints[targets].unsqueeze(-1).long()], -1)  # (B, chunk, 2)
+            wanted = torch.stack([wanted, hints[targets].long()], -1)  # (B, chunk, 2)
         with torch.set_grad_enabled(bool(learns.any())):
-            priced = forward(tokens, wanted.clamp(min=0).to(run.device), plan, None, adapters.lora(run.dtype))
-        nll, scored = priced[..., 0], priced.detach().cpu()
-        scored = scored[..., 0] if hints is None else tilt(scored, wanted, config.token_boost)
+            nll = forward(tokens, wanted.clamp(min=0).to(run.device), plan, None, adapters.lora(run.dtype))
+        scored = nll.detach().cpu()
+        if hints is not None:
+            scored, nll = tilt(scored, wanted, config.token_boost), nll[..., 0]
         tally.add(scored[real], targets[real])
         if learns.any():
             tally.learn_from(targets[learns], tally.times)
@@ -3310,33 +3382,31 @@ def global_update(model: GPT, documents: np.ndarray, tally: Tally, config: Confi
 def adapt(model: GPT, validation: Validation, config: Config, run: Run, log: Log) -> Tally:
     """Scores the whole validation stream with test-time training; changes the model's weights on the way."""
     queue = document_queue(validation.documents, config.ttt_batch_size)
-    pauses = phase_pauses(queue, config)
-    forward = maybe_compile(model, config, run, dynamic=True)
-    tracks = range(run.rank, TTT_TRACKS, run.world_size)
-    tally, start, begin = Tally(validation), time.monotonic(), 0
+    pauses, tracks = phase_pauses(queue, config), range(run.rank, TTT_TRACKS, run.world_size)
+    work = [batch_work(batch, config) for batch in queue]
+    governor = Governor(config, [work[n] for n in range(len(queue)) if n % TTT_TRACKS in tracks])
+    forward, tally = maybe_compile(model, config, run, dynamic=True), Tally(validation)
     hints = stream_hints(validation, config, run, log)
     log("ttt", documents=len(validation.documents), batches=len(queue), pauses=pauses)
-    for phase, end in enumerate([*pauses, len(queue)]):
+    for phase, (begin, end) in enumerate(zip([0, *pauses], [*pauses, len(queue)])):
         model.requires_grad_(False)
-        work = [(track, number) for track in tracks for number in range(begin, end) if number % TTT_TRACKS == track]
+        mine = [(track, number) for track in tracks for number in range(begin, end) if number % TTT_TRACKS == track]
         adapters, owner = None, None
-        for track, number in log.bar(work, "ttt"):
+        for track, number in log.bar(mine, "ttt"):
             if owner != track or adapters.size != len(queue[number]):
                 seed = ((config.seed * 1000 + phase) * TTT_TRACKS + track) * 2 + (owner == track)
                 adapters, owner = Adapters(config, model, len(queue[number]), seed), track
             adapters.forget()
-            score_and_adapt(forward, adapters, queue[number], validation, config, run, tally, hints)
+            chunk = min(governor.chunk_factor() * config.ttt_chunk_size, config.ttt_eval_seq_len)
+            score_and_adapt(forward, adapters, queue[number], validation, config, run, tally, chunk, hints)
+            governor.finished(work[number])
         model.requires_grad_(True)
         if end < len(queue):
             steps = global_update(model, np.concatenate(queue[:end]), tally, config, run)
-            log(
-                "global_ttt",
-                phase=f"{phase + 1}/{len(pauses)}",
-                batches=end,
-                steps=steps,
-                seconds=time.monotonic() - start,
-            )
-        begin = end
+            seconds = time.monotonic() - governor.start
+            log("global_ttt", phase=f"{phase + 1}/{len(pauses)}", batches=end, steps=steps, seconds=seconds)
+    if slowed := int(run.sum_(torch.tensor(governor.slowed, device=run.device))):
+        log("warning", batches_with_longer_chunks=slowed, reason=f"EVAL_MAX_SECONDS={config.eval_max_seconds:g}")
     return tally.over_ranks(run)
 
 
@@ -3548,7 +3618,7 @@ def warm_up_adapt(model: GPT, config: Config, run: Run, log: Log) -> None:
     forward = maybe_compile(model, config, run, dynamic=True)
     model.requires_grad_(False)
     adapters = Adapters(config, model, config.ttt_batch_size, 0)
-    score_and_adapt(forward, adapters, documents, synthetic, config, run, Tally(synthetic))
+    score_and_adapt(forward, adapters, documents, synthetic, config, run, Tally(synthetic), config.ttt_chunk_size)
     model.requires_grad_(True)
     log("ttt_warm_up", seconds=time.monotonic() - start)
 
