@@ -33,7 +33,11 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=4000)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        texts = list(islice(documents.read_texts([options.docs]), options.documents)) if options.docs else embedded.collect_documents()
+        texts = (
+            list(islice(documents.read_texts([options.docs]), options.documents))
+            if options.docs
+            else embedded.collect_documents()
+        )
         bench_caseops(texts)
         docs = write_documents(Path(folder) / "docs.jsonl", texts)
         plain = options.tokenizer or train(texts, Path(folder) / "plain.model", ())
@@ -42,7 +46,9 @@ def main() -> None:
                                    ("mp3", with_operators, {"caseops": True, "mp3": True})):  # fmt: skip
             bench_export(name, export.Options([docs], Path(folder) / name, VAL_DOCS, model, **flags))
             bench_verify(name, Path(folder) / name, docs, len(texts) - VAL_DOCS)
-        compare_processes(export.Options([docs], Path(folder) / "two", VAL_DOCS, plain, workers=2), Path(folder) / "plain")
+        compare_processes(
+            export.Options([docs], Path(folder) / "two", VAL_DOCS, plain, workers=2), Path(folder) / "plain"
+        )
 
 
 def train(texts: list[str], path: Path, control_pieces: tuple[str, ...]) -> Path:
@@ -54,14 +60,18 @@ def train(texts: list[str], path: Path, control_pieces: tuple[str, ...]) -> Path
 def bench_caseops(texts: list[str]) -> None:
     """The transform and its inverse on the text as it is, without capitals, in capitals, and with every other letter one."""
     as_is = [text.encode() for text in texts]
-    alternating = [bytes(c - 32 if i % 2 and 97 <= c <= 122 else c for i, c in enumerate(text)) for text in as_is[:1000]]
+    alternating = [
+        bytes(c - 32 if i % 2 and 97 <= c <= 122 else c for i, c in enumerate(text)) for text in as_is[:1000]
+    ]
     kinds = {"as_it_is": as_is, "lower_case": [text.lower() for text in as_is], "upper_case": [text.upper() for text in as_is],
              "alternating": alternating}  # fmt: skip
     for kind, raw in kinds.items():
         num_bytes = sum(map(len, raw))
         capitals = sum(text.count(bytes([c])) for text in raw for c in range(65, 91)) / num_bytes
         started = time.perf_counter()
-        transformed = [text for begin in range(0, len(raw), 256) for text in caseops.encode_documents(raw[begin : begin + 256])]
+        transformed = [
+            text for begin in range(0, len(raw), 256) for text in caseops.encode_documents(raw[begin : begin + 256])
+        ]
         encode_s = time.perf_counter() - started
         texts = [text.decode() for text in transformed]
         started = time.perf_counter()
@@ -94,7 +104,9 @@ def compare_processes(options: export.Options, one: Path) -> None:
     bench_export("plain", options)
     names = sorted(path.name for path in one.iterdir())
     same, *_ = filecmp.cmpfiles(one, options.out, names, shallow=False)
-    print(f"one_and_two_processes_identical:{sorted(same) == names == sorted(path.name for path in options.out.iterdir())}")
+    print(
+        f"one_and_two_processes_identical:{sorted(same) == names == sorted(path.name for path in options.out.iterdir())}"
+    )
 
 
 if __name__ == "__main__":

@@ -54,7 +54,9 @@ def main() -> None:
         end = time.perf_counter()
         train_gpt.load_artifact(Path(folder) / "artifact.bin", config)
         loaded = time.perf_counter()
-    print(f"gptq_s:{middle - start:.1f} compress_s:{end - middle:.1f} sum_s:{end - start:.1f} load_s:{loaded - end:.1f}")
+    print(
+        f"gptq_s:{middle - start:.1f} compress_s:{end - middle:.1f} sum_s:{end - start:.1f} load_s:{loaded - end:.1f}"
+    )
     forecast = train_gpt.predicted_artifact_bytes(config)["artifact_bytes"]
     print(f"artifact_bytes:{size} forecast_bytes:{forecast} forecast_error:{forecast / size - 1:+.4f}")
     print(f"peak_memory_mib:{train_gpt.peak_memory_mib(train_gpt.Run())}")

@@ -2,45 +2,29 @@
 
     PRESET=tiny python tests/bench_train.py
 
-Needs the preset's data. Model FLOP utilisation is against the rate of a large matrix product measured in the same run.
+On the preset's data, or on random tokens where there is none. Model FLOP utilisation is against the rate of a large matrix product measured in the same run.
 """
 
 import os
-import statistics
-import sys
-import time
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
 
 import torch
+from bench_helpers import matrix_product_rate, seconds, with_data
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
-
-
-def seconds(function: Callable, run: train_gpt.Run, repeats: int = 5) -> float:
-    """Median time of a call, after one that does not count."""
-    times = []
-    for _ in range(repeats + 1):
-        run.synchronize()
-        start = time.perf_counter()
-        function()
-        run.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
 
 
 def main() -> None:
     config, _ = train_gpt.load_config(os.environ)
     run = train_gpt.start_run({})
-    device, log = run.device, train_gpt.Log(None)
+    log = train_gpt.Log(None)
     print(f"device:{train_gpt.hardware(run)} threads:{torch.get_num_threads()} torch:{torch.__version__}")
-    side = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(side, side, device=device, dtype=run.dtype)
-    ceiling = 2 * side**3 / seconds(lambda: a @ a, run)
+    ceiling = matrix_product_rate(run)
     print(f"matrix_product_gflops:{ceiling / 1e9:.0f}")
 
-    trainer = train_gpt.Trainer(config, run, log)
+    folder = tempfile.TemporaryDirectory()
+    trainer = train_gpt.Trainer(with_data(config, Path(folder.name)), run, log)
     numbers = iter(range(10**9))
     loading = seconds(lambda: trainer.step_rows(next(numbers)), run, 20)
     loader_rate = config.train_batch_tokens / loading
