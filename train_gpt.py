@@ -195,6 +195,7 @@ class Config:
     quant_scheme: str = setting("gptq", choices=("gptq", "gptq_lite", "intn_row", "int8_clip"))  # see QUANTIZERS
     matrix_bits: int = setting(6, 2, 8)
     mlp_bits: int = setting(0, 0, 8)  # of the MLP matrices; 0: matrix_bits
+    quant_scale_floor: float = setting(0.0, 0, 1)  # smallest step of a row; coarser than needed, it saves bytes
     embed_bits: int = setting(7, 2, 8)
     attn_clip_sigmas: float = setting(13.0, 1)  # row scale = clip * std(row) / (2^(bits-1) - 1)
     mlp_clip_sigmas: float = setting(12.0, 1)
@@ -302,8 +303,8 @@ PRESETS["baseline"] = dict(  # NaiveBaseline
     tied_embed_lr=0.05, matrix_lr=0.04, scalar_lr=0.04, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
     muon_momentum_warmup_steps=500, polar_express_ns=False, muon_row_normalize=False, muon_wd=0.0, adam_wd=0.0,
     embed_wd=0.0, grad_clip_norm=0.0, ema_decay=0.0, warmdown_frac=0.0, warmdown_iters=1200, min_lr=0.0,
-    gptq_reserve_seconds=0.0, quant_scheme="int8_clip", matrix_bits=8, embed_bits=8, compressor="zlib",
-    ttt_enabled=False,
+    gptq_reserve_seconds=0.0, quant_scheme="int8_clip", matrix_bits=8, embed_bits=8, quant_scale_floor=1 / 127,
+    compressor="zlib", ttt_enabled=False,
 )  # fmt: skip
 PRESETS["pr489"] = PRESETS["baseline"] | dict(
     num_layers=7, mlp_mult=3.0, train_seq_len=4096, eval_seq_len=4096, logit_softcap=15.0, qk_gain_init=1.0,
@@ -316,8 +317,8 @@ PRESETS["fork5"] = PRESETS["baseline"] | dict(
     num_layers=11, mlp_mult=3.0, train_seq_len=2048, eval_seq_len=2048, train_batch_tokens=786_432, rope_dims=16,
     rope_train_seq_len=1024, ln_scale=True, init_scheme="ortho", xsa_last_n=4, bigram_vocab_size=2048,
     smear_perdim_enabled=True, muon_wd=0.02, grad_clip_norm=0.3, warmdown_iters=3500, ema_decay=0.997,
-    quant_scheme="gptq_lite", matrix_bits=6, mag_prune_frac=0.05, fp16_keep_name_patterns="blocks.{last}.attn.k",
-    compressor="zstd", sliding_window_enabled=True, ttt_enabled=True, ttt_kind="chunk_sgd",
+    quant_scheme="gptq_lite", matrix_bits=6, quant_scale_floor=1 / 31, mag_prune_frac=0.05,
+    fp16_keep_name_patterns="blocks.{last}.attn.k", compressor="zstd", sliding_window_enabled=True, ttt_enabled=True, ttt_kind="chunk_sgd",
     ttt_chunk_tokens=1_048_576, ttt_epochs=20, ttt_lr=0.008,
 )  # fmt: skip
 # The same with the rates of its public twin (#398, #287): its author may have listed defaults that never ran.
@@ -329,7 +330,7 @@ PRESETS["fork5_twin"] = PRESETS["fork5"] | dict(
 PRESETS["fork5_10l"] = PRESETS["fork5_twin"] | dict(
     num_layers=10, xsa_last_n=0, rope_dims=64, rope_train_seq_len=0, ln_scale=False, bigram_vocab_size=10_240,
     tied_embed_lr=0.03, matrix_lr=0.02, scalar_lr=0.02, warmdown_iters=3000, ema_decay=0.0, swa_enabled=True,
-    quant_scheme="intn_row", mlp_bits=5, mag_prune_frac=0.03,
+    quant_scheme="intn_row", mlp_bits=5, quant_scale_floor=0.0, mag_prune_frac=0.03,
     fp16_keep_name_patterns="tok_emb,blocks.{last}.attn.k", ttt_enabled=False,
 )  # fmt: skip
 PRESETS["pr1880"] = dict(
@@ -425,9 +426,9 @@ AMBIGUOUS = {
 }
 
 # Published names that are no longer a choice. They are accepted so that published commands run as they are: some never
-# had an effect on the result (None; the two caps of ASYM_LOGIT_RESCALE received no gradient, the SmearGate's BOS mask is
-# always on here, the matrices of MATRIX_CLIP_SIGMAS are those of the ATTN and MLP clips), of the others only the value
-# that is built in.
+# had an effect on the result (None; the two caps of ASYM_LOGIT_RESCALE received no gradient, and the BOS mask of the
+# SmearGate is always on here), of the others only the value that is built in. The matrices of MATRIX_CLIP_SIGMAS are
+# those of the ATTN and MLP clips.
 RETIRED: dict[str, str | None] = dict.fromkeys(
     """ARTIFACT_DIR ASYM_LOGIT_RESCALE COMPILE_SHAPE_WARMUP CONTROL_TENSOR_NAME_PATTERNS EMBED_LR
     EVAL_BATCH_SEQS FUSED_CE_ENABLED GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_WARMUP_START_LR GPTQ_CALIBRATION_MODE HEAD_LR
@@ -2278,7 +2279,9 @@ FIT_MARGIN_BYTES = 3000  # head-room of a refitted artifact; sizes of equal sett
 FIT_TRIES, FIT_LARGEST_FACTOR = 6, 4.0  # give up then: what is missing is not for coarser steps to save
 
 
-def gptq(W: Tensor, H: Tensor, clip_sigmas: float, bits: int, block: int = 128) -> tuple[Tensor, Tensor]:
+def gptq(
+    W: Tensor, H: Tensor, clip_sigmas: float, bits: int, floor: float = 0.0, block: int = 128
+) -> tuple[Tensor, Tensor]:
     """Rounds matrices so that their outputs on the calibration inputs change little (GPTQ, arXiv:2210.17323).
 
     W (n, rows, cols) float32 and H (n, cols, cols), its summed X^T X -> codes Q (n, rows, cols) int8 within
@@ -2288,7 +2291,7 @@ def gptq(W: Tensor, H: Tensor, clip_sigmas: float, bits: int, block: int = 128) 
     """
     n, rows, cols = W.shape
     top = 2 ** (bits - 1) - 1
-    scale = half_scale(clip_sigmas * W.std(-1), top)
+    scale = half_scale(clip_sigmas * W.std(-1), top).clamp_min(floor)
     H, diagonal = H.clone(), H.diagonal(dim1=-2, dim2=-1)
     dead = diagonal == 0  # inputs never seen in calibration: their weights become 0
     H.diagonal(dim1=-2, dim2=-1).add_(dead)
@@ -2342,14 +2345,14 @@ def half_scale(largest: Tensor, levels: float) -> Tensor:
     return (largest / levels).half().clamp(HALF_LEAST, HALF_MOST)
 
 
-def round_to_rows(W: Tensor, clip: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def round_to_rows(W: Tensor, clip: Tensor, bits: int, floor: float = 0.0) -> tuple[Tensor, Tensor]:
     """Rounds rows to the nearest of 2^bits - 1 levels between -clip and clip.
 
     W (..., rows, cols) and clip (..., rows), both float32 -> codes (..., rows, cols) int8, scale (..., rows) float16.
     The codes are made with the rounded scale, the one they are read with.
     """
     top = 2 ** (bits - 1) - 1
-    scale = half_scale(clip, top)
+    scale = half_scale(clip, top).clamp_min(floor)
     return (W / scale.float().unsqueeze(-1)).round_().clamp_(-top, top).to(torch.int8), scale
 
 
@@ -2367,17 +2370,17 @@ def row_quantiles(x: Tensor, fractions: Sequence[float]) -> list[Tensor]:
 # int8 within +-(2^(bits-1) - 1), scale (n, rows) float16. The three here use neither H nor clip_sigmas.
 
 
-def int8_clip(W: Tensor, H: Tensor | None, clip_sigmas: float, bits: int) -> tuple[Tensor, Tensor]:
+def int8_clip(W: Tensor, H: Any, clip_sigmas: float, bits: int, floor: float = 0.0) -> tuple[Tensor, Tensor]:
     """Round to nearest, clipped at the 99.99984th percentile of |row| (NaiveBaseline, PR #489)."""
-    return round_to_rows(W, row_quantiles(W.abs(), [INT8_CLIP])[0], bits)
+    return round_to_rows(W, row_quantiles(W.abs(), [INT8_CLIP])[0], bits, floor)
 
 
-def intn_row(W: Tensor, H: Tensor | None, clip_sigmas: float, bits: int) -> tuple[Tensor, Tensor]:
+def intn_row(W: Tensor, H: Any, clip_sigmas: float, bits: int, floor: float = 0.0) -> tuple[Tensor, Tensor]:
     """Round to nearest without clipping: the largest |w| of a row takes the last level."""
-    return round_to_rows(W, W.abs().amax(-1), bits)
+    return round_to_rows(W, W.abs().amax(-1), bits, floor)
 
 
-def gptq_lite(W: Tensor, H: Tensor | None, clip_sigmas: float, bits: int) -> tuple[Tensor, Tensor]:
+def gptq_lite(W: Tensor, H: Any, clip_sigmas: float, bits: int, floor: float = 0.0) -> tuple[Tensor, Tensor]:
     """Round to nearest, each row clipped at that percentile of LITE_CLIPS which leaves the least squared error.
 
     The published code decides once per matrix, although it says per row. Of equal errors the lower percentile wins.
@@ -2385,14 +2388,14 @@ def gptq_lite(W: Tensor, H: Tensor | None, clip_sigmas: float, bits: int) -> tup
     clips = torch.stack(row_quantiles(W.abs(), LITE_CLIPS))  # (percentiles, n, rows)
     errors = []
     for clip in clips:
-        codes, scale = round_to_rows(W, clip, bits)
+        codes, scale = round_to_rows(W, clip, bits, floor)
         errors.append((W - codes * scale.float().unsqueeze(-1)).square().mean(-1))
     best = torch.stack(errors).argmin(0, keepdim=True)
-    return round_to_rows(W, clips.gather(0, best)[0], bits)
+    return round_to_rows(W, clips.gather(0, best)[0], bits, floor)
 
 
 def prune(W: Tensor, frac: float) -> Tensor:
-    """W (..., rows, cols) with each |w| below the `frac` quantile of its own matrix set to 0; frac 0 changes nothing."""
+    """Sets each |w| below the `frac` quantile of its own matrix to 0. W (..., rows, cols); frac 0 changes nothing."""
     threshold = row_quantiles(W.abs().flatten(-2), [frac])[0]
     return W.masked_fill(W.abs() < threshold[..., None, None], 0)
 
@@ -2594,7 +2597,9 @@ def quantize(arrays: Mapping[str, np.ndarray], config: Config, device: torch.dev
     for names, parts, hessian, role in weight_groups(arrays, config, device):
         parts = [prune(part, config.mag_prune_frac) for part in parts]
         scheme = config.quant_scheme if hessian is not None or config.quant_scheme != "gptq" else "gptq_lite"
-        codes, scale = QUANTIZERS[scheme](torch.cat(parts, 1), hessian, *precision(role, config))
+        codes, scale = QUANTIZERS[scheme](
+            torch.cat(parts, 1), hessian, *precision(role, config), config.quant_scale_floor
+        )
         sizes = [part.size(1) for part in parts]
         for place, (part, q, s) in enumerate(zip(parts, codes.split(sizes, 1), scale.split(sizes, 1))):
             for number, below in enumerate(names):
@@ -2658,6 +2663,16 @@ def stream_arrays(streams: Mapping[str, bytes], table: list[Stored]) -> dict[str
     return stored
 
 
+def l1_distances(codes: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """Sums of absolute differences, (rows, cols) and (cols,) int8 -> (rows,) uint32. Pieces fit into the cache."""
+    pieces = []
+    for begin in range(0, len(codes), 1024):
+        piece = codes[begin : begin + 1024]
+        # Differences reach 255: they wrap around in int8, and are right again when read as uint8.
+        pieces.append((np.maximum(piece, row) - np.minimum(piece, row)).view(np.uint8).sum(1, dtype=np.uint32))
+    return np.concatenate(pieces)
+
+
 def row_order(codes: np.ndarray) -> np.ndarray:
     """A chain through the rows, each followed by its nearest neighbour among those left.
 
@@ -2669,10 +2684,8 @@ def row_order(codes: np.ndarray) -> np.ndarray:
     order, left, index, used = np.zeros(rows, np.uint16), codes, np.arange(rows), np.zeros(rows, bool)
     for step in range(1, rows):
         row, used[here] = left[here], True
-        # Differences of int8 reach 255: they wrap around in int8 and are right again when read as uint8.
-        gaps = (np.maximum(left, row) - np.minimum(left, row)).view(np.uint8)
-        distance = gaps.sum(1, dtype=np.int64)
-        distance[used] = np.iinfo(np.int64).max
+        distance = l1_distances(left, row)
+        distance[used] = np.iinfo(np.uint32).max
         here = int(distance.argmin())
         order[step] = index[here]
         if step % 256 == 0:  # rows that are used cost time; leaving them out keeps the others in ascending order
@@ -2715,12 +2728,14 @@ def expanded(data: bytes, size: int, finished: bool) -> bytes:
 
 
 def pack_brotli(data: bytes) -> bytes:
+    """data -> a brotli stream, quality 10, window 2^22."""
     import brotli
 
     return brotli.compress(data, quality=10, lgwin=22)  # 11 saves under 0.01 % of these streams, and takes 1/3 longer
 
 
 def unpack_brotli(data: bytes, size: int) -> bytes:
+    """The inverse of pack_brotli; see above."""
     import brotli
 
     decoder = brotli.Decompressor()
@@ -2732,10 +2747,12 @@ def unpack_brotli(data: bytes, size: int) -> bytes:
 
 
 def pack_lzma(data: bytes) -> bytes:
+    """data -> an xz file, preset 9, with a CRC-64."""
     return lzma.compress(data, preset=9)
 
 
 def unpack_lzma(data: bytes, size: int) -> bytes:
+    """The inverse of pack_lzma; see above."""
     decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=2**27)  # preset 9 needs 65 MiB
     try:
         found = decoder.decompress(data, size + 1)
@@ -2745,10 +2762,12 @@ def unpack_lzma(data: bytes, size: int) -> bytes:
 
 
 def pack_zlib(data: bytes) -> bytes:
+    """data -> a zlib stream, level 9, with an Adler-32."""
     return zlib.compress(data, 9)
 
 
 def unpack_zlib(data: bytes, size: int) -> bytes:
+    """The inverse of pack_zlib; see above."""
     decoder = zlib.decompressobj()
     try:
         found = decoder.decompress(data, size + 1)
@@ -2758,12 +2777,14 @@ def unpack_zlib(data: bytes, size: int) -> bytes:
 
 
 def pack_zstd(data: bytes) -> bytes:
+    """data -> a zstd frame, level 22, with its size and a checksum."""
     import zstandard
 
     return zstandard.ZstdCompressor(level=22, write_checksum=True).compress(data)
 
 
 def unpack_zstd(data: bytes, size: int) -> bytes:
+    """The inverse of pack_zstd; see above."""
     import zstandard
 
     try:
@@ -2791,10 +2812,12 @@ def run_lrzip(data: bytes, *options: str) -> bytes:
 
 
 def pack_lrzip(data: bytes) -> bytes:
+    """data -> an lrzip file, ZPAQ at level 9, with an MD5. Raises ValueError without the program."""
     return run_lrzip(data, "-z", "-L", "9")
 
 
 def unpack_lrzip(data: bytes, size: int) -> bytes:
+    """The inverse of pack_lrzip; see above."""
     announced = int.from_bytes(data[6:14], "little")  # of the 24-byte header: magic, version (2), size (8), ...
     expanded(b"", 0, bytes(data[:4]) == b"LRZI" and announced == size)
     return expanded(run_lrzip(data, "-d"), size, True)
@@ -2917,7 +2940,8 @@ def predicted_artifact_bytes(config: Config) -> dict[str, int]:
     """Forecast of the artifact from the rate model of Gaussian rows, before any training.
 
     Codes with clip k and range r take 2.047 + log2(r / k) + log2(1 + (k / r)^2 / 12) / 2 bits. Schemes without a clip
-    in sigmas put it near the largest of a row: about 0.88 sqrt(2 ln 2n) of n numbers. The codec adds about 1.2 % on
+    in sigmas put it near the largest of a row: about 0.88 sqrt(2 ln 2n) of n numbers, if QUANT_SCALE_FLOOR does not
+    put it higher, which saves more than can be known here. The codec adds about 1.2 % on
     such streams; half-precision numbers shrink to about 0.85 of their size, small codes (LQER, gates) to 4 and 7 bits.
     """
     top_k = [entry.name.removesuffix(".codes") for entry in artifact_table(config) if entry.dtype == "i1"]
