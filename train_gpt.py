@@ -318,7 +318,8 @@ PRESETS["fork5"] = PRESETS["baseline"] | dict(
     rope_train_seq_len=1024, ln_scale=True, init_scheme="ortho", xsa_last_n=4, bigram_vocab_size=2048,
     smear_perdim_enabled=True, muon_wd=0.02, grad_clip_norm=0.3, warmdown_iters=3500, ema_decay=0.997,
     quant_scheme="gptq_lite", matrix_bits=6, quant_scale_floor=1 / 31, mag_prune_frac=0.05,
-    fp16_keep_name_patterns="blocks.{last}.attn.k", compressor="zstd", sliding_window_enabled=True, ttt_enabled=True, ttt_kind="chunk_sgd",
+    fp16_keep_name_patterns="blocks.{last}.attn.k", compressor="zstd",
+    sliding_window_enabled=True, ttt_enabled=True, ttt_kind="chunk_sgd",
     ttt_chunk_tokens=1_048_576, ttt_epochs=20, ttt_lr=0.008,
 )  # fmt: skip
 # The same with the rates of its public twin (#398, #287): its author may have listed defaults that never ran.

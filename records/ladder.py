@@ -2,31 +2,32 @@
 """Measures presets against each other at a small common scale: equal text, equal budget, one table, one picture.
 
     python records/ladder.py prepare --docs TRAIN.jsonl.xz --val-docs VAL.jsonl.xz --tokenizers DIR --out DATA
-    python records/ladder.py run --data DATA --out RUNS --presets baseline,pr1941 --seeds 1,2,3 --seconds 60 --jobs 2
+    python records/ladder.py run --data DATA --out RUNS --presets baseline,pr1941 --seeds 1,2,3 --seconds 90 --jobs 2
     python records/ladder.py report --runs RUNS --table ladder.md --picture ladder.png
 
 prepare exports the same documents with every tokenizer that a preset needs. run starts train_gpt.py once per preset and
-seed, with the preset's own settings scaled down by `scaled`; a run that is there already is skipped. report reads what
-the runs have written. What the published systems reach on eight H100s is not measured here, only how their designs
-order themselves where everything is small; learning rates are the published ones, for no width in particular.
+seed, with the preset's own settings made small by `scaled`; a run that is there already is skipped. report reads what
+the runs have written. It shows how the published designs order themselves where everything is small, not what they
+reach on eight H100s: their learning rates, for one, were tuned at four times the width and are used as they are.
 
 Exit status: 0 done, 1 a run failed, 2 a mistake in the arguments or files.
 """
 
 import argparse
-import contextlib
 import dataclasses
+import functools
 import hashlib
+import io
 import json
 import math
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,14 +37,186 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import caseops
 import documents
 import export
+import numpy as np
 import shards
 import variants
 
 import train_gpt as tg
 
-DATA_FILE, RUN_FILE = "ladder.json", "ladder.json"  # what prepare and run leave in their folders
-DOCUMENTS_FILE = "documents.jsonl"
+SMALL_DIM = 128  # width of every run; a preset of this width, such as tiny, keeps its sizes
+WIDTH, LENGTH = 4, 8  # by what widths and lengths of the published systems are divided
+BATCH_TOKENS, ROW_TOKENS = 1024, 512  # targets of a step; a row holds the longest sequence, 4096 / LENGTH
+CHALLENGE_DOCUMENTS = variants.VAL_DOCUMENTS
+FEWEST_CHUNKS = 4  # of chunked test-time training: the last one teaches nobody
 DATA_VARIANTS = ("sp1024", "sp8192", "caseops")  # rows of variants.VARIANTS; each becomes a folder of this name
+DATA_FILE, RUN_FILE, RESULT_FILE = "ladder.json", "run.json", "result.json"
+DOCUMENTS_FILE = "documents.jsonl"
+PILOT_RESERVE_S = 60.0  # for the calibration of a pilot, whose length is not known yet
+KEPT_ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES")
+
+
+class LadderError(ValueError):
+    """A mistake in the arguments or files. Its message is one line: what, where, and the fix."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scale: what a preset becomes
+
+
+class Published(NamedTuple):
+    """What the author of a system reported; the table of a ladder has its rows in this order."""
+
+    steps: int  # mean of the published seeds, in 600 s on 8xH100
+    val_bpb: float | None  # mean over seeds; None: nothing was published
+    note: str = ""
+
+
+LEARNED_FIRST = "its score was taken after training on the validation text"
+PUBLISHED = {
+    "baseline": Published(13_780, 1.2244),
+    "fork5_10l": Published(7_250, 1.1439, "its steps are not known; those of fork5 are used"),
+    "pr489": Published(10_480, 1.1327, LEARNED_FIRST),
+    "fork5_twin": Published(7_250, None, "steps: middle of 7,100 to 7,410 of the public twins"),
+    "fork5": Published(7_250, 1.1217, LEARNED_FIRST + "; steps as for its twin"),
+    "pr1880": Published(4_455, 1.0775),
+    "pr1941": Published(4_826, 1.0687),
+    "default": Published(4_826, None, "PR #1941 with one gate more; steps of PR #1941"),
+    "pr1855": Published(4_931, 1.0611),
+    "pr2135": Published(4_994, 1.0565),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What the runs of one preset have in common: the budget, and the validation text in the preset's own tokens."""
+
+    seconds: float  # training budget; 0: the schedule runs by steps
+    reserve: float  # seconds of it that are kept for the calibration pass
+    steps: int  # optimizer steps in this budget: measured, or given
+    val_documents: int
+    val_tokens: int
+
+
+def scaled(preset: tg.Config, scale: Scale) -> dict[str, str]:
+    """The environment settings that make a run of `preset` small.
+
+    Every value follows by a rule from the preset's own, so that what differs between presets differs here. Not named,
+    hence as published: layers, loops, gates, skips, MLP multiplier, initial values, learning rates, momenta, weight
+    decays, bits, clips, codec, passes over a chunk, n-gram tilt. Raises LadderError for a preset of unknown length.
+    """
+    settings = schedule(preset, scale) | averaging(preset, scale)
+    if preset.model_dim > SMALL_DIM:
+        settings |= widths(preset) | lengths(preset)
+        if preset.ttt_enabled:
+            chunked = getattr(preset, "ttt_kind", "lora_phased") != "lora_phased"
+            settings |= chunk_learning(preset, scale) if chunked else document_learning(preset, scale)
+    return {name: as_text(value) for name, value in settings.items() if hasattr(preset, name.lower())}
+
+
+def as_text(value: bool | int | float) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(int(value))
+
+
+def variant_of(preset: tg.Config) -> str:
+    """The row of variants.VARIANTS with the tokenizer that the preset was published with."""
+    return "caseops" if getattr(preset, "caseops_enabled", False) else f"sp{preset.vocab_size}"
+
+
+def published_steps(preset: tg.Config) -> int:
+    """Steps of the full-size run. Raises LadderError where they are in no table."""
+    if preset.preset in PUBLISHED:
+        return PUBLISHED[preset.preset].steps
+    if preset.max_wallclock_seconds:
+        raise LadderError(f"preset {preset.preset}: its published number of steps is unknown; add it to PUBLISHED")
+    return preset.iterations
+
+
+def widths(preset: tg.Config) -> dict[str, int]:
+    """A quarter of the width, as half the heads of half the size; what is measured in channels follows."""
+    sizes = {
+        "MODEL_DIM": preset.model_dim // WIDTH,
+        "NUM_HEADS": preset.num_heads // 2,
+        "NUM_KV_HEADS": preset.num_kv_heads // 2,
+        "ROPE_DIMS": preset.rope_dims // 2,  # the same share of a head
+    }
+    if rows := getattr(preset, "bigram_vocab_size", 0):  # nearly the same share of the parameters
+        sizes |= {"BIGRAM_VOCAB_SIZE": rows // WIDTH, "BIGRAM_DIM": preset.bigram_dim // WIDTH}
+    if rank := getattr(preset, "lqer_rank", 0):  # the same share of a matrix, and as many scales for a row
+        sizes |= {"LQER_RANK": math.ceil(rank / WIDTH), "LQER_ASYM_GROUP": preset.lqer_asym_group // WIDTH}
+    return sizes
+
+
+def lengths(preset: tg.Config) -> dict[str, int]:
+    """An eighth of the sequences: documents are as long as ever, and a step has only BATCH_TOKENS."""
+    names = ("TRAIN_SEQ_LEN", "EVAL_SEQ_LEN", "TTT_EVAL_SEQ_LEN", "ROPE_TRAIN_SEQ_LEN", "VAL_BATCH_TOKENS")
+    return {name: getattr(preset, name.lower(), 0) // LENGTH for name in names} | {
+        # One size for all: published batches are 524,288 and 786,432 tokens, and few steps fit into the budget as it is.
+        "TRAIN_BATCH_TOKENS": BATCH_TOKENS,
+        "ROW_TOKENS": ROW_TOKENS,
+        # Half, not an eighth: an eighth would cost four times as much, and 7/8 of the context is always there.
+        "EVAL_STRIDE": preset.eval_stride // 2,
+    }
+
+
+def schedule(preset: tg.Config, scale: Scale) -> dict[str, Any]:
+    """The budget, and a warmdown over the published share of it."""
+    iters = getattr(preset, "warmdown_iters", 0)
+    return {
+        "ITERATIONS": 1_000_000 if scale.seconds else scale.steps,
+        "MAX_WALLCLOCK_SECONDS": float(scale.seconds),
+        "GPTQ_RESERVE_SECONDS": float(scale.reserve),
+        "EVAL_MAX_SECONDS": 0,  # the work of an evaluation must not depend on the machine
+        "WARMUP_STEPS": 0,  # they only compile
+        "TRAIN_LOG_EVERY": 20,
+        "VAL_LOSS_EVERY": 0,
+        "WARMDOWN_FRAC": min(iters / published_steps(preset), 1.0) if iters else preset.warmdown_frac,
+        "WARMDOWN_ITERS": 0,
+    }
+
+
+def averaging(preset: tg.Config, scale: Scale) -> dict[str, Any]:
+    """What is counted in steps covers the same share of all steps as in the published run."""
+    ratio = scale.steps / published_steps(preset)
+    return {
+        "MUON_MOMENTUM_WARMUP_STEPS": round(preset.muon_momentum_warmup_steps * ratio),
+        # An average with decay d spans 1 / (1 - d) steps. 0 is no average, here and there.
+        "EMA_DECAY": max(1 - (1 - preset.ema_decay) / ratio, 0.0) if preset.ema_decay else 0.0,
+    } | ({"SWA_EVERY": max(round(preset.swa_every * ratio), 1)} if getattr(preset, "swa_enabled", False) else {})
+
+
+def document_learning(preset: tg.Config, scale: Scale) -> dict[str, Any]:
+    """Adapters per document and the global phases; proportions and rates of the preset tiny, which was tuned here."""
+    batch = preset.ttt_batch_size // 8
+    # The share of the documents that precedes the last phase, times 8: each of three phases then follows one batch.
+    prefix = round(preset.phased_ttt_prefix_docs * 8 * scale.val_documents / CHALLENGE_DOCUMENTS)
+    return {
+        "TTT_CHUNK_SIZE": preset.ttt_chunk_size * 4 // 3,  # 48 -> 64
+        "TTT_BATCH_SIZE": batch,
+        "TTT_LORA_RANK": preset.ttt_lora_rank // 8,
+        "TTT_LORA_ALPHA": preset.ttt_lora_alpha / 8,  # alpha / rank stays
+        "TTT_LORA_LR": preset.ttt_lora_lr * 30,  # 1e-4 -> 3e-3
+        "PHASED_TTT_PREFIX_DOCS": max(prefix, batch * preset.phased_ttt_num_phases),
+        "GLOBAL_TTT_LR": preset.global_ttt_lr * 10,
+        "GLOBAL_TTT_CHUNK_TOKENS": preset.global_ttt_chunk_tokens // 16,
+    }
+
+
+def chunk_learning(preset: tg.Config, scale: Scale) -> dict[str, int]:
+    """Chunks of the stream and updates in them, for presets that learn from whole chunks.
+
+    As many chunks as published and as many updates per pass over one, as far as there are windows for them: an update
+    takes TTT_BATCH_SEQS windows for each of 8 ranks, so it is 8 windows here, or all of a chunk.
+    """
+    chunks = variants.VARIANTS[variant_of(preset)].val_targets / preset.ttt_chunk_tokens
+    updates = round(preset.ttt_chunk_tokens / (8 * preset.ttt_batch_seqs * preset.eval_seq_len))
+    context = preset.eval_seq_len // LENGTH
+    windows = scale.val_tokens // context
+    per_chunk = max(round(windows / chunks), 8 * updates if updates > 1 else 1)
+    return {
+        "TTT_CHUNK_TOKENS": context * max(min(per_chunk, windows // FEWEST_CHUNKS), 1),
+        "TTT_BATCH_SEQS": 1,
+    }
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data: the same documents in every tokenizer
@@ -55,39 +228,39 @@ class Take(NamedTuple):
     lines: list[bytes]  # JSON lines as they are
     text_bytes: int  # UTF-8
     sha256: str  # of the texts, each followed by a line feed
-    left_out: int  # documents that were skipped
+    left_out: int  # documents that were passed over
 
 
 def prepare(options: argparse.Namespace) -> dict[str, Any]:
-    """Exports one document list with each tokenizer; returns what ladder.json in the folder says about it.
+    """Exports one document list with each tokenizer; returns what DATA_FILE in the folder says about it.
 
-    Validation takes only documents that every tokenizer keeps as they are, because a document that is normalised has
-    other bytes under each byte rule, and bits per byte would divide by different numbers.
-    Raises shards.DataError for unusable input, also when the variants do not count the same bytes in the end.
+    Validation takes only documents that every tokenizer gives back as they are: what a tokenizer normalises has other
+    bytes under each byte rule, and bits per byte would be divided by different numbers.
+    Raises DataError for unusable input, and when the variants do not count the same bytes in the end.
     """
     models = {name: options.tokenizers / variants.VARIANTS[name].tokenizer for name in DATA_VARIANTS}
     loaded = {name: shards.load_tokenizer(path) for name, path in models.items()}
-    val = take(options.val_docs, 1000 * options.val_kb, lambda text: keeps_text(text, loaded))
-    train = take(options.docs, 1_000_000 * options.train_mb)
+    val = take(options.val_docs, 1e3 * options.val_kb, functools.partial(keeps_text, tokenizers=loaded))
+    train = take(options.docs, 1e6 * options.train_mb)
     with export.new_folder(options.out) as folder:
         path = folder / DOCUMENTS_FILE
         path.write_bytes(b"".join(line.rstrip(b"\n") + b"\n" for line in [*val.lines, *train.lines]))
-        summary = {"train": described(train, options.docs), "val": described(val, options.val_docs)}
-        summary |= {"documents_sha256": shards.file_sha256(path), "variants": {}}
-        for name in DATA_VARIANTS:
-            summary["variants"][name] = export_variant(name, path, folder / name, models[name], len(val.lines))
-        counted = {name: row["val_bytes"] for name, row in summary["variants"].items()}
+        summary: dict[str, Any] = {"train": described(train, options.docs), "val": described(val, options.val_docs)}
+        summary["documents_sha256"] = shards.file_sha256(path)
+        rows = {name: export_variant(name, path, folder / name, models[name], len(val.lines)) for name in models}
+        counted = {name: row["val_bytes"] for name, row in rows.items()}
         if set(counted.values()) != {val.text_bytes}:
-            raise shards.DataError(
-                options.val_docs, f"scored bytes {counted}", f"{val.text_bytes} in all of them", "leave odd documents out"
-            )
+            fix = "leave out the documents whose bytes are counted otherwise"
+            raise shards.DataError(options.val_docs, f"scored bytes {counted}", f"{val.text_bytes} in each", fix)
+        summary["variants"] = rows
         shards.write_json(folder / DATA_FILE, summary)
     return summary
 
 
-def take(path: Path, limit_bytes: float, wanted: Any = lambda text: True) -> Take:
-    """The first documents that are wanted, until their texts have `limit_bytes` or more; raises DataError for too few."""
-    lines, size, digest, left_out = [], 0, hashlib.sha256(), 0
+def take(path: Path, limit_bytes: float, wanted: Callable[[str], bool] = lambda text: True) -> Take:
+    """The first wanted documents whose texts have `limit_bytes` or more; raises DataError where there are too few."""
+    lines: list[bytes] = []
+    size, digest, left_out = 0, hashlib.sha256(), 0
     for place, line in documents.read_lines([path]):
         text = documents.parse_line(place, line)
         if not wanted(text):
@@ -111,8 +284,13 @@ def keeps_text(text: str, tokenizers: dict[str, Any]) -> bool:
 
 
 def described(part: Take, path: Path) -> dict[str, Any]:
-    return {"file": path.name, "documents": len(part.lines), "left_out": part.left_out,
-            "text_bytes": part.text_bytes, "text_sha256": part.sha256}  # fmt: skip
+    return {
+        "file": path.name,
+        "documents": len(part.lines),
+        "left_out": part.left_out,
+        "text_bytes": part.text_bytes,
+        "text_sha256": part.sha256,
+    }
 
 
 def export_variant(name: str, path: Path, out: Path, model: Path, val_documents: int) -> dict[str, Any]:
@@ -130,8 +308,457 @@ def export_variant(name: str, path: Path, out: Path, model: Path, val_documents:
         "val_bytes": int(validation.bytes.sum()),
     }
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run
+
+
+class Job(NamedTuple):
+    """One start of the script."""
+
+    name: str  # its folder
+    settings: dict[str, str]  # PRESET, SEED and what `scaled` says
+    places: dict[str, str]  # where data and results are
+    about: dict[str, Any]  # what RUN_FILE says besides the settings
+
+
+class Outcome(NamedTuple):
+    job: Job
+    result: dict[str, Any] | None  # None: failed
+    message: str
+
+
+def run(options: argparse.Namespace, command: Sequence[str] = ()) -> list[Outcome]:
+    """Runs every preset with every seed, `--jobs` at a time; a failure is an outcome like any other.
+
+    Where the schedule runs by the clock, one short pilot per preset measures its speed first, under the same load.
+    `command` replaces the script in tests. Raises LadderError for unknown presets or data.
+    """
+    command = command or [sys.executable, str(ROOT / "train_gpt.py")]
+    data = read_json(options.data / DATA_FILE, "make it with `ladder.py prepare`")
+    configs = {name: load_preset(name) for name in options.presets}
+    scales = {name: by_steps(config, data, options.steps) for name, config in configs.items()}
+    failed = []
+    if options.seconds:
+        pilots = [make_job(configs[name], scale, 0, data, options, pilot=True) for name, scale in scales.items()]
+        outcomes = run_all(pilots, options, command)
+        failed = [outcome for outcome in outcomes if not outcome.result]
+        speeds = {outcome.job.about["preset"]: outcome.result for outcome in outcomes if outcome.result}
+        scales = {name: measured(scales[name], speeds[name], options.seconds) for name in scales if name in speeds}
+    jobs = [make_job(configs[name], scales[name], seed, data, options) for seed in options.seeds for name in scales]
+    return failed + run_all(jobs, options, command)
+
+
+def load_preset(name: str) -> tg.Config:
+    try:
+        return tg.load_config({"PRESET": name})[0]
+    except tg.UserError as error:
+        raise LadderError(f"--presets: {error}") from None
+
+
+def by_steps(config: tg.Config, data: dict[str, Any], steps: int) -> Scale:
+    """The scale of a run of so many steps. Raises LadderError where the data lack the preset's tokenizer."""
+    row = data["variants"].get(variant_of(config))
+    if row is None:
+        raise LadderError(f"--data: no {variant_of(config)} for preset {config.preset}; there is {[*data['variants']]}")
+    return Scale(0.0, 0.0, steps or 1, row["val_documents"], row["val_tokens"])
+
+
+def measured(scale: Scale, pilot: dict[str, Any], seconds: float) -> Scale:
+    """The scale of a run of so many seconds at the speed of its pilot, with half as much again for the calibration."""
+    calibration = pilot["calibration_seconds"]
+    reserve = math.ceil(15 * calibration) / 10
+    if reserve >= seconds:
+        raise LadderError(
+            f"--seconds {seconds:g}: calibration takes {calibration:.1f} s of {pilot['run_id']}; give more"
+        )
+    speed = pilot["steps"] / max(pilot["train_seconds"] - calibration, 1e-9)
+    steps = max(round(speed * (seconds - reserve)), 1)
+    return dataclasses.replace(scale, seconds=seconds, reserve=reserve, steps=steps)
+
+
+def make_job(
+    config: tg.Config,
+    scale: Scale,
+    seed: int,
+    data: dict[str, Any],
+    options: argparse.Namespace,
+    pilot: bool = False,
+) -> Job:
+    """One run, or the pilot of its preset: the train stage only, a few seconds long."""
+    if pilot:
+        scale = dataclasses.replace(
+            scale, seconds=options.pilot_seconds + PILOT_RESERVE_S, reserve=PILOT_RESERVE_S, steps=100
+        )
+    name = f"{config.preset}-pilot" if pilot else f"{config.preset}-seed{seed}"
+    settings = {"PRESET": config.preset, "SEED": str(seed)} | scaled(config, scale)
+    folder = (options.data / variant_of(config)).resolve()
+    places = {
+        "DATA_PATH": str(folder),
+        "TOKENIZER_PATH": str(folder / export.TOKENIZER_FILE),
+        "RUNS_DIR": str(options.out.resolve()),
+        "RUN_ID": name,
+        "STAGES": "train" if pilot else "train,quantize,evaluate",
+    }
+    about = {
+        "preset": config.preset,
+        "seed": seed,
+        "pilot": pilot,
+        "budget": {"steps": options.steps} if options.steps else {"seconds": options.seconds},
+        "expected_steps": scale.steps,
+        "variant": variant_of(config),
+        "data": data,
+        "threads": options.threads,
+        "jobs": options.jobs,
+        "machine": machine(),
+        "script_sha256": shards.file_sha256(ROOT / "train_gpt.py"),
+    }
+    return Job(name, settings, places, about)
+
+
+def machine() -> dict[str, Any]:
+    """What a speed depends on, as far as the system says it."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+    }
+
+
+def run_all(jobs: list[Job], options: argparse.Namespace, command: Sequence[str]) -> list[Outcome]:
+    """Outcomes in the order in which they come; each is printed as a line."""
+    outcomes, start = [], time.monotonic()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for future in as_completed([pool.submit(run_one, job, options, command) for job in jobs]):
+            outcome = future.result()
+            outcomes.append(outcome)
+            state = "done" if outcome.result else "FAILED"
+            elapsed = time.monotonic() - start
+            print(f"{state} {len(outcomes)}/{len(jobs)} {outcome.job.name} {outcome.message} elapsed_s:{elapsed:.0f}",
+                  flush=True)  # fmt: skip
+    return outcomes
+
+
+def run_one(job: Job, options: argparse.Namespace, command: Sequence[str]) -> Outcome:
+    """Starts the script unless its result is there already; returns what it wrote."""
+    folder = Path(job.places["RUNS_DIR"]) / job.name
+    try:
+        if earlier := finished(folder, job):
+            return Outcome(job, earlier, f"{headline(earlier)} (already there)")
+        folder.mkdir(parents=True, exist_ok=True)
+        shards.write_json(folder / RUN_FILE, job.about | {"settings": job.settings, "parameters": parameters(job)})
+        env = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
+        env |= {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
+        done = subprocess.run(
+            command, env=env | job.settings | job.places, cwd=folder, capture_output=True, text=True, check=False
+        )
+        result = complete(folder, job)
+        if result is None:
+            said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
+            return Outcome(job, None, f"exit status {done.returncode}: {said[:300]}")
+        return Outcome(job, result, headline(result))
+    except (LadderError, tg.UserError, OSError) as error:
+        return Outcome(job, None, str(error))
+
+
+def parameters(job: Job) -> int:
+    """Number of parameters of the small model."""
+    config = tg.load_config(job.settings | job.places)[0]
+    return sum(parameter.numel() for parameter in tg.GPT(config, tg.Run(), "meta").parameters())
+
+
+def finished(folder: Path, job: Job) -> dict[str, Any] | None:
+    """The result of an earlier run of this job. Raises LadderError when the folder holds a run of other settings."""
+    if not (folder / RUN_FILE).exists():
+        return None
+    earlier = read_json(folder / RUN_FILE, "delete the folder")
+    for key, mine in (("settings", job.settings), ("data", job.about["data"]), ("threads", job.about["threads"])):
+        theirs = earlier.get(key)
+        if theirs != mine:
+            odd = [name for name in mine if mine[name] != theirs.get(name)] if isinstance(mine, dict) else [key]
+            raise LadderError(f"{folder}: holds a run with other {key} ({', '.join(odd)}); choose another --out")
+    return complete(folder, job)
+
+
+def complete(folder: Path, job: Job) -> dict[str, Any] | None:
+    """The result of a run that has gone through all of its stages."""
+    path = folder / RESULT_FILE
+    if not path.exists():
+        return None
+    result = read_json(path, "delete the folder")
+    return result if ",".join(result.get("stage_keys", {})) == job.places["STAGES"] else None
+
+
+def headline(result: dict[str, Any]) -> str:
+    """The figures of a run on one line."""
+    keys = ("val_bpb", "prequant_val_bpb", "steps", "train_seconds", "eval_seconds")
+    return " ".join(f"{key}:{result[key]:.5g}" for key in keys if key in result)
+
+
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """Raises LadderError for a missing or damaged file."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise LadderError(f"{path}: cannot be read ({error}); {fix}") from None
+    if not isinstance(value, dict):
+        raise LadderError(f"{path}: not a JSON object; {fix}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+
+
+class Finished(NamedTuple):
+    """A run with all of its results."""
+
+    about: dict[str, Any]  # RUN_FILE
+    result: dict[str, Any]  # RESULT_FILE
+
+
+class Difference(NamedTuple):
+    """Mean of the differences between runs of equal seeds, and its standard error; None for fewer than two pairs."""
+
+    mean: float
+    error: float | None
+    pairs: int
+
+
+def report(options: argparse.Namespace) -> str:
+    """Writes the table and the picture of the runs in a folder; returns the table.
+
+    Raises LadderError where there is no finished run, or where runs differ in data, budget or threads.
+    """
+    runs, unfinished = read_runs(options.runs)
+    presets = ladder_order({run.about["preset"] for run in runs})
+    groups = {name: [run for run in runs if run.about["preset"] == name] for name in presets}
+    text = "\n".join([*facts(runs, unfinished), "", *table(groups), "", *remarks(groups)]) + "\n"
+    options.table.parent.mkdir(parents=True, exist_ok=True)
+    options.table.write_text(text)
+    draw(groups, options.picture)
+    return text
+
+
+def read_runs(folder: Path) -> tuple[list[Finished], list[str]]:
+    """The finished runs in order of their seeds, and the names of the others."""
+    runs, unfinished = [], []
+    for path in sorted(folder.glob(f"*/{RUN_FILE}")):
+        about, result_path = read_json(path, "delete the folder"), path.parent / RESULT_FILE
+        if about["pilot"]:
+            continue
+        result = read_json(result_path, "delete the folder") if result_path.exists() else {}
+        if "val_bpb" in result:
+            runs.append(Finished(about, result))
+        else:
+            unfinished.append(path.parent.name)
+    if not runs:
+        raise LadderError(f"{folder}: holds no finished run; start some with `ladder.py run`")
+    for key in ("budget", "data", "threads"):
+        if len({json.dumps(run.about[key], sort_keys=True) for run in runs}) > 1:
+            raise LadderError(f"{folder}: runs with different {key}; keep each kind in a folder of its own")
+    return sorted(runs, key=lambda run: run.about["seed"]), unfinished
+
+
+def ladder_order(presets: set[str]) -> list[str]:
+    """As in PUBLISHED, then the others by name."""
+    return [name for name in PUBLISHED if name in presets] + sorted(presets - PUBLISHED.keys())
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and the sample standard deviation (divided by n - 1); None for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def paired_difference(mine: dict[int, float], theirs: dict[int, float]) -> Difference | None:
+    """Of values by seed, over the seeds that both have; None without any. Error: std(differences) / sqrt(pairs)."""
+    differences = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+    if not differences:
+        return None
+    mean, deviation = mean_and_deviation(differences)
+    return Difference(mean, deviation and deviation / math.sqrt(len(differences)), len(differences))
+
+
+def by_seed(runs: list[Finished], key: str) -> dict[int, float]:
+    return {run.about["seed"]: run.result[key] for run in runs if run.result.get(key) is not None}
+
+
+def table(groups: dict[str, list[Finished]]) -> list[str]:
+    """The rows of the table in Markdown."""
+    heads = ("preset", "seeds", "final bpb", "minus row above", "before quantisation", "quantised", "sliding", "final is",
+             "steps", "tokens/s", "train s", "eval s", "artifact bytes", "parameters", "claimed at full size")  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    above: dict[int, float] = {}
+    for name, runs in groups.items():
+        final = by_seed(runs, "val_bpb")
+        claim = PUBLISHED[name].val_bpb if name in PUBLISHED else None
+        cells = [
+            name,
+            str(len(runs)),
+            f"**{with_deviation(final)}**",
+            signed(paired_difference(final, above)),
+            *(with_deviation(by_seed(runs, f"{kind}_val_bpb")) for kind in ("prequant", "quantized", "sliding")),
+            "/".join(sorted({run.result["submitted"] for run in runs})),
+            *(rounded(by_seed(runs, key)) for key in ("steps", "tokens_per_s", "train_seconds", "eval_seconds")),
+            rounded(by_seed(runs, "total_bytes")),
+            f"{runs[0].about['parameters']:,}",
+            f"{claim:.4f}" if claim else "\u2013",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+        above = final
+    return lines
+
+
+def with_deviation(values: dict[int, float]) -> str:
+    if not values:
+        return "\u2013"
+    mean, deviation = mean_and_deviation(list(values.values()))
+    return f"{mean:.4f}" + (f" \u00b1 {deviation:.4f}" if deviation is not None else "")
+
+
+def signed(difference: Difference | None) -> str:
+    if difference is None:
+        return "\u2013"
+    return f"{difference.mean:+.4f}" + (f" \u00b1 {difference.error:.4f}" if difference.error is not None else "")
+
+
+def rounded(values: dict[int, float]) -> str:
+    return f"{statistics.fmean(values.values()):,.0f}" if values else "\u2013"
+
+
+def facts(runs: list[Finished], unfinished: list[str]) -> list[str]:
+    """What was measured, on what, with what."""
+    about, results = runs[0].about, [run.result for run in runs]
+    data, budget = about["data"], about["budget"]
+    machines = sorted({"{cpu}, {cores} cores, {system}".format(**run.about["machine"]) for run in runs})
+    versions = sorted({"Python {python}, numpy {numpy}".format(**run.about["machine"]) for run in runs})
+    scripts = sorted({run.about["script_sha256"][:16] for run in runs})
+    given = f"{budget['seconds']:g} s of training" if "seconds" in budget else f"{budget['steps']} steps"
+    part = lambda name: (
+        f"{data[name]['text_bytes']:,} bytes in {data[name]['documents']:,} documents of {data[name]['file']}"
+        f" (sha256 of the texts {data[name]['text_sha256'][:16]})"
+    )
+    lines = [
+        "# Presets at a small common scale",
+        "",
+        f"Every system with width {SMALL_DIM} instead of 512, sequences divided by {LENGTH}, {BATCH_TOKENS} tokens a step,",
+        "its own tokenizer and its own learning rates; see `scaled` in `records/ladder.py`. Bits per byte compare inside",
+        "this table only. \u00b1 is the sample standard deviation over seeds; in *minus row above*, the standard error of",
+        "the mean difference between equal seeds. It does not cover the choice of the validation text.",
+        "",
+        f"* budget: {given} for each run, {about['threads']} thread(s), {about['jobs']} run(s) side by side",
+        f"* training text: {part('train')}",
+        f"* validation text: {part('val')}, the same bytes for every tokenizer",
+        f"* machine: {'; '.join(machines)}; {', '.join(sorted({str(r.get('hardware')) for r in results}))}",
+        f"* versions: {'; '.join(versions)}, PyTorch {', '.join(sorted({str(r.get('torch')) for r in results}))}",
+        f"* train_gpt.py: sha256 {', '.join(scripts)}" + (" (not all runs used the same file)" if scripts[1:] else ""),
+    ]
+    return lines + ([f"* not finished: {', '.join(unfinished)}"] if unfinished else [])
+
+
+def remarks(groups: dict[str, list[Finished]]) -> list[str]:
+    """What the figures in the last column are, and runs that broke a rule."""
+    lines = [
+        "Claims are of eight H100s at full size, mean over the author's seeds, with all of FineWeb's validation text."
+    ]
+    lines += [f"* {name}: {PUBLISHED[name].note}" for name in groups if name in PUBLISHED and PUBLISHED[name].note]
+    broken = [f"{run.result['run_id']}: {'; '.join(run.result.get('violations', []))}" for runs in groups.values()
+              for run in runs if not run.result.get("valid", True)]  # fmt: skip
+    return lines + [f"* rule broken by {text}" for text in broken]
+
+
+def draw(groups: dict[str, list[Finished]], path: Path) -> None:
+    """Final bpb of every preset: a point per seed, a bar at the mean, and the quantised artifact without more."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(1.5 + 1.1 * len(groups), 4.5))
+    for place, runs in enumerate(groups.values()):
+        final, quantized = list(by_seed(runs, "val_bpb").values()), list(by_seed(runs, "quantized_val_bpb").values())
+        mean = statistics.fmean(final)
+        label = lambda text: text if place == 0 else None
+        axes.hlines(
+            statistics.fmean(quantized), place - 0.25, place + 0.25, "0.65", label=label("quantised artifact, plain")
+        )
+        axes.hlines(mean, place - 0.25, place + 0.25, "tab:blue", linewidth=2, label=label("final score, mean"))
+        axes.plot([place] * len(final), final, "o", color="black", markersize=4, label=label("final score, one seed"))
+        axes.annotate(f"{mean:.3f}", (place + 0.28, mean), va="center", fontsize=8)
+    axes.set_xticks(range(len(groups)), groups, rotation=20)
+    axes.set(ylabel="bits per byte", title="Presets at a small common scale", xlim=(-0.5, len(groups) - 0.1))
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    pyplot.close(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(picture.getvalue())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    words = lambda text: [word for word in text.split(",") if word]
+    numbers = lambda text: [int(word) for word in words(text)]
+    parser = argparse.ArgumentParser(description="Measures presets against each other at a small common scale.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    data = commands.add_parser("prepare", help="export the same documents with every tokenizer")
+    data.add_argument("--docs", type=Path, required=True, help="training documents, JSON lines with a key text")
+    data.add_argument("--val-docs", type=Path, required=True, help="validation documents, the same")
+    data.add_argument("--tokenizers", type=Path, required=True, help="folder with the SentencePiece models")
+    data.add_argument("--out", type=Path, required=True, help="folder to make")
+    data.add_argument("--train-mb", type=float, default=24, help="megabytes of training text (default 24)")
+    data.add_argument("--val-kb", type=float, default=75, help="kilobytes of validation text (default 75)")
+    runs = commands.add_parser("run", help="train and score every preset with every seed")
+    runs.add_argument("--data", type=Path, required=True, help="folder that prepare made")
+    runs.add_argument("--out", type=Path, required=True, help="folder for the runs; the same again continues")
+    runs.add_argument("--presets", type=words, default=words("baseline,pr489,fork5,pr1880,pr1941,pr1855,pr2135"))
+    runs.add_argument("--seeds", type=numbers, default=[1, 2, 3], help="comma list (default 1,2,3)")
+    budget = runs.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--seconds", type=float, default=0, help="training budget of a run by the clock")
+    budget.add_argument("--steps", type=int, default=0, help="the same in optimizer steps")
+    runs.add_argument("--jobs", type=int, default=2, help="runs side by side (default 2)")
+    runs.add_argument("--threads", type=int, default=1, help="threads of each run (default 1)")
+    runs.add_argument("--pilot-seconds", type=float, default=10, help="length of a speed measurement (default 10)")
+    tables = commands.add_parser("report", help="table and picture of the finished runs")
+    tables.add_argument("--runs", type=Path, required=True)
+    tables.add_argument("--table", type=Path, required=True, help="Markdown file to write")
+    tables.add_argument("--picture", type=Path, required=True, help="PNG file to write")
+    options = parser.parse_args(arguments)
+    for name in ("train_mb", "val_kb", "jobs", "threads", "pilot_seconds", "seconds", "steps"):
+        least = 0 if name in ("seconds", "steps") else 1e-9
+        if getattr(options, name, 1) < least:
+            parser.error(f"--{name.replace('_', '-')}: must be a positive number")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_options(arguments)
+    try:
+        if options.command == "prepare":
+            print(json.dumps(prepare(options), indent=1))
+        elif options.command == "report":
+            print(report(options))
+        else:
+            return 1 if any(outcome.result is None for outcome in run(options)) else 0
+        return 0
+    except (LadderError, shards.DataError, tg.UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
-    p=argparse.ArgumentParser();
-    for n in ("docs","val_docs","tokenizers","out"): p.add_argument("--"+n.replace("_","-"),type=Path)
-    p.add_argument("--train-mb",type=float,default=24);p.add_argument("--val-kb",type=float,default=220)
-    print(json.dumps(prepare(p.parse_args()),indent=1))
+    sys.exit(main())

@@ -76,7 +76,7 @@ def find_table(published: dict[str, Any], preset: str) -> dict[str, Any]:
         if preset in table["presets"]:
             return table
     known = ", ".join(name for table in published["tables"] for name in table["presets"])
-    raise UserError(f"PRESET={preset}: {published['source']} has figures for {known} only; choose one, or unset it")
+    raise UserError(f"PRESET={preset}: this folder has figures for {known}; choose one, or unset PRESET")
 
 
 def check_data(config: Config, name: str) -> str:
@@ -86,13 +86,14 @@ def check_data(config: Config, name: str) -> str:
     Raises UserError for missing data, with the command that fetches it, and for unusable data.
     """
     stages, folder = config.stage_list, config.dataset_dir
-    if stages == ["describe"]:
-        return ""
     splits = ["val", "train"] if "train" in stages else ["val"]
     missing = [folder / f"fineweb_{s}_*.bin" for s in splits if not any(folder.glob(f"fineweb_{s}_[0-9]*.bin"))]
     if missing := [*missing, *([] if config.tokenizer_file.is_file() else [config.tokenizer_file])]:
         root = "" if Path(config.data_dir) == Path("data") else f" --root {config.data_dir}"
-        raise UserError(f"{missing[0]}: not there; fetch it with: python data/download.py {name}{root}")
+        raise UserError(
+            f"{missing[0]}: not there; fetch it with: python data/download.py {name}{root}"
+            " (or set DATA_PATH and TOKENIZER_PATH)"
+        )
     if "train" in stages:
         TokenStream(folder, "train", config.vocab_size)
     validation, (_, variant) = load_validation(config), find_variant(name)
@@ -120,8 +121,8 @@ def launch(command: list[str], env: Mapping[str, str]) -> int:
 
 
 def differences(result: dict[str, Any], table: dict[str, Any], plain: Config, config: Config) -> list[str]:
-    """What was not as in the published run, from the result and the settings (`plain`: those of the folder alone)."""
-    found = []
+    """What was not as in the published run, by the result and the settings (`plain`: those of the folder alone)."""
+    found = [] if result["valid"] else ["the run is INVALID (" + "; ".join(result["violations"]) + ")"]
     if not ("8x" in result["hardware"] and "H100" in result["hardware"]):
         found.append(f"hardware {result['hardware']}, not 8xH100")
     if "steps" in result and result["steps"] < FEWER_STEPS * table["mean"].get("steps", 0):
@@ -141,9 +142,8 @@ def compare(table: dict[str, Any], result: dict[str, Any]) -> dict[str, dict[str
     for figure in FIGURES:
         mean, measured = table["mean"].get(figure), result.get(figure)
         difference = None if mean is None or measured is None else measured - mean
-        rows[figure] = dict(
-            published_seed=of_seed.get(figure), published_mean=mean, measured=measured, difference=difference
-        )
+        published = {"published_seed": of_seed.get(figure), "published_mean": mean}
+        rows[figure] = published | {"measured": measured, "difference": difference}
     return rows
 
 
@@ -152,7 +152,8 @@ def show(comparison: dict[str, Any]) -> str:
     found, seed = comparison["differences"], comparison["seed"]
     head = f"{comparison['preset']} against {comparison['source']}"
     head += "\nNOT the published conditions: " + "; ".join(found) if found else "\nthe published conditions"
-    lines = [head, f"{'':18}{f'seed {seed}':>14}{'mean':>14}{'measured':>14}{'difference':>14}"]
+    lines = [head, f"{'':18}{'published':>14}{'published':>14}"]
+    lines.append(f"{'':18}{f'seed {seed}':>14}{'mean':>14}{'measured':>14}{'minus mean':>14}")
     for figure, row in comparison["figures"].items():
         form = FIGURES[figure]
         values = [row["published_seed"], row["published_mean"], row["measured"]]
@@ -162,7 +163,7 @@ def show(comparison: dict[str, Any]) -> str:
     if beside := comparison["not_compared"]:
         figures = " ".join(f"{key} {value}" for key, value in beside["mean"].items())
         lines.append(f"published but not compared ({beside['reason']}): mean {figures}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"note: {note}" for note in comparison["notes"])])
 
 
 def reproduce(folder: Path, seed: str | None, caller: Mapping[str, str]) -> int:
@@ -172,7 +173,7 @@ def reproduce(folder: Path, seed: str | None, caller: Mapping[str, str]) -> int:
     table = find_table(published, env.get("PRESET", "default"))
     env["SEED"] = seed or env.get("SEED") or next(iter(table["seeds"]))
     config = load_config(env)[0]
-    env.setdefault("RUN_ID", f"{config.preset}-seed{config.seed}")
+    env["RUN_ID"] = config.run_id or f"{config.preset}-seed{config.seed}"
     other_data = check_data(config, published["data"])
     print(f"{folder.name}: RUN_ID={env['RUN_ID']} PRESET={config.preset} SEED={config.seed}", flush=True)
     path = ROOT / config.runs_dir / env["RUN_ID"] / "result.json"
@@ -189,6 +190,7 @@ def reproduce(folder: Path, seed: str | None, caller: Mapping[str, str]) -> int:
         "differences": found + published.get("known_differences", []),
         "figures": compare(table, result),
         "not_compared": table.get("not_compared"),
+        "notes": published["notes"],
     }
     path.with_name("comparison.json").write_text(json.dumps(comparison, indent=1) + "\n")
     print("\n" + show(comparison))

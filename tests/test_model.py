@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOY, random_model, random_tokens, toy_config
+from conftest import TOY, preset_env, random_model, random_tokens, randomise, toy_config
 from torch import Tensor
 
 import train_gpt as tg
@@ -42,6 +42,9 @@ class SlowModel:
     def block(self, layer: int, name: str) -> np.ndarray:
         return self.p[f"blocks.{layer}.{name}"]
 
+    def damping(self, layer: int) -> float:
+        return 1 / math.sqrt(layer + 1) if self.c.ln_scale else 1.0
+
     def linear(
         self, x: np.ndarray, weight: np.ndarray, kind: str, layer: int, slot: int, low_input: np.ndarray
     ) -> np.ndarray:
@@ -54,18 +57,32 @@ class SlowModel:
 
     def turn(self, head: np.ndarray, t: int) -> np.ndarray:
         """Rotary embedding of one head's vector at position t: channel j with channel j + R / 2."""
-        R, out = self.c.rope_dims, head.copy()
+        R, out, base = self.c.rope_dims, head.copy(), self.c.rope_base
+        if self.c.rope_train_seq_len:  # NTK: trained at more than the length that the base is meant for
+            base *= (self.c.train_seq_len / self.c.rope_train_seq_len) ** (R / (R - 2))
         for j in range(R // 2):
-            angle = t * self.c.rope_base ** (-2 * j / R)
+            angle = t * base ** (-2 * j / R)
             u, v = head[j], head[j + R // 2]
             out[j] = u * math.cos(angle) + v * math.sin(angle)
             out[j + R // 2] = -u * math.sin(angle) + v * math.cos(angle)
         return out
 
+    def gates(self, n: np.ndarray, layer: int) -> np.ndarray:
+        """One factor per head from the normed input (d,) of one token."""
+        c = self.c
+        if c.attn_gate == "none":
+            return np.ones(c.num_heads)
+        w = self.block(layer, "attn_gate_w")
+        return {
+            "dense": lambda: sigmoid(w @ n),
+            "sparse": lambda: sigmoid(c.sparse_attn_gate_scale * (w @ n[: c.gate_window])),
+            "two_sigma": lambda: 2 * sigmoid(w @ n[: c.gate_window]),
+        }[c.attn_gate]()
+
     def attention(self, m: np.ndarray, layer: int, slot: int) -> np.ndarray:
         c, L = self.c, self.c.num_layers
         T, d, group = len(m), c.model_dim // c.num_heads, c.num_heads // c.num_kv_heads
-        n = unit_rms(m) / math.sqrt(layer + 1)
+        n = unit_rms(m) * self.damping(layer)
         queries, keys, values = [], [], []
         for t in range(T):
             q = self.linear(n[t], self.p["qo_bank"][layer], "attn.q", layer, slot, n[t]).reshape(-1, d)
@@ -87,19 +104,21 @@ class SlowModel:
                 if layer >= L - c.xsa_last_n:
                     own = values[t][g] / max(np.linalg.norm(values[t][g]), 1e-12)
                     y[h] -= (y[h] @ own) * own
-                y[h] *= sigmoid(self.block(layer, "attn_gate_w")[h] @ n[t])
+                y[h] *= self.gates(n[t], layer)[h]
             out[t] = self.linear(y.reshape(-1), self.p["qo_bank"][L + layer], "attn.o", layer, slot, n[t])
         return self.block(layer, "attn_scale") * out
 
     def mlp(self, r: np.ndarray, layer: int, slot: int) -> np.ndarray:
-        u = unit_rms(r) / math.sqrt(layer + 1)
+        u = unit_rms(r) * self.damping(layer)
         out = np.zeros_like(r)
         for t in range(len(r)):
             pre = self.linear(u[t], self.p["mlp_up_bank"][layer], "mlp.up", layer, slot, u[t])
-            hidden = np.where(pre > 0, pre, 0.5 * pre) ** 2
+            hidden = np.where(pre > 0, pre, self.c.leaky_relu_sq_slope * pre) ** 2
             f = self.linear(hidden, self.p["mlp_down_bank"][layer], "mlp.down", layer, slot, u[t])
-            window = r[t, : self.c.gate_window]
-            gate = sigmoid(self.block(layer, "mlp_gate_w")[0] @ window + self.block(layer, "mlp_gate_b")[0])
+            gate = 1.0
+            if self.c.mlp_gate_out:
+                window = r[t, : self.c.gate_window]
+                gate = sigmoid(self.block(layer, "mlp_gate_w")[0] @ window + self.block(layer, "mlp_gate_b")[0])
             out[t] = self.block(layer, "mlp_scale") * gate * f
         return out
 
@@ -111,22 +130,43 @@ class SlowModel:
         order = looped if self.looping else list(range(c.num_layers))
         return order[: len(order) // 2], order[len(order) // 2 :], min(len(looped) // 2, len(looped) - len(looped) // 2)
 
+    def smear(self, raw: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        e = raw.copy()
+        for t in range(1, len(ids)):
+            if ids[t] != 1:
+                gate = sigmoid(self.p["smear_gate_w"][0] @ raw[t, : self.c.gate_window])
+                e[t] = raw[t] + self.p["smear_lambda"][0] * gate * raw[t - 1]
+        return e
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        c, p, e = self.c, self.p, self.p["tok_emb.weight"][ids]
+        if c.bigram_vocab_size:
+            for t in range(len(ids)):
+                row = c.bigram_vocab_size - 1
+                if t:
+                    row = ((36313 * int(ids[t])) ^ (27191 * int(ids[t - 1]))) % (c.bigram_vocab_size - 1)
+                e[t] += p["bigram_scale"][0] * (p["bigram_bank"][0] @ p["bigram_emb.weight"][row])
+        if c.smear_gate_enabled and c.smear_gate_pos == "pre_norm":
+            e = self.smear(e, ids)
+        e = unit_rms(e)
+        if c.smear_gate_enabled and c.smear_gate_pos == "post_norm":
+            e = self.smear(e, ids)
+        if c.smear_perdim_enabled:
+            g = sigmoid(p["smear_perdim"])
+            e = (1 - g) * e + g * np.concatenate([np.zeros_like(e[:1]), e[:-1]])
+        return e
+
     def nll(self, ids: np.ndarray, targets: np.ndarray) -> np.ndarray:
         c, p = self.c, self.p
-        raw = p["tok_emb.weight"][ids]
-        e = raw.copy()
-        if c.smear_gate_enabled:
-            for t in range(1, len(ids)):
-                if ids[t] != 1:
-                    gate = sigmoid(p["smear_gate_w"][0] @ raw[t, : c.gate_window])
-                    e[t] = raw[t] + p["smear_lambda"][0] * gate * raw[t - 1]
-        x = x0 = unit_rms(e)
+        x = x0 = self.embed(ids)
         encoder, decoder, slots = self.orders()
         stack, lanes, slot = [], None, 0
         mixed = lambda i, x: self.block(i, "resid_mix")[0] * x + self.block(i, "resid_mix")[1] * x0
 
         def serial(i: int, x: np.ndarray) -> np.ndarray:
             m = mixed(i, x)
+            if 0 <= c.parallel_residual_start <= i:
+                return m + self.attention(m, i, slot) + self.mlp(m, i, slot)
             r = m + self.attention(m, i, slot)
             return r + self.mlp(r, i, slot)
 
@@ -139,8 +179,12 @@ class SlowModel:
             if has_lanes and lanes is None:
                 lanes = [x, x]
             if s < slots and stack:
-                g, w = sigmoid(p[f"skip_gates.{s}"]), p[f"skip_weights.{s}"]
-                blend = lambda stream: (1 - g) * (w * skip) + g * stream
+                w = p[f"skip_weights.{s}"]
+                if c.skip_gates_enabled:
+                    g = sigmoid(p[f"skip_gates.{s}"])
+                    blend = lambda stream: (1 - g) * (w * skip) + g * stream
+                else:
+                    blend = lambda stream: stream + w * skip
                 skip = stack.pop()
                 if has_lanes:
                     lanes[0] = blend(lanes[0])
@@ -214,9 +258,24 @@ def test_whole_forward_equals_a_slow_float64_reference(looping: bool, changes: d
     np.testing.assert_allclose(fast, slow, atol=1e-4)
 
 
-def test_reference_notices_a_changed_parameter() -> None:
+@pytest.mark.parametrize("preset", sorted(tg.PRESETS))
+def test_forward_of_every_preset_equals_the_reference(preset: str) -> None:
+    """The published systems' own embeddings, gates, skips, wirings, activations and rotary bases."""
+    config = tg.load_config(preset_env(preset))[0]
+    model = random_model(config, seed=3)
+    inputs, targets = pair(config, 11, bos_every=6)
+    assert (inputs[0, 1:] == tg.BOS_ID).any()
+    with torch.no_grad():
+        fast = model(inputs, targets, tg.layer_plan(config, True))[0].numpy()
+    slow = SlowModel(model, config, True).nll(inputs[0].numpy(), targets[0].numpy())
+    assert slow.std() > 0.3
+    np.testing.assert_allclose(fast, slow, atol=2e-4)
+
+
+@pytest.mark.parametrize("preset", [None, *sorted(tg.PRESETS)])
+def test_reference_notices_a_changed_parameter(preset: str | None) -> None:
     """Planted fault: disturbing any single parameter of the network moves the reference away from the model."""
-    config = toy_config(**DEEP)
+    config = tg.load_config(preset_env(preset))[0] if preset else toy_config(**DEEP)
     model = random_model(config, seed=3)
     inputs, targets = pair(config, 12)
     plan = tg.layer_plan(config, True)
@@ -416,8 +475,39 @@ def test_skip_sources_are_taken_back_last_first() -> None:
     assert pairs == [(s, 8 + s, 7 - s) for s in range(8)]
 
 
+PUBLISHED_PARAMETERS = {
+    "baseline": 17_059_912,
+    "pr489": 17_383_481,
+    "fork5": 26_829_913,
+    "fork5_twin": 26_829_913,
+    "fork5_10l": 25_517_137,
+    "pr1880": 35_945_605,
+    "pr1941": 35_989_801,
+    "pr1855": 35_945_671,
+    "pr2135": 35_945_671,
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED_PARAMETERS)
+def test_presets_have_the_published_number_of_parameters(preset: str) -> None:
+    """At full size, in the convention of the published counts, which hold lane factors of all layers."""
+    described = tg.describe(tg.load_config({"PRESET": preset})[0])
+    assert described["parameters_published_convention"] == PUBLISHED_PARAMETERS[preset]
+    unused_lanes = 8 * (4 + 2) if preset in ("pr1941", "pr1855", "pr2135") else 0  # two lanes from layer 8 of 11 on
+    assert described["parameters"] == PUBLISHED_PARAMETERS[preset] - unused_lanes
+
+
+def test_bigram_table_and_projection_are_in_different_groups() -> None:
+    """The table is an embedding, the projection a matrix, their factor a scalar: 2048 x 128, 512 x 128 and 1."""
+    sizes = tg.describe(tg.load_config({"PRESET": "fork5"})[0])["parameters_per_tensor"]
+    assert sizes["embed"] == {"tok_emb.weight": 1024 * 512, "bigram_emb.weight": 2048 * 128}
+    assert sizes["matrix"]["bigram_bank"] == 512 * 128 and sizes["scalar"]["bigram_scale"] == 1
+    smaller = tg.describe(tg.load_config({"PRESET": "fork5", "BIGRAM_DIM": "64"})[0])
+    assert smaller["parameters"] == 26_666_073
+
+
 def test_parameter_counts_of_the_published_system() -> None:
-    """PR #1941 has 35,989,801 parameters in the published convention; the SmearGate adds 13."""
+    """PR #1941's groups and operations; the SmearGate adds 13 parameters."""
     described = tg.describe(tg.load_config({"PRESET": "pr1941"})[0])
     assert described["parameters_published_convention"] == 35_989_801
     assert described["parameters_per_group"]["matrix"] == 31_719_424
@@ -443,10 +533,10 @@ def test_every_parameter_is_in_exactly_one_group() -> None:
         assert len(set(owners)) == len(owners) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("looping", [False, True])
-def test_every_used_parameter_moves_in_the_first_steps(looping: bool) -> None:
+@pytest.mark.parametrize("preset, looping", [(None, False), *((preset, True) for preset in (None, *tg.PRESETS))])
+def test_every_used_parameter_moves_in_the_first_steps(preset: str | None, looping: bool) -> None:
     """From the true initialisation every parameter gets a gradient within three steps, except those a plan names."""
-    config = toy_config(**DEEP)
+    config = tg.load_config(preset_env(preset))[0] if preset else toy_config(**DEEP)
     run, model = tg.Run(), tg.GPT(config, tg.Run())
     optimizer, plan = tg.Optimizer(model, config, run), tg.layer_plan(config, looping)
     unused = model.unused(plan)
@@ -595,16 +685,22 @@ def test_softcapped_nll_prices_several_ids_at_once() -> None:
         torch.testing.assert_close(together[..., i], tg.softcapped_nll(logits, targets[..., i], 3.0))
 
 
-def test_leaky_relu_squared_is_its_formula_with_its_slope() -> None:
-    """phi(p) = p^2 above zero and p^2 / 4 below; phi'(p) = 2 p above and p / 2 below."""
+@pytest.mark.parametrize(
+    "slope, values, slopes",
+    [
+        (0.5, [2.25, 0.0625, 0.0, 0.0625, 4.0], [-1.5, -0.25, 0.0, 0.5, 4.0]),
+        (0.0, [0.0, 0.0, 0.0, 0.0625, 4.0], [0.0, 0.0, 0.0, 0.5, 4.0]),  # ReLU^2
+        (0.25, [0.5625, 0.015625, 0.0, 0.0625, 4.0], [-0.375, -0.0625, 0.0, 0.5, 4.0]),
+    ],
+)
+def test_leaky_relu_squared_is_its_formula_with_its_slope(slope: float, values: list, slopes: list) -> None:
+    """phi(p) = p^2 above zero and (a p)^2 below; phi'(p) = 2 p above and 2 a^2 p below."""
     p = torch.tensor([-3.0, -0.5, 0.0, 0.25, 2.0], dtype=torch.float64, requires_grad=True)
-    y = tg.leaky_relu_squared(p)
+    y = tg.leaky_relu_squared(p, slope)
     y.sum().backward()
-    assert y.tolist() == [2.25, 0.0625, 0.0, 0.0625, 4.0]
-    assert p.grad.tolist() == [-1.5, -0.25, 0.0, 0.5, 4.0]
-    assert torch.autograd.gradcheck(
-        tg.leaky_relu_squared, torch.tensor([-1.7, -0.2, 0.3, 1.1], dtype=torch.float64, requires_grad=True)
-    )
+    assert y.tolist() == values and p.grad.tolist() == slopes
+    around = torch.tensor([-1.7, -0.2, 0.3, 1.1], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: tg.leaky_relu_squared(x, slope), around)
 
 
 def test_own_value_is_removed_and_nothing_else() -> None:
@@ -668,23 +764,27 @@ class FakeBlock:
         self.post_lambdas = torch.tensor([[2.0, 3.0], [5.0, 7.0]])
         self.resid_lambdas = torch.tensor([11.0, 13.0])
 
-    def mix(self, x: Tensor, x0: Tensor) -> Tensor:
-        return 0.5 * x + 0.25 * x0
+    def mix(self, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+        m = 0.5 * x + 0.25 * x0
+        return m, 3 * m
 
-    def attention(self, m: Tensor, visit: object, call: object) -> Tensor:
-        return m.square()
+    def attention(self, n: Tensor, visit: object, call: object) -> Tensor:
+        return (n / 3).square()
 
     def mlp(self, r: Tensor, visit: object, call: object) -> Tensor:
         return r.sin()
 
 
 def test_wirings_equal_their_formulas() -> None:
-    """Serial: the mixed stream is the base. Two lanes: the lanes are the base, both read before either is written."""
+    """Serial and parallel: the mixed stream is the base. Two lanes: the lanes are, both read before either is written."""
     a, b, x0 = torch.randn(3, 1, 4, 6).unbind(0)
     first, second = tg.serial(FakeBlock(), (a, a), x0, None, None)
     m = 0.5 * a + 0.25 * x0
     r = m + m**2
     torch.testing.assert_close(first, r + torch.sin(r))
+    assert torch.equal(first, second)
+    first, second = tg.parallel(FakeBlock(), (a, a), x0, None, None)
+    torch.testing.assert_close(first, m + m**2 + torch.sin(m))
     assert torch.equal(first, second)
     first, second = tg.two_lane(FakeBlock(), (a, b), x0, None, None)
     m = 0.5 * a + 0.25 * x0
@@ -693,10 +793,13 @@ def test_wirings_equal_their_formulas() -> None:
 
 
 def test_skip_blends_the_scaled_source_into_the_stream() -> None:
-    """(1 - g) w S + g x with g the sigmoid of the gate, channel by channel."""
-    model = random_model(toy_config())
+    """(1 - g) w S + g x with g the sigmoid of the gate, channel by channel; without gates x + w S."""
+    model, plain = random_model(toy_config()), random_model(toy_config(SKIP_GATES_ENABLED=0))
     source, x = torch.randn(2, 1, 5, 32).unbind(0)
+    assert not any(name.startswith("skip_gates") for name, _ in plain.named_parameters())
     with torch.no_grad():
+        for skip in range(len(plain.skip_weights)):
+            torch.testing.assert_close(plain.take_skip(skip, source, x), x + plain.skip_weights[skip] * source)
         for skip in range(len(model.skip_weights)):
             g = torch.sigmoid(model.skip_gates[skip])
             torch.testing.assert_close(

@@ -23,24 +23,58 @@ def with_gradients(config: tg.Config, looping: bool = True, seed: int = 0) -> tg
     return model
 
 
-def slow_polar(matrix: np.ndarray, steps: int) -> np.ndarray:
+CLASSIC = ((3.4445, -4.7750, 2.0315),) * 5  # Newton-Schulz of the first Muon, the same in every step
+
+
+def slow_orthogonal(matrix: np.ndarray, steps: int, polar: bool = True, unit_rows: bool = True) -> np.ndarray:
     """One matrix in float64: unit rows, unit Frobenius norm, then the polynomial on its singular values."""
-    x = matrix / np.linalg.norm(matrix, axis=1, keepdims=True).clip(1e-7)
+    x = matrix / np.linalg.norm(matrix, axis=1, keepdims=True).clip(1e-7) if unit_rows else matrix
     x = x / np.linalg.norm(x)
     u, sigma, vt = np.linalg.svd(x, full_matrices=False)
-    for a, b, c in tg.POLAR_EXPRESS[:steps]:
+    for a, b, c in (tg.POLAR_EXPRESS if polar else CLASSIC)[:steps]:
         sigma = a * sigma + b * sigma**3 + c * sigma**5
     return (u * sigma) @ vt
 
 
+def orthogonal(update: torch.Tensor, steps: int, **how: bool) -> torch.Tensor:
+    """tg.orthogonalize, whose tall matrices lie on their side."""
+    tall = update.size(1) > update.size(2)
+    out = tg.orthogonalize(update.mT if tall else update, torch.full((len(update),), tall), steps, **how)
+    return out.mT if tall else out
+
+
 @pytest.mark.parametrize("rows, cols", [(16, 16), (24, 8), (8, 24)])
 @pytest.mark.parametrize("steps", [1, 3, 5])
-def test_polar_express_equals_the_polynomial_of_singular_values(rows: int, cols: int, steps: int) -> None:
+@pytest.mark.parametrize("polar", [True, False], ids=["polar", "classic"])
+@pytest.mark.parametrize("unit_rows", [True, False], ids=["unit-rows", "as-they-are"])
+def test_orthogonalising_equals_the_polynomial_of_singular_values(
+    rows: int, cols: int, steps: int, polar: bool, unit_rows: bool
+) -> None:
     """Each matrix of a batch equals the float64 reference through its singular value decomposition."""
-    update = torch.from_numpy(np.random.default_rng(rows + steps).normal(size=(3, rows, cols)))
-    fast = tg.polar_express(update.float(), steps)
+    generator = np.random.default_rng(rows + steps)
+    update = torch.from_numpy(generator.normal(size=(3, rows, cols)) * generator.uniform(0.1, 9, (3, rows, 1)))
+    fast = orthogonal(update.float(), steps, polar=polar, unit_rows=unit_rows)
     for got, matrix in zip(fast, update):
-        np.testing.assert_allclose(got.numpy(), slow_polar(matrix.numpy(), steps), atol=5e-5)
+        np.testing.assert_allclose(got.numpy(), slow_orthogonal(matrix.numpy(), steps, polar, unit_rows), atol=5e-5)
+    other = orthogonal(update.float(), steps, polar=polar, unit_rows=not unit_rows)
+    assert (other - fast).abs().max() > 1e-3  # the rows' lengths do matter here
+
+
+def test_tall_matrices_share_a_stack_with_wide_ones() -> None:
+    """Each matrix of a mixed stack comes out as it does alone: unit rows are those of the upright matrix."""
+    wide, tall = torch.randn(2, 6, 10), torch.randn(3, 10, 6) * torch.logspace(-1, 1, 10)[:, None]
+    together = tg.orthogonalize(torch.cat([wide, tall.mT]), torch.tensor([False] * 2 + [True] * 3), 5)
+    torch.testing.assert_close(together[:2], orthogonal(wide, 5), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together[2:].mT, orthogonal(tall, 5), atol=1e-5, rtol=1e-4)
+
+
+def test_classic_steps_leave_singular_values_in_their_band() -> None:
+    """The published polynomial brings everything in [0.01, 1] into [0.68, 1.21], and 1 itself to 0.7."""
+    sigma = torch.logspace(-2, 0, 4000, dtype=torch.float64)
+    for a, b, c in tg.CLASSIC:
+        sigma = a * sigma + b * sigma**3 + c * sigma**5
+    assert 0.67 < sigma.min() < 0.69 and 1.1 < sigma.max() < 1.21 and len(tg.CLASSIC) == 5
+    assert 3.4445 - 4.7750 + 2.0315 == pytest.approx(0.701)
 
 
 def test_polar_express_maps_singular_values_into_the_published_band() -> None:
@@ -55,13 +89,13 @@ def test_polar_express_maps_singular_values_into_the_published_band() -> None:
     assert 0.8585 < grid.min() and grid.max() < 1.1415
 
 
-def test_polar_express_of_zeros_is_zero() -> None:
+def test_orthogonalising_zeros_gives_zeros() -> None:
     """Padding matrices and untouched weights stay finite; a batch mate is not affected."""
     update = torch.zeros(2, 8, 4)
     update[1] = torch.randn(8, 4)
-    out = tg.polar_express(update, 5)
+    out = orthogonal(update, 5)
     assert not out[0].any()
-    torch.testing.assert_close(out[1:], tg.polar_express(update[1:], 5))
+    torch.testing.assert_close(out[1:], orthogonal(update[1:], 5))
 
 
 def test_first_muon_update_is_nearly_orthogonal() -> None:
@@ -84,26 +118,30 @@ def test_first_muon_update_is_nearly_orthogonal() -> None:
             assert sigma.max() < 1.142 and int((sigma > 0.858).sum()) >= sizable, name
 
 
-def test_muon_steps_equal_its_equations() -> None:
+@pytest.mark.parametrize("kind", [(True, True), (False, True), (False, False)], ids=["pr1941", "pr1880", "baseline"])
+def test_muon_steps_equal_its_equations(kind: tuple[bool, bool]) -> None:
     """Two steps: momentum, Nesterov look-ahead, polar factor, decoupled decay, and sqrt(max(1, rows / cols))."""
-    config = toy_config(MATRIX_LR=0.05, MUON_WD=0.3)
+    names = ("POLAR_EXPRESS_NS", "MUON_ROW_NORMALIZE")
+    config = toy_config(MATRIX_LR=0.05, MUON_WD=0.3, **dict(zip(names, map(int, kind))))
     model = with_gradients(config)
     banks = list(model.groups()["matrix"].values())
-    muon = tg.Muon(banks, config, RUN)
+    muon, names = tg.Muon(model.groups()["matrix"], config, RUN), list(model.groups()["matrix"])
     slow = [(bank.detach().double().clone(), torch.zeros_like(bank, dtype=torch.float64)) for bank in banks]
     generator = torch.Generator().manual_seed(3)
     assert {max(1.0, bank.size(1) / bank.size(2)) for bank in banks} == {1.0, 2.0}  # both cases occur
     for mu in (0.92, 0.95):
         gradients = [torch.randn(bank.shape, generator=generator) for bank in banks]
-        muon.step([gradient.clone() for gradient in gradients], 0.05, mu)
+        for bank, gradient in zip(banks, gradients):
+            bank.grad = gradient.clone()
+        muon.step(muon.gradient_shares(), 0.05, mu)
         for i, (bank, gradient) in enumerate(zip(banks, gradients)):
             weight, momentum = slow[i]
             momentum = mu * momentum + gradient.double()
-            polar = torch.from_numpy(np.stack([slow_polar(m.numpy(), 5) for m in gradient.double() + mu * momentum]))
-            weight = weight * (1 - 0.05 * 0.3) - 0.05 * math.sqrt(max(1.0, bank.size(1) / bank.size(2))) * polar
+            polar = np.stack([slow_orthogonal(m.numpy(), 5, *kind) for m in gradient.double() + mu * momentum])
+            weight = weight * (1 - 0.05 * 0.3) - 0.05 * math.sqrt(max(1.0, bank.size(1) / bank.size(2))) * torch.from_numpy(polar)
             slow[i] = (weight, momentum)
             torch.testing.assert_close(bank.detach().double(), weight, atol=2e-5, rtol=0)
-            torch.testing.assert_close(muon.momentum[i].double(), momentum, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(muon.arrays()[names[i]].double(), momentum, atol=1e-5, rtol=1e-5)
 
 
 def test_adamw_groups_have_their_own_rates_and_decay() -> None:
@@ -147,8 +185,11 @@ def test_clipping_scales_all_gradients_by_their_global_norm(limit: float) -> Non
     before = {name: p.grad.clone() for name, p in model.named_parameters()}
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in before.values()))
     assert norm > 0.6
-    shares, _ = tg.Optimizer(model, config, RUN).exchange(tg.layer_plan(config, True), [])
-    after = dict(zip(tg.BANKS, shares)) | {n: p.grad for n, p in model.named_parameters() if n not in tg.BANKS}
+    optimizer = tg.Optimizer(model, config, RUN)
+    shares, _ = optimizer.exchange(tg.layer_plan(config, True), [])
+    after = {n: p.grad for n, p in model.named_parameters() if n not in tg.BANKS}
+    for stack, share in zip(optimizer.muon.stacks, shares):
+        after |= optimizer.muon.split(stack, share)
     factor = min(1.0, limit / norm) if limit else 1.0
     assert after.keys() == before.keys()
     for name, gradient in after.items():
@@ -161,16 +202,19 @@ class Together(tg.Run):
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.mul_(2)
 
-    def sum_shards(self, full: torch.Tensor) -> torch.Tensor:
-        return full[: len(full) // 2] * 2
+    def sum_shards(self, full: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return full[: len(full) // 2] * 2, None
 
 
 def test_clipping_looks_at_the_sum_over_ranks() -> None:
     """Two ranks whose gradients are each below the limit are clipped when their sum is above it."""
     config = toy_config(GRAD_CLIP_NORM=1)
     model = with_gradients(config)
-    # The stand-in's banks are its own half, twice; the rest is everything, doubled.
-    banks = sum(2 * (2 * p.grad[: len(p) // 2]).square().sum() for p in model.groups()["matrix"].values())
+    # The stand-in's matrices are its own half of each stack, twice; the rest is everything, doubled.
+    muon = tg.Muon(model.groups()["matrix"], config, Together(0, 2))
+    gradients = {name: bank.grad for name, bank in model.groups()["matrix"].items()}
+    stacks = [muon.join(stack, gradients) for stack in muon.stacks]
+    banks = sum(2 * (2 * full[: len(full) // 2]).square().sum() for full in stacks)
     rest = sum((2 * p.grad).square().sum() for n, p in model.named_parameters() if n not in tg.BANKS)
     norm = math.sqrt(float(banks + rest))
     for parameter in model.parameters():
@@ -238,8 +282,10 @@ def test_saved_buffers_restore_the_optimizer_completely() -> None:
     replicated = [name for name, _ in model.named_parameters() if name not in tg.BANKS]
     keys = ("step", "exp_avg", "exp_avg_sq")
     assert saved.keys() == {f"muon.{bank}" for bank in tg.BANKS} | {f"adamw.{k}.{n}" for k in keys for n in replicated}
-    buffers = [t for state in optimizer.adamw.state.values() for t in state.values()] + optimizer.muon.momentum
-    assert len(buffers) == len(saved) and all(buffer.any() for buffer in buffers)
+    buffers = [t for state in optimizer.adamw.state.values() for t in state.values()]
+    buffers += [stack.momentum for stack in optimizer.muon.stacks]
+    assert sum(buffer.numel() for buffer in buffers) == sum(array.numel() for array in saved.values())
+    assert all(buffer.any() for buffer in buffers)
     twin = random_model(config, seed=9)
     twin.load(model.arrays())
     restored = tg.Optimizer(twin, config, RUN)
@@ -250,7 +296,7 @@ def test_saved_buffers_restore_the_optimizer_completely() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
     empty = {name: array for name, array in saved.items() if name.startswith("muon.")}
     restored.load({name: torch.zeros_like(array) for name, array in empty.items()})
-    assert not restored.adamw.state and not any(kept.any() for kept in restored.muon.momentum)
+    assert not restored.adamw.state and not any(stack.momentum.any() for stack in restored.muon.stacks)
 
 
 @pytest.mark.parametrize(
@@ -258,17 +304,41 @@ def test_saved_buffers_restore_the_optimizer_completely() -> None:
     [(0, 1), (0.2499, 1), (0.25, 1), (0.625, 0.5), (0.925, 0.1), (0.97, 0.1), (1, 0.1)],
 )
 def test_learning_rate_multiplier_at_its_knees(progress: float, wanted: float) -> None:
-    """1 until the warm-down begins, then linear to zero at 1, never below MIN_LR."""
-    assert tg.lr_multiplier(progress, tg.load_config({})[0]) == pytest.approx(wanted, abs=1e-9)
+    """1 until the warm-down begins, then linear to zero at 1, never below MIN_LR; the step does not matter."""
+    for step in (0, 7, 20_000):
+        assert tg.lr_multiplier(progress, step, tg.load_config({})[0]) == pytest.approx(wanted, abs=1e-9)
 
 
 def test_learning_rate_multiplier_without_floor_or_warmdown() -> None:
     """MIN_LR=0 reaches zero at the end; WARMDOWN_FRAC=0 never falls; it never rises again in between."""
-    assert tg.lr_multiplier(1.0, toy_config(MIN_LR=0)) == 0
-    assert tg.lr_multiplier(1.0, toy_config(WARMDOWN_FRAC=0)) == 1
-    assert tg.lr_multiplier(0.0, toy_config(WARMDOWN_FRAC=1)) == 1
-    values = [tg.lr_multiplier(p / 1000, toy_config()) for p in range(1001)]
+    assert tg.lr_multiplier(1.0, 9, toy_config(MIN_LR=0)) == 0
+    assert tg.lr_multiplier(1.0, 9, toy_config(WARMDOWN_FRAC=0)) == 1
+    assert tg.lr_multiplier(0.0, 0, toy_config(WARMDOWN_FRAC=1)) == 1
+    values = [tg.lr_multiplier(p / 1000, p, toy_config()) for p in range(1001)]
     assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize("floor", [0, 0.25])
+def test_warmdown_in_steps_by_the_number_of_steps(floor: float) -> None:
+    """Without a clock WARMDOWN_ITERS is a number of steps: min(1, steps left / WARMDOWN_ITERS), floored."""
+    for total, warmdown in ((20, 8), (20, 20), (7, 1)):
+        config = toy_config(ITERATIONS=total, WARMDOWN_FRAC=0, WARMDOWN_ITERS=warmdown, MIN_LR=floor)
+        for step in range(total + 1):
+            wanted = max(min(1, (total - step) / warmdown), floor)
+            assert tg.lr_multiplier(step / total, step, config) == pytest.approx(wanted, abs=1e-9), step
+
+
+def test_warmdown_in_steps_by_the_clock() -> None:
+    """With a clock they last as long as so many steps took so far: min(1, time left / (WARMDOWN_ITERS mean step))."""
+    config = toy_config(WARMDOWN_FRAC=0, WARMDOWN_ITERS=1200, MIN_LR=0)
+    assert tg.lr_multiplier(0.0, 0, config) == 1  # no step has shown its speed yet
+    fallen = 0
+    for elapsed in (1.0, 200.0, 545.0, 550.0, 599.0, 600.0):
+        for step in (1, 50, 13_780):
+            wanted = min(1, (600 - elapsed) / (1200 * elapsed / step))
+            assert tg.lr_multiplier(elapsed / 600, step, config) == pytest.approx(wanted, abs=1e-9)
+            fallen += 0 < wanted < 1
+    assert fallen > 5
 
 
 def test_momentum_ramp_at_its_knees() -> None:
