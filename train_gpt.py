@@ -17,6 +17,7 @@ The file is read once, from top to bottom, in the order in which the data moves:
     RUN       processes, devices, logging, containers on disk
     DATA      uint16 shards -> packed rows of documents
     MODEL     tokens -> nats per token: ONE forward pass for training, scoring, calibration and adaptation
+    KERNELS   the same numbers faster: Triton kernels beside the plain functions that they replace
     OPTIMIZER summed gradients -> updated weights (Muon for matrices, AdamW for the rest)
     TRAIN     the timed loop, the moving average, the calibration statistics
     COMPRESS  weights + Hessians -> int6 codes -> artifact file -> weights again
@@ -55,6 +56,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,6 +106,7 @@ class Config:
     seed: int = setting(1337, 0, 2**32 - 1)  # initial weights and adapters; the data order never depends on it
     compile: str = setting("auto", choices=("auto", "0", "1"))  # torch.compile; auto: on a GPU only
     attn_backend: str = setting("auto", choices=("auto", "fa3", "varlen", "sdpa"))  # auto: the first that imports
+    kernels: str = setting("auto", choices=("auto", "triton", "plain"))  # auto: Triton where it agrees with the plain
     checkpoint_seconds: float = setting(0.0, 0)  # save the training state this often; 0: never (timed record runs)
 
     # data
@@ -1281,6 +1284,12 @@ class Call(NamedTuple):
     sin: Tensor
     lora: Lora | None
     taps: Taps | None
+    kernels: "Kernels"
+
+    @property
+    def bare(self) -> bool:
+        """Whether products with weights are nothing but products, so that kernels may take them in."""
+        return self.lora is None and self.taps is None
 
 
 def project(x: Tensor, name: str, visit: Visit, call: Call, lora_input: Tensor | None = None) -> Tensor:
@@ -1314,23 +1323,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def mix_and_norm(x: Tensor, x0: Tensor, mix: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """m = mix[0] x + mix[1] x0, channel by channel, and scale * rms(m); a fused kernel can take its place."""
+    """m = mix[0] x + mix[1] x0, channel by channel, and scale * rms(m)."""
     keep, fresh = mix.to(x.dtype)
     m = keep * x + fresh * x0
     return m, rms(m) * scale
 
 
 def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
-    """Exclusive self-attention: y (B, T, H, d) without its component along the token's own value (B, T, K, d)."""
-    B, T, H, d = y.shape
-    direction = F.normalize(v.float(), dim=-1).unsqueeze(3)  # (B, T, K, 1, d)
-    grouped = y.float().view(B, T, v.size(2), -1, d)  # query head h belongs to value head h // (H / K)
+    """Exclusive self-attention: y (..., H, d) without its component along the token's own value v (..., K, d)."""
+    direction = F.normalize(v.float(), dim=-1).unsqueeze(-2)  # (..., K, 1, d)
+    grouped = y.float().unflatten(-2, (v.size(-2), -1))  # query head h belongs to value head h // (H / K)
     grouped = grouped - (grouped * direction).sum(-1, keepdim=True) * direction
-    return grouped.view(B, T, H, d).to(y.dtype)
+    return grouped.flatten(-3, -2).to(y.dtype)
 
 
 def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
-    """leaky_relu(x, slope)^2: x^2 above zero, (slope x)^2 below. A fused kernel can take its place."""
+    """leaky_relu(x, slope)^2: x^2 above zero, (slope x)^2 below."""
     return F.leaky_relu(x, slope).square()
 
 
@@ -1349,11 +1357,10 @@ def softcapped_nll(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
     """Nats of each target under softmax(softcap * tanh(logits / softcap)), in float32.
 
     logits (B, T, V); targets (B, T), or (B, T, n) to price n ids at each position; the result has their shape.
-    A fused kernel can take its place.
     """
     capped = softcap * torch.tanh(logits.float() / softcap)
     total = torch.logsumexp(capped, -1, keepdim=True)
-    choices = targets if targets.dim() == 3 else targets.unsqueeze(-1)
+    choices = targets if targets.dim() == logits.dim() else targets.unsqueeze(-1)
     return (total - capped.gather(-1, choices)).view(targets.shape)
 
 
@@ -1464,9 +1471,9 @@ class Block(nn.Module):
             self.post_lambdas = nn.Parameter(torch.empty(2, 2))  # from attention, MLP (rows) into each lane
             self.resid_lambdas = nn.Parameter(torch.empty(2))
 
-    def mix(self, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+    def mix(self, x: Tensor, x0: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """The residual stream with the embedding mixed in again, and what attention reads of it."""
-        return mix_and_norm(x, x0, self.resid_mix, self.depth_scale)
+        return call.kernels.mix_norm(x, x0, self.resid_mix, self.depth_scale)
 
     def attention(self, n: Tensor, visit: Visit, call: Call) -> Tensor:
         """What attention, reading n (B, T, D), adds to the residual stream."""
@@ -1476,20 +1483,26 @@ class Block(nn.Module):
         heads = rotate(rms(torch.cat([q, k], 2)), call.cos, call.sin)
         q, k = heads.split([self.num_heads, self.num_kv_heads], 2)
         q = q * self.q_gain.to(q.dtype).unsqueeze(-1)
-        y = self.attend(q, k, v, call.docs)
-        if self.exclusive:
-            y = remove_own_value(y, v)
-        if self.gate:
-            window = F.linear(n[..., : self.gate.width], self.attn_gate_w.to(n.dtype)).float()  # (B, T, H)
-            factor = self.gate.multiplier * torch.sigmoid(self.gate.scale * window)
-            y = y * factor.to(y.dtype).unsqueeze(-1)
+        y = self.finish(self.attend(q, k, v, call.docs), v, n, call)
         return self.attn_scale.to(y.dtype) * project(y.flatten(2), "attn.o", visit, call, lora_input=n)
+
+    def finish(self, y: Tensor, v: Tensor, n: Tensor, call: Call) -> Tensor:
+        """The attention result y (B, T, H, d) without the token's own value, times the gate of each head."""
+        if not self.gate:
+            return remove_own_value(y, v) if self.exclusive else y
+        window = F.linear(n[..., : self.gate.width], self.attn_gate_w.to(n.dtype)).float()  # (B, T, H)
+        factor = (self.gate.multiplier * torch.sigmoid(self.gate.scale * window)).to(y.dtype)
+        return call.kernels.exclusive_gate(y, v, factor) if self.exclusive else y * factor.unsqueeze(-1)
 
     def mlp(self, r: Tensor, visit: Visit, call: Call) -> Tensor:
         """What the MLP adds to the residual stream r (B, T, D). Its output gate looks at r itself (#1941)."""
         u = rms(r) * self.depth_scale
-        h = leaky_relu_squared(project(u, "mlp.up", visit, call), self.slope)  # (B, T, F)
-        y = project(h, "mlp.down", visit, call, lora_input=u)
+        if call.bare:
+            up, down = (call.weights[name][visit.layer] for name in ("mlp.up", "mlp.down"))
+            y = call.kernels.mlp(u, up, down, self.slope)
+        else:
+            h = leaky_relu_squared(project(u, "mlp.up", visit, call), self.slope)  # (B, T, F)
+            y = project(h, "mlp.down", visit, call, lora_input=u)
         if self.mlp_gate_out:
             window = F.linear(r[..., : self.gate_window], self.mlp_gate_w.to(r.dtype)).float()  # (B, T, 1)
             y = torch.sigmoid(window + self.mlp_gate_b).to(y.dtype) * y
@@ -1501,7 +1514,7 @@ Lanes = tuple[Tensor, Tensor]  # (attn_lane, mlp_lane), each (B, T, D); the same
 
 def serial(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> Lanes:
     """Attention, then the MLP, on one stream."""
-    m, n = block.mix(lanes[0], x0)
+    m, n = block.mix(lanes[0], x0, call)
     r = m + block.attention(n, visit, call)
     x = r + block.mlp(r, visit, call)
     return x, x
@@ -1509,7 +1522,7 @@ def serial(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> 
 
 def parallel(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> Lanes:
     """Attention and MLP side by side on one stream: both read the same input."""
-    m, n = block.mix(lanes[0], x0)
+    m, n = block.mix(lanes[0], x0, call)
     x = m + block.attention(n, visit, call) + block.mlp(m, visit, call)
     return x, x
 
@@ -1517,7 +1530,7 @@ def parallel(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -
 def two_lane(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> Lanes:
     """Attention and MLP side by side, each on its own lane; both write to both lanes."""
     attn_lane, mlp_lane = lanes
-    a = block.attention(block.mix(attn_lane, x0)[1], visit, call)
+    a = block.attention(block.mix(attn_lane, x0, call)[1], visit, call)
     m = block.mlp(mlp_lane, visit, call)
     post, keep = block.post_lambdas.to(a.dtype), block.resid_lambdas.to(a.dtype)
     return (
@@ -1537,6 +1550,7 @@ class GPT(nn.Module):
         c, L, d = config, config.num_layers, config.model_dim
         self.config, self.dtype = config, run.dtype
         on_meta = torch.device(device or "cpu").type == "meta"
+        self.kernels = PLAIN if on_meta else choose_kernels(c.kernels, run.device)[1]
         _, attend = choose_attention(config, run.device)
         kv_dim = c.num_kv_heads * c.head_dim
         with torch.device("meta" if on_meta else "cpu"):  # drawn on the CPU: the same weights on every machine
@@ -1650,7 +1664,8 @@ class GPT(nn.Module):
         steps = torch.arange(half, device=inputs.device, dtype=torch.float32) / max(half, 1)
         angles = positions.float()[:, None, None] * self.config.rotary_base**-steps  # (T, 1, half)
         weights = self.matrices()
-        call = Call(weights, docs, angles.cos(), angles.sin(), lora, taps)
+        kernels = self.kernels if lora is None and taps is None else PLAIN
+        call = Call(weights, docs, angles.cos(), angles.sin(), lora, taps, kernels)
 
         x0 = self.embed(inputs, weights["head"][0], positions)
         lanes, kept = (x0, x0), []
@@ -1662,7 +1677,7 @@ class GPT(nn.Module):
             if visit.push:
                 kept.append(lanes[0])
         x = rms(0.5 * (lanes[0] + lanes[1]))[:, inputs.size(1) - targets.size(1) :]
-        return softcapped_nll(project(x, "head", HEAD, call), targets, self.config.logit_softcap)
+        return kernels.nll(project(x, "head", HEAD, call), targets, self.config.logit_softcap)
 
     def take_skip(self, skip: int, kept: Tensor, x: Tensor) -> Tensor:
         """Brings a kept output into the stream: added, or blended as sigmoid(gate) of x and the rest of the skip."""
@@ -1704,6 +1719,545 @@ class GPT(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# KERNELS
+#
+# Five functions of MODEL and OPTIMIZER, each twice: the plain one is the definition, the fused one (Triton, CUDA)
+# computes the same with fewer passes over memory. Sums are float32 and every result is rounded once, to the dtype
+# of its input. Triton is optional and imported when the fused functions are asked for: a kernel is an ordinary
+# function until `jit` takes it. Names: M, N, K of a matrix product; everything else as in the legend above.
+# ------------------------------------------------------------------------------------------------------------
+
+tl: Any = SimpleNamespace(constexpr="tl.constexpr")  # stands in for triton.language, which `jit` puts here
+
+# Blocks of the matrix products by hardware: ROWS, COLUMNS (ROWS again if not given) and DEPTH of a step along
+# the summed dimension; num_stages steps are loaded ahead. 128 x 256 x 64 is the tile of PR #1941. "few" is for
+# symmetric products too few to fill the GPU with larger tiles; "cpu" is Triton's interpreter, in the tests.
+TILES = {
+    ("hopper", "up"): dict(ROWS=128, COLUMNS=256, DEPTH=64, num_warps=8, num_stages=4),
+    ("hopper", "slope"): dict(ROWS=128, COLUMNS=256, DEPTH=64, num_warps=8, num_stages=3),
+    ("hopper", "many"): dict(ROWS=128, DEPTH=64, num_warps=8, num_stages=4),
+    ("hopper", "few"): dict(ROWS=64, DEPTH=64, num_warps=4, num_stages=4),
+    ("other", "up"): dict(ROWS=128, COLUMNS=128, DEPTH=32, num_warps=8, num_stages=3),
+    ("other", "slope"): dict(ROWS=128, COLUMNS=128, DEPTH=32, num_warps=8, num_stages=3),
+    ("other", "many"): dict(ROWS=128, DEPTH=32, num_warps=8, num_stages=3),
+    ("other", "few"): dict(ROWS=64, DEPTH=32, num_warps=4, num_stages=3),
+    ("cpu", "up"): dict(ROWS=32, COLUMNS=16, DEPTH=16),
+    ("cpu", "slope"): dict(ROWS=16, COLUMNS=32, DEPTH=16),
+    ("cpu", "many"): dict(ROWS=32, DEPTH=16),
+    ("cpu", "few"): dict(ROWS=16, DEPTH=16),
+}
+VOCABULARY_BLOCK = 1024  # logits that a program holds at once
+ELEMENT_BLOCK = 2048  # elements of a tensor that a program of the other element-wise kernels holds at once
+
+
+def tile_set(x: Tensor) -> str:
+    """Key of TILES for a tensor; float32 does not fit into the large tiles."""
+    if not x.is_cuda:
+        return "cpu"
+    return "hopper" if torch.cuda.get_device_capability(x.device)[0] == 9 and x.element_size() == 2 else "other"
+
+
+def multiprocessors(x: Tensor) -> int:
+    """How many programs surely run at once."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+
+
+def block_size(wanted: int) -> int:
+    """The smallest power of two that is not below `wanted`, as Triton demands."""
+    return 1 << max(wanted - 1, 0).bit_length()
+
+
+@functools.cache
+def jit(kernel: Callable) -> Any:
+    """A kernel in Triton's hands; it is compiled at its first launch with given dtypes and constants."""
+    global tl
+    import triton
+
+    tl = triton.language
+    return triton.jit(kernel)
+
+
+def launch(kernel: Callable, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Runs a grid of programs of a kernel; an empty grid, which CUDA refuses, does nothing."""
+    if math.prod(grid):
+        jit(kernel)[grid](*arguments, **constants)
+
+
+# MLP: y = phi(x up^T) down^T with phi(p) = leaky_relu(p, slope)^2. One kernel multiplies, with phi as the epilogue
+# of the forward pass and phi' as that of the backward pass (PR #1530, without its transposed copy of `down`).
+
+
+def plain_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+    """leaky_relu(x up^T, slope)^2 down^T: x (..., D), up (F, D), down (D, F) -> (..., D). Slope 0 is ReLU^2."""
+    return F.linear(leaky_relu_squared(F.linear(x, up), slope), down)
+
+
+def mlp_kernel(
+    left, right, pre, out, slope, M, N, K, BACKWARD: tl.constexpr, TMA: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Forward: pre = left (M, K) right (N, K)^T and out = phi(pre). Backward: out = (left right (K, N)) * phi'(pre).
+
+    The matrices are TMA descriptors, or pointers to contiguous memory. PROGRAMS programs walk over the tiles,
+    columns first, so that the rows of `left` are still in the L2 cache for the next tile.
+    """
+    tiles_across = tl.cdiv(N, COLUMNS)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS) * tiles_across, PROGRAMS, flatten=True):
+        row, column = tile // tiles_across * ROWS, tile % tiles_across * COLUMNS
+        rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for k in range(0, K, DEPTH):
+            if TMA:  # zeros beyond the edges
+                a = left.load([row, k])
+                b = right.load([k, column]) if BACKWARD else right.load([column, k]).T
+            else:
+                depth = k + tl.arange(0, DEPTH)
+                at_a = rows.to(tl.int64)[:, None] * K + depth[None, :]
+                at_b = depth[:, None] * N + columns[None, :] if BACKWARD else depth[:, None] + columns[None, :] * K
+                a = tl.load(left + at_a, mask=(rows < M)[:, None] & (depth < K)[None, :], other=0.0)
+                b = tl.load(right + at_b, mask=(depth < K)[:, None] & (columns < N)[None, :], other=0.0)
+            total = tl.dot(a, b, total, input_precision="ieee")
+        # In halves: a whole tile of results does not fit into shared memory beside the operands.
+        halves = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+        for half in tl.static_range(2):
+            begin = column + half * (COLUMNS // 2)
+            at = begin + tl.arange(0, COLUMNS // 2)
+            inside = (rows < M)[:, None] & (at < N)[None, :]
+            at = rows.to(tl.int64)[:, None] * N + at[None, :]
+            if BACKWARD:
+                p = (pre.load([row, begin]) if TMA else tl.load(pre + at, mask=inside, other=0.0)).to(tl.float32)
+                result = (halves[half] * tl.where(p > 0, 2 * p, 2 * slope * slope * p)).to(DTYPE)
+            else:
+                rounded = halves[half].to(DTYPE)  # phi sees what the backward pass will see
+                p = rounded.to(tl.float32)
+                leaky = tl.where(p > 0, p, slope * p)
+                result = (leaky * leaky).to(DTYPE)
+                if TMA:
+                    pre.store([row, begin], rounded)
+                else:
+                    tl.store(pre + at, rounded, mask=inside)
+            if TMA:
+                out.store([row, begin], result)
+            else:
+                tl.store(out + at, result, mask=inside)
+
+
+def mlp_product(left: Tensor, right: Tensor, pre: Tensor, out: Tensor, slope: float, kind: str, tma: bool) -> None:
+    """Launches mlp_kernel, forward ("up") or backward ("slope"), on contiguous matrices of one dtype."""
+    (M, K), N, tile, backward = left.shape, out.size(1), TILES[tile_set(left), kind], kind == "slope"
+    rows, columns, depth = tile["ROWS"], tile["COLUMNS"], tile["DEPTH"]
+    count = min(multiprocessors(left), -(-M // rows) * -(-N // columns))
+    operands = [left, right, pre, out]
+    if tma:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        blocks = [[rows, depth], [depth, columns] if backward else [columns, depth], *[[rows, columns // 2]] * 2]
+        operands = [TensorDescriptor.from_tensor(*pair) for pair in zip(operands, blocks)]
+    dtype = getattr(tl, str(left.dtype).removeprefix("torch."))
+    constants = dict(BACKWARD=backward, TMA=tma, DTYPE=dtype, PROGRAMS=count) | tile
+    launch(mlp_kernel, (count,), *operands, slope, M, N, K, **constants)
+
+
+def tma_fits(*matrices: Tensor) -> bool:
+    """Whether TMA can address these contiguous matrices: on Hopper, aligned to 16 bytes, row by row."""
+    aligned = (m.data_ptr() % 16 == 0 and m.size(-1) * m.element_size() % 16 == 0 for m in matrices)
+    return tile_set(matrices[0]) == "hopper" and all(aligned)
+
+
+def mlp(x: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, pre, h): the result, and for the backward pass the hidden layer (tokens, F) before and after phi."""
+    flat, up = x.contiguous().view(-1, x.size(-1)), up.contiguous()
+    pre, h = x.new_empty(len(flat), len(up)), x.new_empty(len(flat), len(up))
+    mlp_product(flat, up, pre, h, slope, "up", tma_fits(flat, up, pre, h))
+    return F.linear(h, down).view(x.shape), pre, h
+
+
+def mlp_slope(g: Tensor, down: Tensor, pre: Tensor, slope: float) -> Tensor:
+    """Gradient of pre: (g down) * phi'(pre), g (tokens, D)."""
+    g, down, out = g.contiguous(), down.contiguous(), torch.empty_like(pre)
+    mlp_product(g, down, pre, out, slope, "slope", tma_fits(g, down, pre, out))
+    return out
+
+
+def mlp_gradients(ctx: Any, g: Tensor, *unused: None) -> tuple:
+    x, up, down, pre, h = ctx.saved_tensors
+    g = g.reshape(-1, g.size(-1))
+    dpre = torch.ops.parameter_golf.mlp_slope(g, down, pre, *ctx.numbers)
+    return (dpre @ up).view(x.shape), dpre.T @ x.reshape(-1, x.size(-1)), g.T @ h, None
+
+
+# softcapped_nll. softcap * tanh(x / softcap) + softcap = 2 softcap * sigmoid(2 x / softcap) = z, and the shift cancels
+# in log-sum-exp minus target. The logits stay in their dtype in memory; float32 exists only in registers (PR #1787).
+
+
+def nll_kernel(logits, targets, nats, total, softcap, V, BLOCK: tl.constexpr):
+    """One row: log-sum-exp of z in one pass, with running maximum and sum, and the nats of the target."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    logits += row * V
+    peak, mass = tl.full((), float("-inf"), tl.float32), tl.zeros((), tl.float32)
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + columns, mask=columns < V, other=0.0).to(tl.float32)
+        z = tl.where(columns < V, 2 * softcap * tl.sigmoid(2 / softcap * x), float("-inf"))
+        higher = tl.maximum(peak, tl.max(z, 0))
+        mass = mass * tl.exp(peak - higher) + tl.sum(tl.exp(z - higher), 0)
+        peak = higher
+    # An id outside the vocabulary costs NaN nats, which stops a run, instead of reading from another row.
+    x = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+    log_mass = peak + tl.log(mass)
+    tl.store(total + row, log_mass)
+    tl.store(nats + row, log_mass - 2 * softcap * tl.sigmoid(2 / softcap * x))
+
+
+def nll_slope_kernel(logits, targets, total, g, out, softcap, V, BLOCK: tl.constexpr):
+    """One row of the logits' gradient, g (exp(z - total) - [column = target]) 4 u (1 - u) with u the sigmoid."""
+    row = tl.program_id(0).to(tl.int64)
+    target, log_mass, above = tl.load(targets + row), tl.load(total + row), tl.load(g + row)
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        u = tl.sigmoid(2 / softcap * tl.load(logits + row * V + columns, mask=columns < V, other=0.0).to(tl.float32))
+        slope = tl.exp(2 * softcap * u - log_mass) - tl.where(columns == target, 1.0, 0.0)
+        tl.store(out + row * V + columns, above * slope * 4 * u * (1 - u), mask=columns < V)
+
+
+def nll(logits: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """Nats and log-sum-exp of z, both float32 of the shape of targets; logits (..., V)."""
+    nats, total = (logits.new_empty(targets.shape, dtype=torch.float32) for _ in range(2))
+    logits, targets, V = logits.contiguous(), targets.contiguous(), logits.size(-1)
+    block = min(block_size(V), VOCABULARY_BLOCK)
+    launch(nll_kernel, (targets.numel(),), logits, targets, nats, total, softcap, V, BLOCK=block)
+    return nats, total
+
+
+def nll_slope(logits: Tensor, targets: Tensor, total: Tensor, g: Tensor, softcap: float) -> Tensor:
+    """Gradient of the logits, in their dtype, from the gradient g of the nats."""
+    logits, out, V = logits.contiguous(), logits.new_empty(logits.shape), logits.size(-1)
+    arguments = (logits, targets.contiguous(), total, g.contiguous(), out, softcap, V)
+    launch(nll_slope_kernel, (targets.numel(),), *arguments, BLOCK=min(block_size(V), VOCABULARY_BLOCK))
+    return out
+
+
+# mix_and_norm: what stands before a sub-layer. With mix = (1, attn_scale) and a sub-layer's output as x0, the same pair
+# of results is the residual addition after it and the norm of the next one.
+
+
+def mix_norm_kernel(
+    x, x0, mix, dm, dn, out, out0, dmix, scale, eps, N, D,
+    BACKWARD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Forward: m into out, n into out0. Backward: gradients of x and x0 there, and a share of dmix per program.
+
+    With u = m / rms(m), the gradient of m is dm + scale / rms(m) (dn - u mean(dn u)); m is computed anew for it.
+    """
+    columns = tl.arange(0, WIDTH)
+    keep = tl.load(mix + columns, mask=columns < D, other=0.0).to(x.dtype.element_ty).to(tl.float32)
+    fresh = tl.load(mix + D + columns, mask=columns < D, other=0.0).to(x.dtype.element_ty).to(tl.float32)
+    dkeep, dfresh = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
+    for start in range(tl.program_id(0) * ROWS, N, PROGRAMS * ROWS):
+        rows = start + tl.arange(0, ROWS)
+        inside = (rows < N)[:, None] & (columns < D)[None, :]
+        at = rows.to(tl.int64)[:, None] * D + columns[None, :]
+        old = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        new = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = (keep[None, :] * old + fresh[None, :] * new).to(out.dtype.element_ty)
+        m = rounded.to(tl.float32)  # the norm is that of the stream as stored
+        inverse = (1 / tl.sqrt(tl.sum(m * m, 1) / D + eps))[:, None]
+        if BACKWARD:
+            u, g = m * inverse, tl.load(dn + at, mask=inside, other=0.0).to(tl.float32)
+            g = scale * inverse * (g - u * (tl.sum(g * u, 1) / D)[:, None])
+            g += tl.load(dm + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(out + at, g * keep[None, :], mask=inside)
+            tl.store(out0 + at, g * fresh[None, :], mask=inside)
+            dkeep += tl.sum(g * old, 0)
+            dfresh += tl.sum(g * new, 0)
+        else:
+            tl.store(out + at, rounded, mask=inside)
+            tl.store(out0 + at, scale * inverse * m, mask=inside)
+    if BACKWARD:
+        dmix += tl.program_id(0) * 2 * D
+        tl.store(dmix + columns, dkeep, mask=columns < D)
+        tl.store(dmix + D + columns, dfresh, mask=columns < D)
+
+
+def mix_norm(x: Tensor, x0: Tensor, mix: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """m and n."""
+    m, n, D = x.new_empty(x.shape), x.new_empty(x.shape), x.size(-1)
+    rows, N = max(ELEMENT_BLOCK // block_size(D), 1), x.numel() // D
+    count = -(-N // rows)
+    block = dict(BACKWARD=False, ROWS=rows, WIDTH=block_size(D), PROGRAMS=count)
+    inputs = (x.contiguous(), x0.contiguous(), mix.contiguous())
+    launch(mix_norm_kernel, (count,), *inputs, None, None, m, n, None, scale, NORM_EPS, N, D, **block)
+    return m, n
+
+
+def mix_norm_slope(
+    x: Tensor, x0: Tensor, mix: Tensor, dm: Tensor, dn: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, x0 and mix. The order of the sums is fixed for a GPU: equal inputs give equal bits."""
+    dx, dx0, D = x.new_empty(x.shape), x.new_empty(x.shape), x.size(-1)
+    rows, N = max(ELEMENT_BLOCK // block_size(D), 1), x.numel() // D
+    count = min(8 * multiprocessors(x), -(-N // rows))  # several per multiprocessor hide each other's loads
+    dmix = torch.empty(count, *mix.shape, dtype=torch.float32, device=x.device)
+    block = dict(BACKWARD=True, ROWS=rows, WIDTH=block_size(D), PROGRAMS=count)
+    inputs = (tensor.contiguous() for tensor in (x, x0, mix, dm, dn))
+    launch(mix_norm_kernel, (count,), *inputs, dx, dx0, dmix, scale, NORM_EPS, N, D, **block)
+    return dx, dx0, dmix.sum(0).to(mix.dtype)
+
+
+# Exclusive self-attention and head gate. Query head h belongs to value head h // G, G = H / K, so contiguous
+# y (N, H, d) is (N K, G, d) beside v (N K, d): the kernel knows only pairs of a token and a value head.
+
+
+def plain_exclusive_gate(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """(y - <y, v^> v^) * gate with v^ = v / |v|: y (..., H, d), v (..., K, d), gate (..., H) -> (..., H, d)."""
+    return remove_own_value(y, v) * gate.to(y.dtype).unsqueeze(-1)
+
+
+def exclusive_gate_kernel(
+    y, v, gate, g, out, dv, dgate, PAIRS, G, d,
+    BACKWARD: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """ROWS pairs with their G query heads each: forward the result into out, backward the gradient of y there.
+
+    With z = gate g, a = <y, v^>, b = <z, v^>: dy = z - b v^, dgate = <g, y - a v^>, dv^ = -sum over heads of
+    (b y + a z), and dv is the part of dv^ across v, divided by |v|.
+    """
+    pairs = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    heads, channels = tl.arange(0, HEADS), tl.arange(0, WIDTH)
+    in_v, in_gate = (pairs < PAIRS)[:, None] & (channels < d)[None, :], (pairs < PAIRS)[:, None] & (heads < G)[None, :]
+    in_y = in_gate[:, :, None] & (channels < d)[None, None, :]
+    at_v, at_gate = pairs[:, None] * d + channels[None, :], pairs[:, None] * G + heads[None, :]
+    at_y = at_gate[:, :, None] * d + channels[None, None, :]
+    value = tl.load(v + at_v, mask=in_v, other=0.0).to(tl.float32)
+    length = tl.sqrt(tl.sum(value * value, 1))
+    floored = tl.maximum(length, 1e-12)[:, None]
+    flat = value / floored
+    direction = flat[:, None, :]  # (ROWS, 1, WIDTH)
+    opening = tl.load(gate + at_gate, mask=in_gate, other=0.0).to(tl.float32)[:, :, None]
+    x = tl.load(y + at_y, mask=in_y, other=0.0).to(tl.float32)
+    a = tl.sum(x * direction, 2)[:, :, None]
+    left = x - a * direction
+    if BACKWARD:
+        above = tl.load(g + at_y, mask=in_y, other=0.0).to(tl.float32)
+        z = above * opening
+        b = tl.sum(z * direction, 2)[:, :, None]
+        turn = -tl.sum(b * x + a * z, 1)  # gradient of v^, (ROWS, WIDTH)
+        along = tl.where(length > 1e-12, tl.sum(turn * flat, 1), 0.0)  # below, v^ is v / 1e-12
+        tl.store(out + at_y, z - b * direction, mask=in_y)
+        tl.store(dv + at_v, (turn - along[:, None] * flat) / floored, mask=in_v)
+        tl.store(dgate + at_gate, tl.sum(above * left, 2), mask=in_gate)
+    else:
+        tl.store(out + at_y, left * opening, mask=in_y)
+
+
+def launch_exclusive_gate(*tensors: Tensor | None, backward: bool) -> None:
+    """Launches exclusive_gate_kernel on its seven contiguous tensors."""
+    y, v = tensors[:2]
+    G, d = y.size(-2) // v.size(-2), y.size(-1)
+    block = dict(HEADS=block_size(G), WIDTH=block_size(d))
+    rows, pairs = max(ELEMENT_BLOCK // (block["HEADS"] * block["WIDTH"]), 1), v.numel() // d
+    block |= dict(BACKWARD=backward, ROWS=rows)
+    launch(exclusive_gate_kernel, (-(-pairs // rows),), *tensors, pairs, G, d, **block)
+
+
+def exclusive_gate(y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """The gated rest of y."""
+    y, v, gate, out = y.contiguous(), v.contiguous(), gate.contiguous(), y.new_empty(y.shape)
+    launch_exclusive_gate(y, v, gate, None, out, None, None, backward=False)
+    return out
+
+
+def exclusive_gate_slope(y: Tensor, v: Tensor, gate: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y, v and gate."""
+    inputs = [tensor.contiguous() for tensor in (y, v, gate, g)]
+    outputs = tuple(torch.empty_like(tensor) for tensor in inputs[:3])
+    launch_exclusive_gate(*inputs, *outputs, backward=True)
+    return outputs
+
+
+# Newton-Schulz: the two products of an iteration that are known to be symmetric, at little more than half the work.
+
+
+def plain_symmetric(a: Tensor, base: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """alpha a a^T + beta base: a (n, r, c), base (n, r, r) symmetric. With a = base = S that is beta S + alpha S^2."""
+    return alpha * (a @ a.mT) if base is None else torch.baddbmm(base, a, a.mT, beta=beta, alpha=alpha)
+
+
+def symmetric_kernel(
+    a, base, out, alpha, beta, R, C, step_n, step_r, step_c,
+    BASE: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """One square tile on or below the diagonal, stored there and, mirrored, above it."""
+    tiles = tl.cdiv(R, ROWS)
+    row, column, batch = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1).to(tl.int64)
+    if column > row:
+        return
+    rows, columns = row * ROWS + tl.arange(0, ROWS), column * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, ROWS), tl.float32)
+    a += batch * step_n
+    for k in range(0, C, DEPTH):
+        depth = k + tl.arange(0, DEPTH)
+        at, inside = rows[:, None] * step_r + depth[None, :] * step_c, (rows < R)[:, None] & (depth < C)[None, :]
+        left = tl.load(a + at, mask=inside, other=0.0)
+        at, inside = depth[:, None] * step_c + columns[None, :] * step_r, (depth < C)[:, None] & (columns < R)[None, :]
+        total = tl.dot(left, tl.load(a + at, mask=inside, other=0.0), total, input_precision="ieee")
+    total *= alpha
+    inside = (rows < R)[:, None] & (columns < R)[None, :]
+    at = batch * R * R + rows[:, None] * R + columns[None, :]
+    if BASE:
+        total += beta * tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
+    result = total.to(out.dtype.element_ty)
+    tl.store(out + at, result, mask=inside)
+    if column < row:  # a tile on the diagonal is written once: its two halves may differ in the last bit
+        at = batch * R * R + columns[:, None] * R + rows[None, :]
+        tl.store(out + at, tl.trans(result), mask=(columns < R)[:, None] & (rows < R)[None, :])
+
+
+def symmetric(a: Tensor, base: Tensor | None, alpha: float, beta: float) -> Tensor:
+    """The product; `a` with any strides, so that a transposed view needs no copy."""
+    (n, R, C), out = a.shape, a.new_empty(len(a), a.size(1), a.size(1))
+    many, few = (TILES[tile_set(a), kind] for kind in ("many", "few"))
+    across = -(-R // many["ROWS"])
+    tile = many if n * across * (across + 1) // 2 >= multiprocessors(a) else few
+    arguments = (a, None if base is None else base.contiguous(), out, alpha, beta, R, C, *a.stride())
+    launch(symmetric_kernel, ((-(-R // tile["ROWS"])) ** 2, n), *arguments, BASE=base is not None, **tile)
+    return out
+
+
+def register(function: Callable, shapes: Callable, gradients: Callable | None = None, saved: tuple = ()) -> None:
+    """Makes a function an operator of PyTorch; `saved` are the places of the tensors that its gradients need, counting
+    the inputs first, then the outputs.
+
+    An operator rather than an autograd.Function around a launch: torch.compile keeps it in the full graph as one
+    opaque call, whatever its release knows of Triton (PyTorch 2.9 to 2.13), and never traces this section. The price:
+    nothing is fused into it.
+    """
+
+    def save(ctx: Any, inputs: tuple, output: Any) -> None:
+        tensors = (*inputs, *(output if isinstance(output, tuple) else [output]))
+        ctx.save_for_backward(*(tensors[i] for i in saved))
+        ctx.numbers = [number for number in inputs if isinstance(number, float)]
+        ctx.set_materialize_grads(function is mix_norm)  # no zeros as gradients of pre, h and total
+
+    registered = torch.library.custom_op(f"parameter_golf::{function.__name__}", function, mutates_args=())
+    registered.register_fake(shapes)
+    if gradients:
+        registered.register_autograd(gradients, setup_context=save)
+
+
+class Kernels(NamedTuple):
+    """The functions that exist twice. A model holds one of these, as it holds its attention back-end."""
+
+    mlp: Callable
+    nll: Callable
+    mix_norm: Callable
+    exclusive_gate: Callable
+    symmetric: Callable
+
+
+PLAIN = Kernels(plain_mlp, softcapped_nll, mix_and_norm, plain_exclusive_gate, plain_symmetric)
+
+
+@functools.cache
+def fused_kernels() -> Kernels:
+    """The fused functions, for CUDA tensors of bfloat16 or float32. Raises ImportError without Triton."""
+    jit(mlp_kernel)  # imports Triton now, not at the first training step
+    ops = torch.ops.parameter_golf
+
+    def like(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
+
+    def hidden(x: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Tensor, ...]:
+        pre = x.new_empty(x.numel() // x.size(-1), len(up))
+        return *like(x), *like(pre, pre)
+
+    def nll_gradients(ctx: Any, g: Tensor, unused: None) -> tuple:
+        return ops.nll_slope(*ctx.saved_tensors, g, *ctx.numbers), None, None
+
+    def mix_norm_gradients(ctx: Any, dm: Tensor, dn: Tensor) -> tuple:
+        return *ops.mix_norm_slope(*ctx.saved_tensors, dm, dn, *ctx.numbers), None
+
+    def gate_gradients(ctx: Any, g: Tensor) -> tuple:
+        return ops.exclusive_gate_slope(*ctx.saved_tensors, g)
+
+    def symmetric_gradients(ctx: Any, g: Tensor) -> tuple:
+        (a,), (alpha, beta) = ctx.saved_tensors, ctx.numbers
+        return alpha * (g + g.mT) @ a, beta * g if ctx.needs_input_grad[1] else None, None, None
+
+    register(mlp, hidden, mlp_gradients, saved=(0, 1, 2, 5, 6))
+    register(mlp_slope, lambda g, down, pre, slope: like(pre)[0])
+    register(nll, lambda logits, targets, softcap: like(*[targets.float()] * 2), nll_gradients, saved=(0, 1, 4))
+    register(nll_slope, lambda logits, *rest: like(logits)[0])
+    register(mix_norm, lambda x, *rest: like(x, x), mix_norm_gradients, saved=(0, 1, 2))
+    register(mix_norm_slope, lambda x, x0, mix, *rest: like(x, x0, mix))
+    register(exclusive_gate, lambda y, *rest: like(y)[0], gate_gradients, saved=(0, 1, 2))
+    register(exclusive_gate_slope, lambda y, v, gate, g: like(y, v, gate))
+    register(symmetric, lambda a, *rest: a.new_empty(*a.shape[:2], a.size(1)), symmetric_gradients, saved=(0,))
+
+    def fused_nll(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
+        several = targets.dim() == logits.dim()  # the n-gram tilt and the probes price several ids per position
+        return softcapped_nll(logits, targets, softcap) if several else ops.nll(logits, targets, softcap)[0]
+
+    return Kernels(
+        lambda x, up, down, slope: ops.mlp(x, up, down, slope)[0],
+        fused_nll,
+        ops.mix_norm,
+        ops.exclusive_gate,
+        lambda a, base=None, alpha=1.0, beta=0.0: ops.symmetric(a, base, alpha, beta),
+    )
+
+
+def disagreement(fused: Kernels, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+    """The largest |fused - plain| / |plain| among results and gradients of all kernels on small odd-sized inputs."""
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(device, dtype).requires_grad_()
+
+    targets = torch.randint(1100, (150,), generator=random).to(device)
+    x, worst = draw(150, 72), 0.0
+    cases = [
+        ("mlp", (x, draw(304, 72), draw(72, 304)), (0.5,)),
+        ("nll", (draw(150, 1100),), (targets, 30.0)),
+        ("mix_norm", (x, draw(150, 72), draw(2, 72)), (0.7,)),
+        ("exclusive_gate", (draw(150, 8, 64), draw(150, 4, 64), draw(150, 8)), ()),
+        ("symmetric", (draw(3, 150, 72),), ()),
+        ("symmetric", (draw(64, 150, 24),), ()),  # enough for the large tiles
+    ]
+    for name, tensors, rest in cases:
+        values = []
+        for function in (getattr(fused, name), getattr(PLAIN, name)):
+            result = function(*tensors, *rest)
+            results = result if isinstance(result, tuple) else (result,)
+            gradients = torch.autograd.grad(sum(r.float().square().sum() for r in results), tensors)
+            values.append([value.detach().double() for value in (*results, *gradients)])
+        errors = torch.stack([(a - b).norm() / b.norm() for a, b in zip(*values)])
+        worst = max(worst, float(errors.nan_to_num(math.inf).max()))
+    return worst
+
+
+@functools.cache
+def choose_kernels(wanted: str, device: torch.device) -> tuple[str, Kernels]:
+    """What to log and which functions to use; `wanted` is auto, plain or triton.
+
+    The fused ones are taken on a GPU where a small launch of each agrees with the plain one. Raises UserError when
+    they are demanded and cannot be had.
+    """
+    reason = "there is no CUDA device" if device.type != "cuda" else ""
+    if wanted == "plain":
+        return "plain", PLAIN
+    try:
+        if not reason and (error := disagreement(fused_kernels(), device)) > 0.03:
+            reason = f"they differ from the plain functions by {error:.2g}"
+    except Exception as error:  # noqa: BLE001 - no Triton, another Triton, too small a GPU: only speed is at stake
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    if reason and wanted == "triton":
+        raise UserError(f"KERNELS=triton: the fused kernels cannot be used: {reason}; set KERNELS=auto")
+    return (f"plain ({reason})", PLAIN) if reason else ("triton", fused_kernels())
+
+
+# ------------------------------------------------------------------------------------------------------------
 # OPTIMIZER
 #
 # Gradients of this rank's rows become updated weights, equal on every rank. Gradients are summed, not averaged:
@@ -1742,7 +2296,14 @@ POLAR_EXPRESS = (  # (a, b, c) of each iteration X <- a X + (b S + c S^2) X, S =
 CLASSIC = ((3.4445, -4.7750, 2.0315),) * 5  # the same coefficients in each iteration (Muon)
 
 
-def orthogonalize(update: Tensor, tall: Tensor, steps: int, polar: bool = True, unit_rows: bool = True) -> Tensor:
+def orthogonalize(
+    update: Tensor,
+    tall: Tensor,
+    steps: int,
+    polar: bool = True,
+    unit_rows: bool = True,
+    symmetric_product: Callable = plain_symmetric,
+) -> Tensor:
     """Each matrix of (n, rows, cols), rows <= cols, with its singular values moved close to 1, in the input's dtype.
 
     With unit_rows, rows are first brought to unit length (MuonEq-R); where `tall` (n,) is set the matrix lies on its
@@ -1757,8 +2318,8 @@ def orthogonalize(update: Tensor, tall: Tensor, steps: int, polar: bool = True, 
         x = x / length.clamp_min(1e-7).to(x.dtype)
     x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(x.dtype)
     for a, b, c in (POLAR_EXPRESS if polar else CLASSIC)[:steps]:
-        s = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
+        s = symmetric_product(x)
+        x = torch.baddbmm(x, symmetric_product(s, s, c, b), x, beta=a)
     return x
 
 
@@ -1777,9 +2338,11 @@ class Muon:
     M <- mu M + G;  X = orthogonal(G + mu M);  W <- (1 - lr wd) W - lr sqrt(max(1, rows / cols)) X
     """
 
-    def __init__(self, banks: dict[str, nn.Parameter], config: Config, run: Run):
+    def __init__(self, banks: dict[str, nn.Parameter], config: Config, run: Run, symmetric: Callable = plain_symmetric):
         self.banks, self.run, self.config = banks, run, config
-        self.orthogonalize = maybe_compile(orthogonalize, config, run)
+        polar, unit_rows = config.polar_express_ns, config.muon_row_normalize
+        how = (config.muon_backend_steps, polar, unit_rows, symmetric)
+        self.orthogonalize = maybe_compile(lambda update, tall: orthogonalize(update, tall, *how), config, run)
         shapes: dict[tuple[int, int], list[str]] = {}
         for name, bank in banks.items():
             shapes.setdefault((min(bank.shape[1:]), max(bank.shape[1:])), []).append(name)
@@ -1820,18 +2383,16 @@ class Muon:
     @torch.no_grad()
     def step(self, gradients: list[Tensor], lr: float, momentum: float) -> None:
         """One update; `gradients` as from gradient_shares."""
-        config, travelling = self.config, []
+        travelling = []
         for share, stack in zip(gradients, self.stacks):
             stack.momentum.mul_(momentum).add_(share)
-            update = share.add(stack.momentum, alpha=momentum)
-            how = (config.muon_backend_steps, config.polar_express_ns, config.muon_row_normalize)
-            update = self.orthogonalize(update, stack.tall, *how)
+            update = self.orthogonalize(share.add(stack.momentum, alpha=momentum), stack.tall)
             travelling.append(self.run.gather_shards(update))  # while the next stack is orthogonalised
         for stack, shards in zip(self.stacks, travelling):
             for name, update in self.split(stack, arrived(*shards)).items():
                 bank = self.banks[name]
                 scale = math.sqrt(max(1.0, bank.size(1) / bank.size(2)))
-                bank.mul_(1 - lr * config.muon_wd).add_(update.to(bank.dtype), alpha=-lr * scale)
+                bank.mul_(1 - lr * self.config.muon_wd).add_(update.to(bank.dtype), alpha=-lr * scale)
 
     def arrays(self) -> dict[str, Tensor]:
         """The momentum of whole banks, float32, whatever the number of ranks. Collective."""
@@ -1852,7 +2413,7 @@ class Optimizer:
     def __init__(self, model: GPT, config: Config, run: Run):
         groups = model.groups()
         self.config, self.run, self.model = config, run, model
-        self.muon = Muon(groups["matrix"], config, run)
+        self.muon = Muon(groups["matrix"], config, run, model.kernels.symmetric)
         self.replicated = groups["embed"] | groups["scalar"]
         embed = dict(params=list(groups["embed"].values()), base_lr=config.tied_embed_lr, weight_decay=config.embed_wd)
         scalar = dict(params=list(groups["scalar"].values()), base_lr=config.scalar_lr, weight_decay=config.adam_wd)
@@ -2182,7 +2743,8 @@ class Trainer:
 
 def training_settings(config: Config) -> dict[str, Any]:
     """The settings that decide what the train stage computes; a resumed run must have the same."""
-    later = ("run_id", "runs_dir", "stages", "compile", "attn_backend", "checkpoint_seconds", "preset", "data_dir")
+    later = ("run_id", "runs_dir", "stages", "compile", "attn_backend", "kernels", "checkpoint_seconds")
+    later += ("preset", "data_dir")
     shown = ("train_log_every", "val_loss_every", "val_batch_tokens", "eval_seq_len", "eval_stride", "warmup_steps")
     first, last = list(FIELDS).index("matrix_bits"), list(FIELDS).index("token_boost")
     stages = {*list(FIELDS)[first : last + 1]} - {"gptq_calibration_batches"}  # of quantize and evaluate
@@ -3846,6 +4408,7 @@ def summary(parts: dict[str, dict[str, Any]], config: Config, run: Run) -> dict[
         "ranks": run.world_size,
         "hardware": hardware(run),
         "attn_backend": choose_attention(config, run.device)[0],
+        "kernels": choose_kernels(config.kernels, run.device)[0],
         "torch": torch.__version__,
         "peak_memory_mib": peak_memory_mib(run),
         "stage_seconds": {stage: part["stage_seconds"][stage] for stage, part in parts.items()},
