@@ -20,6 +20,7 @@ The file is read once, from top to bottom, in the order in which the data moves:
     KERNELS   the same numbers faster: Triton kernels beside the plain functions that they replace
     OPTIMIZER summed gradients -> updated weights (Muon for matrices, AdamW for the rest)
     TRAIN     the timed loop, the moving average, the calibration statistics
+    CODER     integer codes <-> bytes, by adaptive contexts and interleaved rANS
     COMPRESS  weights + Hessians -> int6 codes -> artifact file -> weights again
     SCORE     artifact -> nats, tokens, bytes: every target exactly once
     ADAPT     the same, learning from what is already scored (test-time training)
@@ -210,7 +211,7 @@ class Config:
     lqer_rank: int = setting(0, 0, 64)  # rank of the correction of the worst quantised matrices (#1797); 0: none
     lqer_top_k: int = setting(3, 0, 1000)  # how many matrices are corrected
     lqer_asym_group: int = setting(64, 1)  # entries of a right factor that share a scale
-    compressor: str = setting("brotli", choices=("brotli", "lzma", "zlib", "zstd", "pergroup"))  # see CODECS
+    compressor: str = setting("brotli", choices=("brotli", "rans", "lzma", "zlib", "zstd", "pergroup"))
     fit_artifact: bool = setting(True)  # raise the clips until code and weights fit into 16,000,000 bytes
 
     # scoring and test-time training (the last enabled one of plain, sliding, TTT is the submitted score)
@@ -2830,6 +2831,262 @@ def run_dir(config: Config) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# CODER
+#
+# Integer codes -> bytes, about 1 % fewer than with brotli. What is known before a code is read, namely the scale and
+# mean of its column so far or an earlier row that resembles its own, selects one of many histograms. These count the
+# codes already read, so that none is stored. Interleaved rANS (arXiv:1311.2540, 1402.3392) turns them into bytes.
+# All numbers are integers: the bytes are the same on every machine. Writing and reading run the same model.
+# ------------------------------------------------------------------------------------------------------------
+
+RANS_BITS = 14  # the frequencies of a histogram sum to 2^14
+RANS_LOW = 1 << 16  # states stay in [2^16, 2^32) and move words of 16 bits
+RANS_RUN = 1 << 15  # codes per state: a state takes about 3 bytes of the file, a step of all states about 15 us
+COLUMN_STEPS = 16  # buckets of a column's scale per factor of two
+SCALE_ONE = 64  # a mean |code| of 1 in fixed point
+SCALES = 13 * COLUMN_STEPS + 3  # all buckets, with an unused one at either end
+PREDICTIONS = 16  # buckets of the predicted |code|
+KINDS = 4  # 0: the prediction is twice the column's mean; 1 to 3: an earlier row, the more alike the higher
+LEAST_GAIN = 44  # least cosine^2 * columns of a reference: 32 bits are saved, twice what its number takes
+ALIKE = ((1, 4), (4, 5))  # least cosine^2 of kinds 2 and 3
+FIRST_BLOCK, BLOCK_SHARE = 64, 8  # contexts and histograms are renewed when an eighth more codes are known
+
+
+class Histograms(NamedTuple):
+    """Frequencies of one block of codes, by context: (contexts, symbols) int64, each row summing to 2^RANS_BITS."""
+
+    freq: np.ndarray
+    start: np.ndarray  # sum of the frequencies before
+
+
+class Column(NamedTuple):
+    """How equal matrices side by side are predicted."""
+
+    scale_inertia: int  # a column's scale starts from that of all columns, with the weight of so many rows
+    mean_inertia: int  # and its mean from 0
+    kinds: np.ndarray  # (rows,)
+    references: np.ndarray  # (rows,): the earlier row, where the kind is not 0
+
+
+class RansWriter:
+    """Notes the frequencies of all codes: rANS writes backwards what is read forwards."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def code(self, symbols: np.ndarray, rows: np.ndarray, histograms: Histograms) -> np.ndarray:
+        index = rows * histograms.freq.shape[1] + symbols
+        self.runs.append(tuple(table.astype(np.uint16).ravel()[index] for table in histograms))
+        return symbols
+
+    def finish(self, states: int) -> bytes:
+        """The last states, then the words, in the order in which they are read."""
+        x, words = np.full(states, RANS_LOW, np.uint64), []
+        for freq, start in reversed(self.runs):
+            for begin in reversed(range(0, len(freq), states)):
+                f = freq[begin : begin + states].astype(np.uint64)
+                s = x[: len(f)]
+                full = np.flatnonzero(s >= f << np.uint64(32 - RANS_BITS))
+                words.append(s[full].astype("<u2"))
+                s[full] >>= np.uint64(16)
+                s += s // f * (np.uint64(1 << RANS_BITS) - f) + start[begin : begin + states]
+        return x.astype("<u4").tobytes() + b"".join(part.tobytes() for part in reversed(words))
+
+
+class RansReader:
+    def __init__(self, data: bytes, states: int) -> None:
+        if len(data) < 4 * states or len(data) % 2:
+            raise ValueError(f"{len(data)} bytes for {states} states")
+        self.x = np.frombuffer(data, "<u4", states).astype(np.uint64)
+        self.words, self.used = np.frombuffer(data, "<u2", offset=4 * states).astype(np.uint64), 0
+        self.histograms: Histograms | None = None
+        if (self.x < RANS_LOW).any():
+            raise ValueError("a state is out of range")
+
+    def code(self, symbols: np.ndarray, rows: np.ndarray, histograms: Histograms) -> np.ndarray:
+        """The next len(rows) symbols, by the histograms of these rows; only the length of `symbols` matters."""
+        contexts, count = histograms.freq.shape
+        if histograms is not self.histograms:
+            self.histograms, freq = histograms, histograms.freq.ravel()
+            self.slots = np.repeat(np.tile(np.arange(count, dtype=np.uint8), contexts), freq)
+            self.pairs = (freq << 16 | histograms.start.ravel()).astype(np.uint64)
+        symbols, first_slot, first_pair = np.empty(len(rows), np.uint8), rows << RANS_BITS, rows * count
+        mask, half, bits, sixteen = map(np.uint64, ((1 << RANS_BITS) - 1, 0xFFFF, RANS_BITS, 16))
+        for begin in range(0, len(rows), len(self.x)):
+            step = slice(begin, begin + len(self.x))  # the i-th code of a step belongs to state i
+            s = self.x[: len(rows) - begin]
+            slot = s & mask
+            symbols[step] = symbol = self.slots.take(first_slot[step] + slot.view(np.int64))
+            pair = self.pairs.take(first_pair[step] + symbol)
+            s >>= bits
+            s *= pair >> sixteen
+            s += slot - (pair & half)
+            empty = np.flatnonzero(s < RANS_LOW)
+            words = self.words[self.used : self.used + len(empty)]
+            if len(words) < len(empty):
+                raise ValueError("cut short")
+            s[empty] = s[empty] << sixteen | words
+            self.used += len(empty)
+        return symbols
+
+    def finish(self) -> None:
+        if self.used != len(self.words) or (self.x != RANS_LOW).any():
+            raise ValueError("codes and data do not end together")
+
+
+def code_numbers(coder: RansWriter | RansReader, numbers: np.ndarray, bits: int) -> np.ndarray:
+    """Codes plain numbers below 2^bits."""
+    total = np.zeros(len(numbers), np.int64)
+    for shift in range(0, bits, 7):
+        freq = np.full((1, 1 << min(7, bits - shift)), (1 << RANS_BITS) >> min(7, bits - shift))
+        digits = coder.code(numbers >> shift & freq.size - 1, 0 * total, Histograms(freq, freq.cumsum(1) - freq))
+        total += digits.astype(np.int64) << shift
+    return total
+
+
+def code_column(coder: RansWriter | RansReader, column: Column) -> Column:
+    """Codes the settings of a group. Raises ValueError for impossible ones."""
+    inertias = code_numbers(coder, np.array(column[:2]), 14)
+    kinds, references = np.zeros((2, len(column.kinds)), np.int64)
+    if code_numbers(coder, np.array([int(column.kinds.any())]), 1)[0]:
+        kinds = code_numbers(coder, column.kinds, 2)
+        references[kinds > 0] = code_numbers(coder, column.references[kinds > 0], len(kinds).bit_length())
+    if not inertias.all() or (references > np.maximum(np.arange(len(kinds)) - 1, 0)).any() or kinds[0]:
+        raise ValueError("a setting is out of range")
+    return Column(*inertias.tolist(), kinds, references)
+
+
+@functools.cache
+def scale_buckets() -> np.ndarray:
+    """1 + floor(COLUMN_STEPS * log2(v + 1)) for v up to a mean |code| of 127, in exact arithmetic."""
+    return np.array([((v + 1) ** COLUMN_STEPS).bit_length() for v in range(127 * SCALE_ONE + 1)])
+
+
+def context_of(kind: int, scale: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Number of the histogram. Beside an earlier row, the scale of the column matters less."""
+    row = kind * SCALES + (scale // COLUMN_STEPS if kind else scale)
+    return row * PREDICTIONS + np.minimum(np.abs(prediction), PREDICTIONS - 1)
+
+
+def histograms_of(counts: np.ndarray, contexts: np.ndarray) -> Histograms:
+    """Counts -> frequencies: own ones, a quarter of those at the next scales, and a little of all, smoothed."""
+    symbols, total = counts.shape[1], 1 << RANS_BITS
+    sums, width = np.append(0, (2 * counts.sum(0) + 1).cumsum()), symbols // 16
+    smooth = sums[np.minimum(np.arange(symbols) + width + 1, symbols)] - sums[np.maximum(np.arange(symbols) - width, 0)]
+    weights = 4 * counts[contexts] + counts[contexts - PREDICTIONS] + counts[contexts + PREDICTIONS]
+    weights = (weights << 8) + (symbols * smooth << 10) // smooth.sum()
+    freq = 1 + weights * (total - symbols) // weights.sum(1, keepdims=True)
+    freq[np.arange(len(freq)), freq.argmax(1)] += total - freq.sum(1)
+    return Histograms(freq, freq.cumsum(1) - freq)
+
+
+def code_group(coder: RansWriter | RansReader, counts: np.ndarray, grid: np.ndarray, column: Column) -> None:
+    """Codes `grid` (rows, cols) int16 along its rows, block by block; a reader fills it in. Updates `counts`."""
+    (cols, top), values = (grid.shape[1], counts.shape[1] // 2), grid.reshape(-1)
+    sizes, sums, known = *np.zeros((2, cols), np.int64), 0
+    spread = lambda by_column, a, b: np.resize(np.roll(by_column, -(a % cols)), b - a)
+    begin = 0
+    while begin < len(values):
+        end = min(len(values), begin + max(FIRST_BLOCK, begin // BLOCK_SHARE))
+        fresh, known = grid[known : begin // cols], begin // cols  # only whole rows
+        sizes, sums = sizes + np.abs(fresh).sum(0), sums + fresh.sum(0)
+        prior = column.scale_inertia * (SCALE_ONE * int(sizes.sum()) // max(known * cols, 1))
+        scale = scale_buckets()[(SCALE_ONE * sizes + prior) // (known + column.scale_inertia)]
+        mean = np.sign(sums) * (2 * np.abs(sums) // (known + column.mean_inertia))
+        used, cuts = [context_of(0, scale, mean)], [begin, end]
+        if column.kinds.any():
+            cuts[1:1] = range((begin // cols + 1) * cols, end, cols)
+            used += [context_of(kind, np.unique(scale)[:, None], np.arange(PREDICTIONS)) for kind in range(1, KINDS)]
+        used = np.unique(np.concatenate(used, axis=None))
+        histograms, done = histograms_of(counts, used), []
+        for a, b in itertools.pairwise(cuts):
+            kind, prediction = column.kinds[a // cols], mean
+            if kind:
+                prediction = grid[column.references[a // cols]]
+            rows = spread(np.searchsorted(used, context_of(kind, scale, prediction)), a, b)
+            sign = spread(np.where(prediction < 0, -1, 1).astype(np.int16), a, b)
+            symbols = coder.code(sign * values[a:b] + top, rows, histograms)
+            values[a:b] = sign * (symbols.astype(np.int16) - top)
+            done.append(rows * (2 * top + 1) + symbols)
+        counts[used] += np.bincount(np.concatenate(done), minlength=counts[used].size).reshape(len(used), -1)
+        begin = end
+
+
+def resembling_rows(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Kind and number of the earlier row most like each of (rows, cols), by the cosine without the columns' means.
+
+    The products are of integers and below 2^53, so that float64 gives them exactly, in whatever order it adds.
+    """
+    (rows, cols), kinds, references = grid.shape, *np.zeros((2, len(grid)), np.int64)
+    centred = grid - (2 * grid.sum(0, dtype=np.int64) + rows) // (2 * rows)
+    exact, energy = centred.astype(np.float64), np.maximum((centred * centred).sum(1), 1)
+    for begin in range(0, rows, 256):
+        part = slice(begin, min(begin + 256, rows))
+        dots = np.tril(exact[part] @ exact[: part.stop].T, begin - 1).clip(0).astype(np.int64)  # earlier rows only
+        shares = dots * dots // energy[: part.stop]  # of the energy of the row
+        references[part], share, own = shares.argmax(1), shares.max(1), energy[part]
+        alike = sum((share * over >= own * least).astype(np.int64) for least, over in ALIKE)
+        kinds[part] = np.where(share * cols >= own * LEAST_GAIN, 1 + alike, 0)
+    return kinds, references * (kinds > 0)
+
+
+def fit_column(grid: np.ndarray, search: bool) -> Column:
+    """Inertia = variance within columns over variance between them (empirical Bayes), of |code| and of the code."""
+    (rows, cols), inertias = grid.shape, []
+    squares = grid.size * int(np.square(grid, dtype=np.int64).sum())
+    sizes = np.abs(grid).sum(0)
+    for total, prior in ((sizes, int(sizes.sum()) ** 2), (grid.sum(0), 0)):
+        between = cols * int(total @ total) - prior - (squares - prior) // rows
+        inertias.append(min(max((squares - prior) // max(between, 1), 1), (1 << 14) - 1))
+    return Column(*inertias, *(resembling_rows(grid) if search else np.zeros((2, rows), np.int64)))
+
+
+def code_stream(coder: RansWriter | RansReader, matrices: list[np.ndarray]) -> None:
+    """Codes matrices in place, those of equal shape side by side; a reader fills them in."""
+    top = int(code_numbers(coder, np.array([max(int(np.abs(m).max()) for m in matrices)]), 7)[0])
+    counts = np.zeros((KINDS * SCALES * PREDICTIONS, 2 * top + 1), np.int64)
+    for shape in dict.fromkeys(m.shape for m in matrices):
+        members = [m for m in matrices if m.shape == shape]
+        grid = np.concatenate(members, 1).astype(np.int16)
+        # Rows resemble each other in an embedding (tokens hardly seen in training are almost equal), which is alone
+        # in its stream; in the other matrices they do not.
+        blank = Column(1, 1, *np.zeros((2, len(grid)), np.int64))  # a reader learns its length only
+        column = fit_column(grid, search=len(members) == 1) if isinstance(coder, RansWriter) else blank
+        code_group(coder, counts, grid, code_column(coder, column))
+        for member, part in zip(members, np.split(grid, len(members), 1)):
+            member[:] = part
+
+
+def rans_encode(matrices: Sequence[np.ndarray]) -> bytes:
+    """Codes of one role, int8 matrices (rows, cols) within +-127 -> a checksum of 4 bytes, states, words.
+
+    Equal bytes on every machine; none for no codes. Raises ValueError for other arrays.
+    """
+    if any(m.ndim != 2 or m.dtype != np.int8 or (m.size and m.min() == -128) for m in matrices):
+        raise ValueError("codes are int8 matrices within +-127")
+    filled = [m.copy() for m in matrices if m.size]
+    if not filled:
+        return b""
+    writer = RansWriter()
+    code_stream(writer, filled)
+    data = writer.finish(-(-sum(m.size for m in filled) // RANS_RUN))
+    return zlib.crc32(data).to_bytes(4, "little") + data
+
+
+def rans_decode(data: bytes, shapes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """The inverse of rans_encode. Raises ValueError for damaged data and for other shapes; memory follows `shapes`."""
+    matrices = [np.zeros(shape, np.int8) for shape in shapes]
+    filled = [m for m in matrices if m.size]
+    if zlib.crc32(data[4:]) != int.from_bytes(data[:4], "little") or bool(filled) != bool(data):
+        raise ValueError("wrong checksum")
+    if filled:
+        reader = RansReader(data[4:], -(-sum(m.size for m in filled) // RANS_RUN))
+        code_stream(reader, filled)
+        reader.finish()
+    return matrices
+
+
+# ------------------------------------------------------------------------------------------------------------
 # COMPRESS
 #
 # Averaged weights and Hessians become integer codes, and these one artifact file, from which alone the model is
@@ -3401,9 +3658,15 @@ def save_artifact(path: Path, stored: Mapping[str, np.ndarray], config: Config) 
     table = artifact_table(config, corrected)
     streams = stream_bytes(sort_rows(stored, table), table)
     codec = config.compressor if config.compressor != "pergroup" else "lrzip" if shutil.which("lrzip") else "brotli"
+
+    def pack(stream: str) -> bytes:
+        if codec == "rans" and stream not in TWO_BYTES:
+            return rans_encode([stored[entry.name] for entry in table if entry.stream == stream])
+        return CODECS["brotli" if codec == "rans" else codec][0](streams[stream])
+
     longest_first = sorted(streams, key=lambda stream: -len(streams[stream]))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        packed = dict(zip(longest_first, pool.map(lambda stream: CODECS[codec][0](streams[stream]), longest_first)))
+        packed = dict(zip(longest_first, pool.map(pack, longest_first)))
     meta = {"model": artifact_settings(config), "codec": codec, "corrected": corrected}
     return write_container(path, meta, [packed[stream] for stream in streams])
 
@@ -3423,11 +3686,17 @@ def load_artifact(path: Path, config: Config) -> dict[str, np.ndarray]:
         sizes: dict[str, int] = {}
         for entry in table:
             sizes[entry.stream] = sizes.get(entry.stream, 0) + math.prod(entry.shape) * np.dtype(entry.dtype).itemsize
-        if codec not in CODECS or len(packed) != len(sizes):
+        if codec not in ("rans", *CODECS) or len(packed) != len(sizes):
             raise ValueError(f"codec {str(codec)[:20]}, {len(packed)} streams, expected {len(sizes)}")
-        expand = CODECS[codec][1]
+
+        def expand(stream: str, data: memoryview) -> bytes:
+            if codec == "rans" and stream not in TWO_BYTES:
+                matrices = rans_decode(bytes(data), [entry.shape for entry in table if entry.stream == stream])
+                return b"".join(matrix.T.tobytes() for matrix in matrices)
+            return CODECS["brotli" if codec == "rans" else codec][1](bytes(data), sizes[stream])
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            streams = dict(zip(sizes, pool.map(lambda data, size: expand(bytes(data), size), packed, sizes.values())))
+            streams = dict(zip(sizes, pool.map(expand, sizes, packed)))
         return dequantize(restore_rows(stream_arrays(streams, table)), config)
     except ValueError as error:
         raise UserError(f"{path}: damaged artifact ({error}); quantise again") from None
