@@ -42,6 +42,10 @@ fi
 python="$venv/bin/python"
 
 if [ "${1:-}" = test ]; then
+    # PyTorch for CUDA brings the Triton that fits it; the CPU build brings none, and the kernels are tested there too.
+    if [ "$(uname -s)" = Linux ] && ! "$python" -c 'import triton' 2> /dev/null; then
+        "$python" -m pip install --quiet --disable-pip-version-check triton==3.6.0
+    fi
     shift
     exec "$python" -m pytest tests -m "not slow" "$@"
 fi
