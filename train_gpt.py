@@ -2127,12 +2127,11 @@ def symmetric(a: Tensor, base: Tensor | None, alpha: float, beta: float) -> Tens
 
 
 def register(function: Callable, shapes: Callable, gradients: Callable | None = None, saved: tuple = ()) -> None:
-    """Makes a function an operator of PyTorch; `saved` are the places of the tensors that its gradients need, counting
-    the inputs first, then the outputs.
+    """Makes a function an operator of PyTorch; `saved` are the places of the tensors that its gradients need.
 
-    An operator rather than an autograd.Function around a launch: torch.compile keeps it in the full graph as one
-    opaque call, whatever its release knows of Triton (PyTorch 2.9 to 2.13), and never traces this section. The price:
-    nothing is fused into it.
+    Places count the inputs first, then the outputs. A custom operator and not an autograd.Function around a launch:
+    torch.compile keeps it in the full graph as one opaque call, whatever its release knows of Triton's launches and
+    descriptors (PyTorch 2.9 to 2.13), and never traces this section. The price: nothing is fused into it.
     """
 
     def save(ctx: Any, inputs: tuple, output: Any) -> None:

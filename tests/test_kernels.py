@@ -112,7 +112,7 @@ def test_mlp(shape: tuple[int, ...], slope: float, dtype: torch.dtype) -> None:
 
 
 def test_mlp_hidden() -> None:
-    """With the identity as down-projection y is the activation itself, and nearly always equals the plain one bit for bit."""
+    """With the identity as down-projection y is the activation itself, nearly always bit for bit the plain one."""
     x, up, eye = draw(37, 24, dtype=torch.bfloat16), draw(24, 24, dtype=torch.bfloat16, scale=0.2), torch.eye(24)
     eye = eye.bfloat16()
     check(lambda *a: FUSED.mlp(*a, 0.5), exact_mlp(0.5), x, up, eye)
@@ -157,9 +157,7 @@ def test_nll(shape: tuple[int, ...], softcap: float, dtype: torch.dtype) -> None
     check(lambda *a: FUSED.nll(*a, softcap), exact_nll(softcap), logits, targets)
     reference = exact_nll(softcap)(logits.double(), targets)
     assert (FUSED.nll(logits, targets, softcap) - reference).abs().max() < 1e-5  # nats; the input is exact in both
-    assert torch.allclose(
-        FUSED.nll(logits, targets, softcap), tg.softcapped_nll(logits, targets, softcap), atol=1e-5
-    )
+    assert torch.allclose(FUSED.nll(logits, targets, softcap), tg.softcapped_nll(logits, targets, softcap), atol=1e-5)
 
 
 def test_nll_extremes() -> None:
