@@ -65,5 +65,6 @@ if [ "$gpus" -eq 0 ]; then
     export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000}
     if [ "$processes" -gt 1 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
 fi
+if [ "$gpus" -gt 0 ]; then export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/runs/compile-cache}; fi
 if [ "$processes" -eq 1 ]; then exec "$python" train_gpt.py; fi
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$processes" train_gpt.py

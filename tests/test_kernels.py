@@ -333,7 +333,9 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("plain", gpu) == ("plain", tg.PLAIN)
     assert choose("auto", cpu) == ("plain (there is no CUDA device)", tg.PLAIN)
     monkeypatch.setattr(tg, "disagreement", lambda fused, device: 0.005)
-    assert choose("auto", gpu) == ("triton", FUSED)
+    assert choose("triton", gpu) == ("triton", FUSED)
+    left = dict(mix_norm=tg.PLAIN.mix_norm, exclusive_gate=tg.PLAIN.exclusive_gate)  # to torch.compile
+    assert choose("auto", gpu) == ("triton", FUSED._replace(**left))
     for failure in (lambda fused, device: 0.5, lambda fused, device: 1 / 0):
         monkeypatch.setattr(tg, "disagreement", failure)
         name, chosen = choose("auto", gpu)
