@@ -10,7 +10,7 @@ seed, with the preset's own settings made small by `scaled`; a run that is there
 the runs have written. It shows how the published designs order themselves where everything is small, not what they
 reach on eight H100s: their learning rates, for one, were tuned at four times the width and are used as they are.
 
-Exit status: 0 done, 1 a run failed, 2 a mistake in the arguments or files.
+Exit status: 0 done, 1 a run failed, 2 a mistake in the arguments or files, 130 interrupted.
 """
 
 import argparse
@@ -22,11 +22,12 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,11 +47,13 @@ import train_gpt as tg
 SMALL_DIM = 128  # width of every run; a preset of this width, such as tiny, keeps its sizes
 WIDTH, LENGTH = 4, 8  # by what widths and lengths of the published systems are divided
 BATCH_TOKENS, ROW_TOKENS = 1024, 512  # targets of a step; a row holds the longest sequence, 4096 / LENGTH
+MOST_CALIBRATION_ROWS = 32
 CHALLENGE_DOCUMENTS = variants.VAL_DOCUMENTS
 FEWEST_CHUNKS = 4  # of chunked test-time training: the last one teaches nobody
 DATA_VARIANTS = ("sp1024", "sp8192", "caseops")  # rows of variants.VARIANTS; each becomes a folder of this name
 DATA_FILE, RUN_FILE, RESULT_FILE = "ladder.json", "run.json", "result.json"
 DOCUMENTS_FILE = "documents.jsonl"
+NOTHING = "\u2013"  # in a cell of a table
 PILOT_RESERVE_S = 60.0  # for the calibration of a pilot, whose length is not known yet
 KEPT_ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES")
 
@@ -150,7 +153,7 @@ def lengths(preset: tg.Config) -> dict[str, int]:
     """An eighth of the sequences: documents are as long as ever, and a step has only BATCH_TOKENS."""
     names = ("TRAIN_SEQ_LEN", "EVAL_SEQ_LEN", "TTT_EVAL_SEQ_LEN", "ROPE_TRAIN_SEQ_LEN", "VAL_BATCH_TOKENS")
     return {name: getattr(preset, name.lower(), 0) // LENGTH for name in names} | {
-        # One size for all: published batches are 524,288 and 786,432 tokens, and few steps fit into the budget as it is.
+        # One size for all (published: 524,288 and 786,432 tokens): few steps fit into the budget as it is.
         "TRAIN_BATCH_TOKENS": BATCH_TOKENS,
         "ROW_TOKENS": ROW_TOKENS,
         # Half, not an eighth: an eighth would cost four times as much, and 7/8 of the context is always there.
@@ -171,6 +174,8 @@ def schedule(preset: tg.Config, scale: Scale) -> dict[str, Any]:
         "VAL_LOSS_EVERY": 0,
         "WARMDOWN_FRAC": min(iters / published_steps(preset), 1.0) if iters else preset.warmdown_frac,
         "WARMDOWN_ITERS": 0,
+        # As many rows as tiny has are enough, and a pass over more would take a tenth of the budget.
+        "GPTQ_CALIBRATION_BATCHES": min(preset.gptq_calibration_batches, MOST_CALIBRATION_ROWS),
     }
 
 
@@ -204,18 +209,16 @@ def document_learning(preset: tg.Config, scale: Scale) -> dict[str, Any]:
 def chunk_learning(preset: tg.Config, scale: Scale) -> dict[str, int]:
     """Chunks of the stream and updates in them, for presets that learn from whole chunks.
 
-    As many chunks as published and as many updates per pass over one, as far as there are windows for them: an update
-    takes TTT_BATCH_SEQS windows for each of 8 ranks, so it is 8 windows here, or all of a chunk.
+    As many chunks as published, and as many updates in each pass over one, as far as there are windows for them: an
+    update takes TTT_BATCH_SEQS windows for each of 8 ranks, so never fewer than 8, or all that a chunk has.
     """
     chunks = variants.VARIANTS[variant_of(preset)].val_targets / preset.ttt_chunk_tokens
-    updates = round(preset.ttt_chunk_tokens / (8 * preset.ttt_batch_seqs * preset.eval_seq_len))
+    updates = max(round(preset.ttt_chunk_tokens / (8 * preset.ttt_batch_seqs * preset.eval_seq_len)), 1)
     context = preset.eval_seq_len // LENGTH
     windows = scale.val_tokens // context
-    per_chunk = max(round(windows / chunks), 8 * updates if updates > 1 else 1)
-    return {
-        "TTT_CHUNK_TOKENS": context * max(min(per_chunk, windows // FEWEST_CHUNKS), 1),
-        "TTT_BATCH_SEQS": 1,
-    }
+    wanted = max(round(windows / chunks), 8 * updates if updates > 1 else 1)
+    per_chunk = max(min(wanted, windows // FEWEST_CHUNKS), 1)
+    return {"TTT_CHUNK_TOKENS": context * per_chunk, "TTT_BATCH_SEQS": math.ceil(per_chunk / (8 * updates))}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,19 +337,31 @@ def run(options: argparse.Namespace, command: Sequence[str] = ()) -> list[Outcom
     Where the schedule runs by the clock, one short pilot per preset measures its speed first, under the same load.
     `command` replaces the script in tests. Raises LadderError for unknown presets or data.
     """
-    command = command or [sys.executable, str(ROOT / "train_gpt.py")]
     data = read_json(options.data / DATA_FILE, "make it with `ladder.py prepare`")
     configs = {name: load_preset(name) for name in options.presets}
     scales = {name: by_steps(config, data, options.steps) for name, config in configs.items()}
+    script = kept_script(options.out)
+    command, common = command or [sys.executable, str(script)], circumstances(options, data, script)
     failed = []
     if options.seconds:
-        pilots = [make_job(configs[name], scale, 0, data, options, pilot=True) for name, scale in scales.items()]
+        pilots = [make_job(configs[name], pilot_scale(scales[name], options), None, common, options) for name in scales]
         outcomes = run_all(pilots, options, command)
         failed = [outcome for outcome in outcomes if not outcome.result]
         speeds = {outcome.job.about["preset"]: outcome.result for outcome in outcomes if outcome.result}
         scales = {name: measured(scales[name], speeds[name], options.seconds) for name in scales if name in speeds}
-    jobs = [make_job(configs[name], scales[name], seed, data, options) for seed in options.seeds for name in scales]
+    jobs = [make_job(configs[name], scales[name], seed, common, options) for seed in options.seeds for name in scales]
     return failed + run_all(jobs, options, command)
+
+
+def kept_script(out: Path) -> Path:
+    """The copy of train_gpt.py that all runs in a folder use, whatever happens to the original between two starts."""
+    source, copy = ROOT / "train_gpt.py", out.resolve() / "train_gpt.py"
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(source.read_bytes())
+    elif copy.read_bytes() != source.read_bytes():
+        print(f"{copy}: kept from the first start; {source} has changed since and is not used")
+    return copy
 
 
 def load_preset(name: str) -> tg.Config:
@@ -377,21 +392,19 @@ def measured(scale: Scale, pilot: dict[str, Any], seconds: float) -> Scale:
     return dataclasses.replace(scale, seconds=seconds, reserve=reserve, steps=steps)
 
 
+def pilot_scale(scale: Scale, options: argparse.Namespace) -> Scale:
+    """A few seconds of training; how many steps that are is what the pilot is to say."""
+    seconds = options.pilot_seconds + PILOT_RESERVE_S
+    return dataclasses.replace(scale, seconds=seconds, reserve=PILOT_RESERVE_S, steps=100)
+
+
 def make_job(
-    config: tg.Config,
-    scale: Scale,
-    seed: int,
-    data: dict[str, Any],
-    options: argparse.Namespace,
-    pilot: bool = False,
+    config: tg.Config, scale: Scale, seed: int | None, common: dict[str, Any], options: argparse.Namespace
 ) -> Job:
-    """One run, or the pilot of its preset: the train stage only, a few seconds long."""
-    if pilot:
-        scale = dataclasses.replace(
-            scale, seconds=options.pilot_seconds + PILOT_RESERVE_S, reserve=PILOT_RESERVE_S, steps=100
-        )
+    """One run with all stages; without a seed, the pilot of its preset, which only trains."""
+    pilot = seed is None
     name = f"{config.preset}-pilot" if pilot else f"{config.preset}-seed{seed}"
-    settings = {"PRESET": config.preset, "SEED": str(seed)} | scaled(config, scale)
+    settings = {"PRESET": config.preset, "SEED": str(seed or 0)} | scaled(config, scale)
     folder = (options.data / variant_of(config)).resolve()
     places = {
         "DATA_PATH": str(folder),
@@ -400,31 +413,27 @@ def make_job(
         "RUN_ID": name,
         "STAGES": "train" if pilot else "train,quantize,evaluate",
     }
-    about = {
-        "preset": config.preset,
-        "seed": seed,
-        "pilot": pilot,
+    about = {"preset": config.preset, "seed": seed, "variant": variant_of(config), "expected_steps": scale.steps}
+    return Job(name, settings, places, common | about)
+
+
+def circumstances(options: argparse.Namespace, data: dict[str, Any], script: Path) -> dict[str, Any]:
+    """What all runs of one start have in common."""
+    return {
         "budget": {"steps": options.steps} if options.steps else {"seconds": options.seconds},
-        "expected_steps": scale.steps,
-        "variant": variant_of(config),
         "data": data,
         "threads": options.threads,
         "jobs": options.jobs,
         "machine": machine(),
-        "script_sha256": shards.file_sha256(ROOT / "train_gpt.py"),
+        "script_sha256": shards.file_sha256(script),
     }
-    return Job(name, settings, places, about)
 
 
 def machine() -> dict[str, Any]:
     """What a speed depends on, as far as the system says it."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
+    info, model = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     return {
         "cpu": model,
         "cores": os.cpu_count(),
@@ -435,39 +444,62 @@ def machine() -> dict[str, Any]:
 
 
 def run_all(jobs: list[Job], options: argparse.Namespace, command: Sequence[str]) -> list[Outcome]:
-    """Outcomes in the order in which they come; each is printed as a line."""
-    outcomes, start = [], time.monotonic()
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for future in as_completed([pool.submit(run_one, job, options, command) for job in jobs]):
+    """Outcomes in the order in which they come; each is printed as a line. Whatever ends this ends what it started."""
+    outcomes, start, running = [], time.monotonic(), []
+    pool = ThreadPoolExecutor(options.jobs)
+    try:
+        for future in as_completed([pool.submit(run_one, job, options, command, running) for job in jobs]):
             outcome = future.result()
             outcomes.append(outcome)
-            state = "done" if outcome.result else "FAILED"
-            elapsed = time.monotonic() - start
-            print(f"{state} {len(outcomes)}/{len(jobs)} {outcome.job.name} {outcome.message} elapsed_s:{elapsed:.0f}",
-                  flush=True)  # fmt: skip
+            state, seconds = "done" if outcome.result else "FAILED", time.monotonic() - start
+            counted = f"{len(outcomes)}/{len(jobs)}"
+            print(f"{state} {counted} {outcome.job.name} {outcome.message} elapsed_s:{seconds:.0f}", flush=True)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in running:
+            process.terminate()  # does nothing to one that has ended
     return outcomes
 
 
-def run_one(job: Job, options: argparse.Namespace, command: Sequence[str]) -> Outcome:
-    """Starts the script unless its result is there already; returns what it wrote."""
+def run_one(job: Job, options: argparse.Namespace, command: Sequence[str], running: list[subprocess.Popen]) -> Outcome:
+    """Starts the script unless its result is there already; returns what it wrote. Keeps itself in `running`."""
     folder = Path(job.places["RUNS_DIR"]) / job.name
     try:
         if earlier := finished(folder, job):
             return Outcome(job, earlier, f"{headline(earlier)} (already there)")
         folder.mkdir(parents=True, exist_ok=True)
-        shards.write_json(folder / RUN_FILE, job.about | {"settings": job.settings, "parameters": parameters(job)})
-        env = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
-        env |= {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
-        done = subprocess.run(
-            command, env=env | job.settings | job.places, cwd=folder, capture_output=True, text=True, check=False
-        )
+        about = job.about | {"settings": job.settings, "parameters": parameters(job)}
+        shards.write_json(folder / RUN_FILE, about)
+        status, said, share = start_script(job, options, command, running)
+        shards.write_json(folder / RUN_FILE, about | {"processor_share": share})
         result = complete(folder, job)
         if result is None:
-            said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
-            return Outcome(job, None, f"exit status {done.returncode}: {said[:300]}")
-        return Outcome(job, result, headline(result))
+            return Outcome(job, None, f"exit status {status}: {said[-1][:300] if said else 'no output'}")
+        return Outcome(job, result, f"{headline(result)} processor_share:{share:.2f}")
     except (LadderError, tg.UserError, OSError) as error:
         return Outcome(job, None, str(error))
+
+
+def start_script(
+    job: Job, options: argparse.Namespace, command: Sequence[str], running: list[subprocess.Popen]
+) -> tuple[int, list[str], float]:
+    """Exit status, lines of output, and the share of its threads' time that the process had a processor.
+
+    A share well below 1 says that the machine was busy with other things, so that its clock was no fair budget.
+    """
+    env = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
+    env |= {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command, env=env | job.settings | job.places, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    running.append(process)
+    with process.stdout:
+        said = process.stdout.read().strip().splitlines()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    share = (usage.ru_utime + usage.ru_stime) / (time.monotonic() - start) / options.threads
+    return process.returncode, said, share
 
 
 def parameters(job: Job) -> int:
@@ -486,7 +518,7 @@ def finished(folder: Path, job: Job) -> dict[str, Any] | None:
         if theirs != mine:
             odd = [name for name in mine if mine[name] != theirs.get(name)] if isinstance(mine, dict) else [key]
             raise LadderError(f"{folder}: holds a run with other {key} ({', '.join(odd)}); choose another --out")
-    return complete(folder, job)
+    return complete(folder, job) if "processor_share" in earlier else None
 
 
 def complete(folder: Path, job: Job) -> dict[str, Any] | None:
@@ -554,10 +586,10 @@ def read_runs(folder: Path) -> tuple[list[Finished], list[str]]:
     runs, unfinished = [], []
     for path in sorted(folder.glob(f"*/{RUN_FILE}")):
         about, result_path = read_json(path, "delete the folder"), path.parent / RESULT_FILE
-        if about["pilot"]:
+        if about["seed"] is None:  # a pilot
             continue
         result = read_json(result_path, "delete the folder") if result_path.exists() else {}
-        if "val_bpb" in result:
+        if "val_bpb" in result and "processor_share" in about:
             runs.append(Finished(about, result))
         else:
             unfinished.append(path.parent.name)
@@ -593,41 +625,41 @@ def by_seed(runs: list[Finished], key: str) -> dict[int, float]:
 
 
 def table(groups: dict[str, list[Finished]]) -> list[str]:
-    """The rows of the table in Markdown."""
-    heads = ("preset", "seeds", "final bpb", "minus row above", "before quantisation", "quantised", "sliding", "final is",
-             "steps", "tokens/s", "train s", "eval s", "artifact bytes", "parameters", "claimed at full size")  # fmt: skip
-    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    """Two tables in Markdown: scores and costs."""
+    scores = [("preset", "seeds", "final bpb", "minus row above", "before quantisation", "quantised", "sliding",
+               "final is", "claimed at full size")]  # fmt: skip
+    costs = [("preset", "steps", "tokens/s", "train s", "eval s", "artifact bytes", "parameters", "tokenizer")]
     above: dict[int, float] = {}
     for name, runs in groups.items():
-        final = by_seed(runs, "val_bpb")
-        claim = PUBLISHED[name].val_bpb if name in PUBLISHED else None
-        cells = [
-            name,
-            str(len(runs)),
-            f"**{with_deviation(final)}**",
-            signed(paired_difference(final, above)),
-            *(with_deviation(by_seed(runs, f"{kind}_val_bpb")) for kind in ("prequant", "quantized", "sliding")),
-            "/".join(sorted({run.result["submitted"] for run in runs})),
-            *(rounded(by_seed(runs, key)) for key in ("steps", "tokens_per_s", "train_seconds", "eval_seconds")),
-            rounded(by_seed(runs, "total_bytes")),
-            f"{runs[0].about['parameters']:,}",
-            f"{claim:.4f}" if claim else "\u2013",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        final, published = by_seed(runs, "val_bpb"), PUBLISHED.get(name)
+        kinds = (with_deviation(by_seed(runs, f"{kind}_val_bpb")) for kind in ("prequant", "quantized", "sliding"))
+        submitted = "/".join(sorted({run.result["submitted"] for run in runs}))
+        claim = f"{published.val_bpb:.4f}" if published and published.val_bpb else NOTHING
+        difference = signed(paired_difference(final, above))
+        scores.append((name, str(len(runs)), f"**{with_deviation(final)}**", difference, *kinds, submitted, claim))
+        keys = ("steps", "tokens_per_s", "train_seconds", "eval_seconds", "total_bytes")
+        size, variant = f"{runs[0].about['parameters']:,}", runs[0].about["variant"]
+        costs.append((name, *(rounded(by_seed(runs, key)) for key in keys), size, variant))
         above = final
-    return lines
+    return [*as_markdown(scores), "", *as_markdown(costs)]
+
+
+def as_markdown(rows: list[tuple[str, ...]]) -> list[str]:
+    """The lines of a table whose first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]]
 
 
 def with_deviation(values: dict[int, float]) -> str:
     if not values:
-        return "\u2013"
+        return NOTHING
     mean, deviation = mean_and_deviation(list(values.values()))
     return f"{mean:.4f}" + (f" \u00b1 {deviation:.4f}" if deviation is not None else "")
 
 
 def signed(difference: Difference | None) -> str:
     if difference is None:
-        return "\u2013"
+        return NOTHING
     return f"{difference.mean:+.4f}" + (f" \u00b1 {difference.error:.4f}" if difference.error is not None else "")
 
 
@@ -635,34 +667,42 @@ def rounded(values: dict[int, float]) -> str:
     return f"{statistics.fmean(values.values()):,.0f}" if values else "\u2013"
 
 
+INTRODUCTION = f"""# Presets at a small common scale
+
+Every system with width {SMALL_DIM} instead of 512, sequences divided by {LENGTH}, {BATCH_TOKENS} tokens a step, its own
+tokenizer and its own learning rates: see `scaled` in `records/ladder.py`. Bits per byte compare inside these tables
+only. \u00b1 is the sample standard deviation over seeds; in *minus row above*, the standard error of the mean
+difference between equal seeds. Seeds differ in initial weights and adapters, not in the order of the data. Neither
+figure covers the choice of the validation text.
+"""
+
+
 def facts(runs: list[Finished], unfinished: list[str]) -> list[str]:
     """What was measured, on what, with what."""
-    about, results = runs[0].about, [run.result for run in runs]
-    data, budget = about["data"], about["budget"]
-    machines = sorted({"{cpu}, {cores} cores, {system}".format(**run.about["machine"]) for run in runs})
-    versions = sorted({"Python {python}, numpy {numpy}".format(**run.about["machine"]) for run in runs})
-    scripts = sorted({run.about["script_sha256"][:16] for run in runs})
+    about, budget = runs[0].about, runs[0].about["budget"]
+    machines = various("{cpu}, {cores} cores, {system}".format(**run.about["machine"]) for run in runs)
+    versions = various("Python {python}, numpy {numpy}".format(**run.about["machine"]) for run in runs)
+    shares = [run.about["processor_share"] for run in runs]
     given = f"{budget['seconds']:g} s of training" if "seconds" in budget else f"{budget['steps']} steps"
-    part = lambda name: (
-        f"{data[name]['text_bytes']:,} bytes in {data[name]['documents']:,} documents of {data[name]['file']}"
-        f" (sha256 of the texts {data[name]['text_sha256'][:16]})"
-    )
     lines = [
-        "# Presets at a small common scale",
-        "",
-        f"Every system with width {SMALL_DIM} instead of 512, sequences divided by {LENGTH}, {BATCH_TOKENS} tokens a step,",
-        "its own tokenizer and its own learning rates; see `scaled` in `records/ladder.py`. Bits per byte compare inside",
-        "this table only. \u00b1 is the sample standard deviation over seeds; in *minus row above*, the standard error of",
-        "the mean difference between equal seeds. It does not cover the choice of the validation text.",
-        "",
         f"* budget: {given} for each run, {about['threads']} thread(s), {about['jobs']} run(s) side by side",
-        f"* training text: {part('train')}",
-        f"* validation text: {part('val')}, the same bytes for every tokenizer",
-        f"* machine: {'; '.join(machines)}; {', '.join(sorted({str(r.get('hardware')) for r in results}))}",
-        f"* versions: {'; '.join(versions)}, PyTorch {', '.join(sorted({str(r.get('torch')) for r in results}))}",
-        f"* train_gpt.py: sha256 {', '.join(scripts)}" + (" (not all runs used the same file)" if scripts[1:] else ""),
+        f"* training text: {text_of(about['data']['train'])}",
+        f"* validation text: {text_of(about['data']['val'])}; the same bytes with every tokenizer",
+        f"* machine: {machines}; used as {various(run.result['hardware'] for run in runs)}",
+        f"* share of the time in which a run's threads had a processor: {min(shares):.2f} to {max(shares):.2f}",
+        f"* versions: {versions}, PyTorch {various(run.result['torch'] for run in runs)}",
+        f"* train_gpt.py: sha256 {various(run.about['script_sha256'][:16] for run in runs)}",
     ]
-    return lines + ([f"* not finished: {', '.join(unfinished)}"] if unfinished else [])
+    return [INTRODUCTION, *lines, *([f"* not finished: {', '.join(unfinished)}"] if unfinished else [])]
+
+
+def various(values: Iterable[str]) -> str:
+    return "; ".join(sorted(set(values)))
+
+
+def text_of(part: dict[str, Any]) -> str:
+    size = f"{part['text_bytes']:,} bytes in {part['documents']:,} documents of {part['file']}"
+    return f"{size}, sha256 {part['text_sha256'][:16]}"
 
 
 def remarks(groups: dict[str, list[Finished]]) -> list[str]:
@@ -684,16 +724,15 @@ def draw(groups: dict[str, list[Finished]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(1.5 + 1.1 * len(groups), 4.5))
+    labels: tuple = ("quantised artifact, plain", "final score, mean", "final score, one seed")
     for place, runs in enumerate(groups.values()):
-        final, quantized = list(by_seed(runs, "val_bpb").values()), list(by_seed(runs, "quantized_val_bpb").values())
-        mean = statistics.fmean(final)
-        label = lambda text: text if place == 0 else None
-        axes.hlines(
-            statistics.fmean(quantized), place - 0.25, place + 0.25, "0.65", label=label("quantised artifact, plain")
-        )
-        axes.hlines(mean, place - 0.25, place + 0.25, "tab:blue", linewidth=2, label=label("final score, mean"))
-        axes.plot([place] * len(final), final, "o", color="black", markersize=4, label=label("final score, one seed"))
-        axes.annotate(f"{mean:.3f}", (place + 0.28, mean), va="center", fontsize=8)
+        plain, final = (list(by_seed(runs, f"{kind}val_bpb").values()) for kind in ("quantized_", ""))
+        mean, left, right = statistics.fmean(final), place - 0.25, place + 0.25
+        axes.hlines(statistics.fmean(plain), left, right, "0.65", label=labels[0])
+        axes.hlines(mean, left, right, "tab:blue", linewidth=2, label=labels[1])
+        axes.plot([place] * len(final), final, "o", color="black", markersize=4, label=labels[2])
+        axes.annotate(f"{mean:.3f}", (right + 0.03, mean), va="center", fontsize=8)
+        labels = (None, None, None)  # once in the legend
     axes.set_xticks(range(len(groups)), groups, rotation=20)
     axes.set(ylabel="bits per byte", title="Presets at a small common scale", xlim=(-0.5, len(groups) - 0.1))
     axes.grid(axis="y", alpha=0.3)
@@ -710,9 +749,15 @@ def draw(groups: dict[str, list[Finished]], path: Path) -> None:
 # Command line
 
 
+def words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in words(text)]
+
+
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    words = lambda text: [word for word in text.split(",") if word]
-    numbers = lambda text: [int(word) for word in words(text)]
     parser = argparse.ArgumentParser(description="Measures presets against each other at a small common scale.")
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("prepare", help="export the same documents with every tokenizer")
@@ -738,10 +783,10 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     tables.add_argument("--table", type=Path, required=True, help="Markdown file to write")
     tables.add_argument("--picture", type=Path, required=True, help="PNG file to write")
     options = parser.parse_args(arguments)
-    for name in ("train_mb", "val_kb", "jobs", "threads", "pilot_seconds", "seconds", "steps"):
-        least = 0 if name in ("seconds", "steps") else 1e-9
-        if getattr(options, name, 1) < least:
-            parser.error(f"--{name.replace('_', '-')}: must be a positive number")
+    for name, value in vars(options).items():
+        unused = value == 0 and name in ("seconds", "steps")  # one of the two is given
+        if isinstance(value, int | float) and not (value > 0 or unused):
+            parser.error(f"--{name.replace('_', '-')} {value}: must be a positive number")
     return options
 
 
@@ -753,11 +798,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "report":
             print(report(options))
         else:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that run_all ends its processes
             return 1 if any(outcome.result is None for outcome in run(options)) else 0
         return 0
     except (LadderError, shards.DataError, tg.UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: finished runs are kept; the same command continues", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import random
 import socket
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when Triton is first imported
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -176,6 +179,13 @@ def nll_per_target(validation: tg.Validation, scorer: Callable[[tg.Validation], 
     return np.array([np.nan, *(seen[position] for position in range(1, len(validation.tokens)))])
 
 
+def replace_plain(patch: pytest.MonkeyPatch, **functions: Callable) -> None:
+    """Makes every model that is built from now on compute with these functions in place of the plain ones."""
+    plain = tg.PLAIN._replace(**functions)
+    patch.setattr(tg, "PLAIN", plain)
+    patch.setattr(tg, "choose_kernels", lambda wanted, device: ("plain", plain))
+
+
 class OneOf(tg.Run):
     """A rank whose sums stay its own, to add up by hand what several ranks would."""
 
@@ -264,6 +274,14 @@ def build_toy_data(root: Path) -> ToyData:
     write_shard(folder / "fineweb_train_000001.bin", train[1003:])
     write_shard(folder / "fineweb_val_000000.bin", val)
     return ToyData(folder, tokenizer, train, val)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def packed_once() -> Iterator[None]:
+    """Packs the script once for all runs of a session, since it is the same each time and takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tg, "packed_script", functools.cache(tg.packed_script))
+        yield
 
 
 @pytest.fixture(scope="session")

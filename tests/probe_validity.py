@@ -3,8 +3,8 @@
 
     python tests/probe_validity.py --run runs/my-run          the artifact and the settings of a run
 
-Each probe drives the script's own evaluation (plain, sliding, and test-time training with its global phases) on a
-made-up token stream and looks at what is scored, and when:
+Each probe drives the script's own evaluation (plain, sliding, and the run's kind of test-time training, with its global
+phases, chunks and hints) on a made-up token stream and looks at what is scored, and when:
 
     causality             changing token t and all that is scored after it leaves the whole distribution at t and every
                           score before it bit-identical
@@ -83,7 +83,7 @@ def evaluate(kind: str, subject: Subject, validation: tg.Validation) -> Any:
     """The script's own evaluation of a fresh model; returns its tally."""
     model, run, log = subject.make_model(), tg.Run(), tg.Log(None)
     if kind == "ttt":
-        return tg.adapt(model, validation, subject.config, run, log)
+        return tg.ADAPTERS[subject.config.ttt_kind](model, validation, subject.config, run, log)
     stride = subject.config.eval_stride if kind == "sliding" else subject.config.eval_seq_len
     return tg.score(model, validation, subject.config, run, log, stride)
 
@@ -91,7 +91,8 @@ def evaluate(kind: str, subject: Subject, validation: tg.Validation) -> Any:
 def trace(kind: str, subject: Subject, validation: tg.Validation, price: tuple[int, ...] = ()) -> Trace:
     """Runs an evaluation and records its forward calls, scores and weight updates.
 
-    At the positions `price`, all ids are priced right where the score is computed, with the adapters of that moment.
+    At the positions `price`, all ids are priced right where the score is computed, with the weights and adapters of
+    that moment. What a tilt must make of these prices is computed by itself, as a softmax over all ids.
     """
     result = Trace()
     tokens = validation.tokens.numpy()
@@ -100,7 +101,7 @@ def trace(kind: str, subject: Subject, validation: tg.Validation, price: tuple[i
     position_of[ids[counts == 1]] = [int(np.flatnonzero(tokens == i)[0]) for i in ids[counts == 1]]
     pending: list[np.ndarray] = []
     last_call: dict[str, torch.Tensor] = {}
-    forward, add = tg.GPT.forward, tg.Tally.add
+    forward, add, tilt = tg.GPT.forward, tg.Tally.add, tg.tilt
 
     def watched_forward(model: tg.GPT, inputs: torch.Tensor, targets: torch.Tensor, *more: Any, **named: Any) -> Any:
         nll = forward(model, inputs, targets, *more, **named)
@@ -108,12 +109,20 @@ def trace(kind: str, subject: Subject, validation: tg.Validation, price: tuple[i
             where = position_of[targets.numpy()]
             nll.register_hook(lambda grad: pending.append(where[(grad != 0).numpy() & (where >= 0)]))
         if price:
-            everything = torch.arange(subject.config.vocab_size).expand(*targets.shape, -1)
+            own, nats = (targets, nll) if targets.dim() == 2 else (targets[..., 0], nll[..., 0])  # a hint comes second
+            everything = torch.arange(subject.config.vocab_size).expand(*own.shape, -1)
             with torch.no_grad():
-                last_call.update(
-                    nll=nll.detach(), targets=targets, all=forward(model, inputs, everything, *more, **named)
-                )
+                last_call.update(nll=nats.detach(), targets=own, all=forward(model, inputs, everything, *more, **named))
         return nll
+
+    def watched_tilt(nll: torch.Tensor, ids: torch.Tensor, boost: float) -> torch.Tensor:
+        tilted = tilt(nll, ids, boost)
+        if price:
+            hint = ids[..., 1:]
+            logits = -last_call["all"].double()
+            logits = logits.scatter_add(-1, hint.clamp(min=0), boost * (hint >= 0).double())
+            last_call.update(nll=tilted, all=-torch.log_softmax(logits, -1))
+        return tilted
 
     def watched_add(tally: Any, nll: torch.Tensor, positions: Any) -> None:
         places = np.asarray(positions)
@@ -132,7 +141,11 @@ def trace(kind: str, subject: Subject, validation: tg.Validation, price: tuple[i
         result.updates.append(used)
         result.early += [int(place) for place in used if place not in result.scores]
 
-    with patched(tg.GPT, "forward", watched_forward), patched(tg.Tally, "add", watched_add):
+    with (
+        patched(tg.GPT, "forward", watched_forward),
+        patched(tg.Tally, "add", watched_add),
+        patched(tg, "tilt", watched_tilt),
+    ):
         handle = register_optimizer_step_pre_hook(before_step)
         try:
             result.tally = evaluate(kind, subject, validation)
@@ -177,6 +190,19 @@ def unique_stream(lengths: list[int], vocab_size: int, seed: int = 0) -> np.ndar
     return tokens
 
 
+def repeating_stream(lengths: list[int], vocab_size: int, order: int, seed: int = 0) -> np.ndarray:
+    """The same with one phrase of up to `order` + 5 tokens at three places of the stream, where there is room for it,
+    so that n-gram hints of that order occur."""
+    tokens = unique_stream(lengths, vocab_size, seed)
+    begins = np.cumsum([0, *lengths])
+    longest = np.argsort(-np.array(lengths), kind="stable")[:3]
+    size = min(order + 5, *(lengths[i] - 1 for i in longest))
+    first = int(begins[min(longest)]) + 1
+    for number in longest:
+        tokens[begins[number] + 1 :][:size] = tokens[first : first + size]
+    return tokens
+
+
 def replaced(tokens: np.ndarray, where: np.ndarray, vocab_size: int, seed: int = 1) -> np.ndarray:
     """The stream with other ids, which do not occur in it yet, at some positions; BOS stays where it is."""
     where = where[tokens[where] != tg.BOS_ID]
@@ -204,15 +230,21 @@ def causality(kind: str, subject: Subject, tokens: np.ndarray, places: tuple[int
 
     Later means further on in the stream; in test-time training, which takes documents by length, scored by a later call
     or further on in the same document. So shared state may flow from what was scored earlier to what is scored later
-    (issue #1017), and in no other direction.
+    (issue #1017), and in no other direction; but for the hints of the n-gram tilt, which come from all that stands
+    earlier in the stream (#1514): with it, later means later in the stream, too.
     """
     name = f"causality, {kind}"
     validation = as_validation(tokens)
     owner, base = document_of(validation), trace(kind, subject, validation, places)
     call_of = {int(place): number for number, call in enumerate(base.calls) for place in reversed(call)}
+    by_length = kind == "ttt" and subject.config.ttt_kind == "lora_phased"
+    tilted = by_length and subject.config.ngram_tilt_enabled
     for t in places:
-        if kind == "ttt":
-            after = lambda p: call_of[p] > call_of[t] or (call_of[p] == call_of[t] and owner[p] == owner[t] and p >= t)
+        if by_length:
+            scored_later = lambda p: (
+                call_of[p] > call_of[t] or (call_of[p] == call_of[t] and owner[p] == owner[t] and p >= t)
+            )
+            after = lambda p: scored_later(p) and (p >= t or not tilted)
         else:
             after = lambda p: p >= t
         later = [p for p in call_of if after(p)]
@@ -223,7 +255,8 @@ def causality(kind: str, subject: Subject, tokens: np.ndarray, places: tuple[int
         if not torch.equal(base.priced[t], other.priced[t]):
             difference = (base.priced[t] - other.priced[t]).abs().max().item()
             return Outcome(name, False, f"the distribution at token {t} moved by {difference:.3g} nats with that token")
-        moved = [p for p in call_of.keys() - set(later) if base.scores[p] != other.scores.get(p)]
+        before = [p for p in call_of.keys() - set(later) if p < t or not tilted]
+        moved = [p for p in before if base.scores[p] != other.scores.get(p)]
         if moved:
             return Outcome(name, False, f"changing tokens from {t} on moved the earlier score of token {min(moved)}")
     return Outcome(name, True, f"{len(places)} tokens: distributions and earlier scores are bit-identical")
@@ -284,13 +317,12 @@ def single_pass(kind: str, subject: Subject, tokens: np.ndarray) -> Outcome:
 def isolation(kind: str, subject: Subject, tokens: np.ndarray) -> Outcome:
     """Changing all other documents leaves a document's scores bit-identical; scored alone it differs by rounding.
 
-    For test-time training without shared state, that is with all documents in one batch and no global phase; what
-    flows between batches is a matter of `causality`. There, a document alone has other random adapters.
+    For test-time training without shared state, that is with all documents in one batch or chunk, no global phase and no
+    hints; what flows on from there is a matter of `causality`. There, a document alone has other random adapters.
     """
     name = f"isolation, {kind}"
-    subject = subject._replace(
-        config=dataclasses.replace(subject.config, ttt_batch_size=1000, phased_ttt_prefix_docs=0)
-    )
+    alone = dict(ttt_batch_size=1000, phased_ttt_prefix_docs=0, ttt_chunk_tokens=2**27, ngram_tilt_enabled=False)
+    subject = subject._replace(config=dataclasses.replace(subject.config, **alone))
     validation = as_validation(tokens)
     owner, base = document_of(validation), trace(kind, subject, validation)
     for number, (start, count) in enumerate(validation.documents.tolist()):
@@ -374,6 +406,7 @@ def probe_config(config: tg.Config) -> tg.Config:
     phases; what a token's score may depend on does not follow from these sizes."""
     chunk = min(config.ttt_chunk_size, 16)
     sizes = dict(ttt_chunk_size=chunk, ttt_batch_size=3, phased_ttt_prefix_docs=6, phased_ttt_num_phases=2)
+    sizes |= dict(ttt_chunk_tokens=64, ttt_batch_seqs=1, eval_max_seconds=0.0)  # no clock decides about chunks
     return dataclasses.replace(config, **sizes, compile="0", global_ttt_chunk_tokens=2 * config.eval_seq_len)
 
 
@@ -385,12 +418,16 @@ def all_probes(subject: Subject) -> Iterator[Outcome]:
     size = subject.config.vocab_size
     tokens = unique_stream(LENGTHS, size)
     places = (5, 40, 71, 120, 210)  # in chunks with and without learned adapters, before and after the global phases
+    if subject.config.ngram_tilt_enabled:
+        tokens, places = repeating_stream(LENGTHS, size, subject.config.token_order), (*places, 150, 238)  # with hints
     few = np.random.default_rng(3).integers(4, 10, 61)
-    few[[0, 25]] = tg.BOS_ID
+    few[32:61] = few[2:31]  # what comes back is hinted at
+    few[[0, 31]] = tg.BOS_ID
     for kind in KINDS:
         yield causality(kind, subject, tokens, places)
         yield single_pass(kind, subject, tokens)
-        yield isolation(kind, subject, tokens)
+        if subject.config.varlen_attn:  # else windows run across documents, and that is what they are there for
+            yield isolation(kind, subject, tokens)
         yield normalisation(kind, subject, few, (20, 59))
     yield score_before_update(subject, tokens)
 

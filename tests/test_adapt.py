@@ -26,7 +26,7 @@ def adapt_batch(
     adapters = adapters or tg.Adapters(config, model, len(batch), seed=1)
 
     def scorer(v: tg.Validation) -> None:
-        tg.score_and_adapt(forward or model, adapters, batch, v, config, RUN, tg.Tally(v))
+        tg.score_and_adapt(forward or model, adapters, batch, v, config, RUN, tg.Tally(v), config.ttt_chunk_size)
 
     return nll_per_target(validation, scorer)
 
@@ -84,7 +84,7 @@ def test_every_target_is_scored_once_from_its_own_document(chunk: int, context: 
         seen: list = []
 
         def scorer(v: tg.Validation) -> None:
-            tg.score_and_adapt(forward, NoAdapters(), batch, v, config, RUN, tg.Tally(v))
+            tg.score_and_adapt(forward, NoAdapters(), batch, v, config, RUN, tg.Tally(v), chunk)
 
         with recorded_nll() as counted:
             scorer(validation)
@@ -283,9 +283,8 @@ def test_a_document_does_not_depend_on_its_batch_mates() -> None:
     together = adapt_batch(model, validation, config, same_start(5))
     for start, count in validation.documents.tolist():
         with recorded_nll() as rows:
-            tg.score_and_adapt(
-                model, same_start(1), np.array([[start, count]]), validation, config, RUN, tg.Tally(validation)
-            )
+            alone = np.array([[start, count]])
+            tg.score_and_adapt(model, same_start(1), alone, validation, config, RUN, tg.Tally(validation), 8)
         assert sorted(rows) == list(range(start + 1, start + count + 1))
         np.testing.assert_allclose([rows[p] for p in sorted(rows)], together[start + 1 : start + count + 1], atol=1e-3)
 
@@ -367,6 +366,90 @@ def test_ranks_share_the_work_without_changing_the_sums(world_size: int) -> None
     ]
     assert sum(part.tokens for part in parts) == whole.tokens and sum(part.bytes for part in parts) == whole.bytes
     assert sum(part.nats for part in parts) == pytest.approx(whole.nats, rel=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Keeping to the time
+# ---------------------------------------------------------------------------------------------------------------
+
+HURRY = dict(MAX_WALLCLOCK_SECONDS=600, EVAL_MAX_SECONDS=100)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A list whose only element is the time that the script sees."""
+    now = [0.0]
+    monkeypatch.setattr(tg.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_chunks_grow_by_what_the_clock_forecasts(clock: list[float]) -> None:
+    """The least power of two with which elapsed * (1 + left / factor / done) is within EVAL_MAX_SECONDS, up to 64."""
+    governor = tg.Governor(toy_config(**HURRY), [10] * 10)
+    clock[0] = 90
+    assert governor.chunk_factor() == 1  # nothing is done yet: too early to tell
+    for _ in range(4):
+        governor.finished(10)
+    for elapsed, factor in (
+        (39, 1),
+        (40, 1),
+        (41, 2),
+        (57, 2),
+        (58, 4),
+        (72, 4),
+        (73, 8),
+        (99, 64),
+        (100, 64),
+        (500, 64),
+    ):
+        clock[0] = elapsed
+        assert governor.chunk_factor() == factor, elapsed
+        assert factor in (1, 64) or elapsed * (1 + 1.5 / factor) <= 100 < elapsed * (1 + 3 / factor)
+    assert governor.slowed == 8
+    for _ in range(6):
+        governor.finished(10)
+    assert (governor.left, governor.done) == (0, 100)
+
+
+def test_without_a_clock_nothing_depends_on_time(clock: list[float]) -> None:
+    """Where training has no clock, or EVAL_MAX_SECONDS is 0, chunks keep their size however long it takes."""
+    for changes in (dict(MAX_WALLCLOCK_SECONDS=0), dict(EVAL_MAX_SECONDS=0)):
+        governor = tg.Governor(toy_config(**HURRY | changes), [10, 10])
+        governor.finished(10)
+        clock[0] += 1e6
+        assert governor.chunk_factor() == 1 and governor.slowed == 0
+
+
+def test_work_is_the_number_of_tokens_that_go_through_the_model() -> None:
+    """batch_work() equals what score_and_adapt() passes forward, for several batches."""
+    config, validation = toy_config(), validation_of_lengths(LENGTHS)
+    for batch in tg.document_queue(validation.documents, 3):
+        passed = []
+
+        def forward(tokens: Tensor, wanted: Tensor, *_: Any) -> Tensor:
+            passed.append(tokens.numel())
+            return torch.zeros(wanted.shape, requires_grad=torch.is_grad_enabled())
+
+        tg.score_and_adapt(forward, NoAdapters(), batch, validation, config, RUN, tg.Tally(validation), 8)
+        assert tg.batch_work(batch, config) == sum(passed)
+
+
+def test_an_evaluation_in_a_hurry_scores_every_target_once(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer chunks, at most as long as the context, change how often adapters learn, and not what is scored."""
+    validation, sizes, real = validation_of_lengths(LENGTHS[:9]), [], tg.score_and_adapt
+
+    def slow(*arguments: Any) -> None:
+        sizes.append(arguments[7])
+        real(*arguments)
+        clock[0] += 30
+
+    monkeypatch.setattr(tg, "score_and_adapt", slow)
+    config = toy_config(**HURRY, TTT_BATCH_SIZE=1, PHASED_TTT_PREFIX_DOCS=0)
+    tallies = []
+    scorer = lambda v: tallies.append(tg.adapt(random_model(config), v, config, RUN, QUIET))
+    nll_per_target(validation, scorer)
+    assert sizes[0] == 8 and sizes[-1] == 32 and set(sizes) <= {8, 16, 32}
+    assert tallies[0].tokens == sum(LENGTHS[:9]) and tallies[0].learned_early == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def test_another_process_writes_and_reads_the_same(tmp_path: Path) -> None:
 
 @pytest.fixture
 def sample(monkeypatch: pytest.MonkeyPatch) -> tuple[Matrices, bytes]:
-    monkeypatch.setattr(rans, "RANS_RUN", 256)  # nine states instead of one
+    monkeypatch.setattr(tg, "RANS_RUN", 256)  # nine states instead of one
     matrices = plain_codes(24)
     return matrices, tg.rans_encode(matrices)  # 2304 codes in about 1.2 kB
 

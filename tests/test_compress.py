@@ -292,48 +292,64 @@ def test_flipped_bits_are_refused_wherever_they_are(toy: Quantised, tmp_path: Pa
 
 
 def test_artifact_of_another_configuration_is_refused_naming_the_settings(toy: Quantised) -> None:
-    """Settings that the forward pass depends on must be the artifact's; others may differ."""
+    """Settings that the forward pass or the layout depends on must be the artifact's; others may differ."""
     for key, value in dict(
-        NUM_LOOPS=2, LOGIT_SOFTCAP=20, ROPE_BASE=500, SMEAR_GATE_ENABLED=0, MLP_MULT=3, XSA_LAST_N=1
-    ).items():
+        NUM_LOOPS=2, LOGIT_SOFTCAP=20, SMEAR_GATE_ENABLED=0, MLP_MULT=3, XSA_LAST_N=1, LEAKY_RELU_SQ_SLOPE=0,
+        LN_SCALE=0, SKIP_GATES_ENABLED=0, ATTN_GATE="sparse", SMEAR_GATE_POS="post_norm", BIGRAM_VOCAB_SIZE=9,
+        MLP_GATE_OUT=0, SMEAR_PERDIM_ENABLED=1, COMPRESSOR="zlib", LQER_RANK=2, GATED_ATTN_QUANT_GATE=0,
+        FP16_KEEP_NAME_PATTERNS="attn.k",
+    ).items():  # fmt: skip
         with pytest.raises(tg.UserError, match=key):
             tg.load_artifact(toy.path, toy_config(**{key: value}))
+    for changes in (dict(ROPE_BASE=500), dict(ROPE_TRAIN_SEQ_LEN=8)):  # both decide the base of the rotation
+        with pytest.raises(tg.UserError, match="ROTARY_BASE=10000"):
+            tg.load_artifact(toy.path, toy_config(**changes))
     others = toy_config(
-        SEED=5, EVAL_SEQ_LEN=16, MATRIX_LR=1, ENABLE_LOOPING_AT=0.1, QK_GAIN_INIT=2, TTT_ENABLED=0, MATRIX_BITS=5
-    )
+        SEED=5, EVAL_SEQ_LEN=16, MATRIX_LR=1, ENABLE_LOOPING_AT=0.1, QK_GAIN_INIT=2, TTT_ENABLED=0, MATRIX_BITS=5,
+        QUANT_SCHEME="intn_row", INIT_SCHEME="default", VARLEN_ATTN=0, LOADER="coprime", TTT_KIND="chunk_sgd",
+        MAG_PRUNE_FRAC=0.1, TRAIN_SEQ_LEN=16, RESID_SCALE_DEPTH_INIT=1,
+    )  # fmt: skip
     tg.load_artifact(toy.path, others)
+
+
+BASES = [  # toy settings under which a change may show, and the wiring that they exclude
+    (dict(ROPE_TRAIN_SEQ_LEN=16, BIGRAM_VOCAB_SIZE=9), "PARALLEL_RESIDUAL_START"),
+    (dict(PARALLEL_START_LAYER=0, PARALLEL_RESIDUAL_START=2, ATTN_GATE="sparse"), "PARALLEL_START_LAYER"),
+]
+FORWARD = dict(
+    NUM_HEADS=8, ROPE_DIMS=6, ROPE_BASE=77, ROPE_TRAIN_SEQ_LEN=8, XSA_LAST_N=2, LOGIT_SOFTCAP=9, GATE_WINDOW=11,
+    NUM_LOOPS=2, LOOP_START=0, LOOP_END=1, PARALLEL_START_LAYER=4, PARALLEL_RESIDUAL_START=1, LEAKY_RELU_SQ_SLOPE=0.3,
+    LN_SCALE=0, ATTN_GATE="two_sigma", SPARSE_ATTN_GATE_SCALE=0.5, MLP_GATE_OUT=0, SMEAR_GATE_ENABLED=0,
+    SMEAR_GATE_POS="post_norm", SMEAR_PERDIM_ENABLED=1, BIGRAM_VOCAB_SIZE=8, BIGRAM_DIM=16, SKIP_GATES_ENABLED=0,
+)  # fmt: skip
+NOT_FORWARD = dict(
+    EVAL_SEQ_LEN=16, QK_GAIN_INIT=1, MLP_GATE_BIAS=0, INIT_SCHEME="default", RESID_SCALE_DEPTH_INIT=1,
+    GATED_ATTN_INIT_STD=1, TIED_EMBED_INIT_STD=1, ENABLE_LOOPING_AT=0, VARLEN_ATTN=0, LOADER="coprime",
+)  # fmt: skip
 
 
 def test_forward_settings_all_travel_in_the_artifact() -> None:
     """Every setting that changes the loss of given weights is among those that the artifact is checked against."""
     tokens = torch.from_numpy(random_tokens(50, 64, bos_every=20))[None]
-    base = random_model(toy_config())
-    weights = base.arrays()
-    reference = base(tokens[:, :-1], tokens[:, 1:], tg.layer_plan(base.config, True))
-    settings = tg.model_settings(base.config)
-    changes = dict(NUM_HEADS=8, ROPE_DIMS=2, ROPE_BASE=77, XSA_LAST_N=2, LOGIT_SOFTCAP=9, GATE_WINDOW=11, NUM_LOOPS=2)
-    changes |= dict(
-        LOOP_START=0,
-        LOOP_END=1,
-        PARALLEL_START_LAYER=0,
-        EVAL_SEQ_LEN=16,
-        TRAIN_SEQ_LEN=16,
-        QK_GAIN_INIT=1,
-        MLP_GATE_BIAS=0,
-    )
     seen = set()
-    for key, value in changes.items():
-        config = toy_config(**{key: value})
-        model = tg.GPT(config, RUN)
-        try:
-            model.load(weights)
-            changed = not torch.equal(model(tokens[:, :-1], tokens[:, 1:], tg.layer_plan(config, True)), reference)
-        except tg.UserError:
-            changed = True
-        if changed:
-            assert key.lower() in settings, key
-            seen.add(key)
-    assert seen == set(changes) - {"EVAL_SEQ_LEN", "TRAIN_SEQ_LEN", "QK_GAIN_INIT", "MLP_GATE_BIAS"}
+    for own, excluded in BASES:
+        base = random_model(toy_config(**own))
+        weights = base.arrays()
+        reference = base(tokens[:, :-1], tokens[:, 1:], tg.layer_plan(base.config, True))
+        for key, value in {**FORWARD, **NOT_FORWARD, "TRAIN_SEQ_LEN": 20}.items():
+            if key == excluded:
+                continue
+            config = toy_config(**own | {key: value})
+            model = tg.GPT(config, RUN)
+            try:
+                model.load(weights)
+                changed = not torch.equal(model(tokens[:, :-1], tokens[:, 1:], tg.layer_plan(config, True)), reference)
+            except tg.UserError:
+                changed = True
+            if changed:
+                assert tg.artifact_settings(config) != tg.artifact_settings(base.config), key
+                seen.add(key)
+    assert seen == {*FORWARD, "TRAIN_SEQ_LEN"}  # the training length decides the rotary base
 
 
 def test_decompression_bombs_are_refused_without_unpacking_them(
@@ -361,12 +377,12 @@ def test_decompression_bombs_are_refused_without_unpacking_them(
 
     real = brotli.Decompressor
     monkeypatch.setattr(brotli, "Decompressor", Watched)
-    meta = {"model": tg.model_settings(toy.config)}
+    meta = {"model": tg.artifact_settings(toy.config), "codec": "brotli", "corrected": []}
     for victim in streams:
         unpacked.clear()
         packed = [bomb if stream == victim else brotli.compress(data, quality=1) for stream, data in streams.items()]
         tg.write_container(tmp_path / "bomb.bin", meta, packed)
-        with pytest.raises(tg.UserError, match=f"stream {victim} does not expand"):
+        with pytest.raises(tg.UserError, match=f"does not expand to {len(streams[victim])} bytes"):
             tg.load_artifact(tmp_path / "bomb.bin", toy.config)
         assert sum(unpacked) < sum(map(len, streams.values())) + 2**17
 
@@ -374,7 +390,8 @@ def test_decompression_bombs_are_refused_without_unpacking_them(
 def test_wrong_streams_are_refused(toy: Quantised, tmp_path: Path) -> None:
     """Too few streams, a stream of another length, a stream that is not compressed, and meta that is no table."""
     streams = [brotli.compress(data) for data in tg.stream_bytes(toy.stored, tg.artifact_table(toy.config)).values()]
-    meta, path = {"model": tg.model_settings(toy.config)}, tmp_path / "wrong.bin"
+    meta = {"model": tg.artifact_settings(toy.config), "codec": "brotli", "corrected": []}
+    path = tmp_path / "wrong.bin"
     longer = brotli.compress(brotli.decompress(streams[0]) + b"\0")
     for blobs in (
         streams[:-1],

@@ -155,6 +155,106 @@ def test_segments_begin_at_the_row_start_and_every_bos_and_are_cut(
     assert row.docs.positions.tolist() == positions and row.docs.max_seqlen == limit
 
 
+def test_windows_of_a_plain_stream_ignore_documents(tmp_path: Path) -> None:
+    """VARLEN_ATTN=0: segments are TRAIN_SEQ_LEN tokens whatever stands there, and positions restart only with them."""
+    tokens = np.full(200, 5)
+    tokens[[0, 3, 40, 41, 100]] = tg.BOS_ID
+    write_stream(tmp_path, "train", tokens, [])
+    config = toy_config(DATA_PATH=tmp_path, VARLEN_ATTN=0)
+    row = tg.training_row(tg.TokenStream(tmp_path, "train", 64), 0, config, CPU)
+    assert row.docs.cu_seqlens[:4].tolist() == [0, 32, 64, 64]
+    assert row.docs.positions.tolist() == [*range(32), *range(32)]
+    assert row.inputs[0].tolist() == tokens[:64].tolist() and row.targets[0].tolist() == tokens[1:65].tolist()
+
+
+def coprime_stream(folder: Path, total: int, sizes: list[int], **changes: Any) -> tuple[tg.TokenStream, tg.Config]:
+    """A stream for the coprime loader whose ids are their own positions; 65,535 stands at 1, which would be BOS."""
+    tokens = np.arange(total)
+    tokens[1] = 65_535
+    write_stream(folder, "train", tokens, sizes)
+    settings = dict(DATA_PATH=folder, VOCAB_SIZE=65_536, LOADER="coprime") | changes
+    return tg.TokenStream(folder, "train", 65_536), toy_config(**settings)
+
+
+def windows_of(row: tg.Row, total: int) -> list[int]:
+    """Where the windows of a row begin in a stream of positions; fails unless each window is a piece of the stream."""
+    where = row.inputs[0].numpy().copy()
+    where[where == 65_535] = 1
+    pieces = where.reshape(-1, 32)
+    assert ((pieces - pieces[:, :1] - np.arange(32)) % total == 0).all()
+    following = row.targets[0].numpy().copy()
+    following[following == 65_535] = 1
+    assert ((following - where) % total == 1).all()
+    return pieces[:, 0].tolist()
+
+
+def test_coprime_epochs_hold_every_token_once_as_a_target(tmp_path: Path) -> None:
+    """40 windows in 20 rows are an epoch: whatever its phase, each token of the stream is a target exactly once."""
+    total = 40 * 32
+    stream, config = coprime_stream(tmp_path, total, [5, 700])
+    phases = set()
+    for epoch in range(6):
+        rows = [tg.training_row(stream, number, config, CPU) for number in range(20 * epoch, 20 * epoch + 20)]
+        targets = torch.cat([row.targets[0] for row in rows])
+        assert len(targets) == total and sorted(targets.tolist()) == sorted(stream.read(0, total).tolist())
+        phases |= {begin % 32 for row in rows for begin in windows_of(row, total)}
+    assert len(phases) == 6  # each epoch cuts the stream elsewhere, so no token always stands at a window's start
+
+
+def test_coprime_epochs_lose_less_than_one_window(tmp_path: Path) -> None:
+    """A stream that is no whole number of windows: no token twice in an epoch, fewer than TRAIN_SEQ_LEN left out."""
+    total = 40 * 32 + 31
+    stream, config = coprime_stream(tmp_path, total, [])
+    for epoch in range(3):
+        rows = [tg.training_row(stream, number, config, CPU) for number in range(20 * epoch, 20 * epoch + 20)]
+        targets = torch.cat([row.targets[0] for row in rows]).tolist()
+        assert len(set(targets)) == len(targets) == 40 * 32
+    tiny, config = coprime_stream(tmp_path / "tiny", 20, [])  # shorter than one window
+    assert windows_of(tg.training_row(tiny, 3, config, CPU), 20)
+
+
+def test_coprime_rows_follow_from_their_number_alone(tmp_path: Path) -> None:
+    """In any order, from another stream object, cut into other shards under another path: the same rows; no seed."""
+    stream, config = coprime_stream(tmp_path / "a", 1500, [])
+    again, other = coprime_stream(tmp_path / "b", 1500, [3, 999], SEED=99)
+    for number in (37, 2, 37, 400, 0):
+        first, second = tg.training_row(stream, number, config, CPU), tg.training_row(again, number, other, CPU)
+        assert torch.equal(first.inputs, second.inputs) and torch.equal(first.targets, second.targets)
+
+
+def test_coprime_rows_mix_distant_texts_and_epochs_differ(tmp_path: Path) -> None:
+    """The windows of a row are seldom neighbours, and no two epochs visit the stream in the same order."""
+    total = 200 * 32
+    stream, config = coprime_stream(tmp_path, total, [], TRAIN_BATCH_TOKENS=512, ROW_TOKENS=256)
+    epochs = [
+        [
+            windows_of(tg.training_row(stream, number, config, CPU), total)
+            for number in range(25 * epoch, 25 * epoch + 25)
+        ]
+        for epoch in range(4)
+    ]
+    gaps = np.diff([row for epoch in epochs for row in epoch], axis=1) % total
+    assert (np.minimum(gaps, total - gaps) > 32).mean() > 0.8
+    orders = [tuple(begin // 32 for row in epoch for begin in row) for epoch in epochs]
+    assert len(set(orders)) == 4 and len({tuple(np.diff(order) % 200)[:8] for order in orders}) > 1
+
+
+@pytest.mark.parametrize("varlen", [0, 1])
+def test_coprime_windows_are_segments(varlen: int, tmp_path: Path) -> None:
+    """Attention never crosses from one window into the next; with VARLEN_ATTN it also stops at documents."""
+    stream, config = coprime_stream(tmp_path, 1280, [], VARLEN_ATTN=varlen)
+    tokens = stream.shards[0].copy()
+    tokens[5::50] = tg.BOS_ID
+    stream.shards[0] = tokens
+    for number in range(20):
+        row = tg.training_row(stream, number, config, CPU)
+        starts = {0, 32} | (
+            {t for t, token in enumerate(row.inputs[0].tolist()) if token == tg.BOS_ID} if varlen else set()
+        )
+        table = row.docs.cu_seqlens.unique().tolist()
+        assert table == sorted(starts | {64})
+
+
 def test_segment_table_of_the_published_example() -> None:
     """BOS at 0, 100, 5000 in 9000 tokens with limit 2048: starts 0, 100, 2148, 4196, 5000, 7048, then 9000."""
     lengths = tg.cut_lengths(np.diff([0, 100, 5000, 9000]), 2048)
@@ -205,9 +305,10 @@ def test_packing_reaches_every_token_exactly_once(lengths: list[int]) -> None:
             offset += len(row)
 
 
-def test_rows_of_a_step_are_dealt_to_ranks_without_overlap(toy_data: ToyData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loader", ["stream", "coprime"])
+def test_rows_of_a_step_are_dealt_to_ranks_without_overlap(loader: str, toy_data: ToyData, tmp_path: Path) -> None:
     """1, 2, 3 or 5 ranks together have the same four rows of each step, each row once; some ranks may have none."""
-    config = toy_data.config(RUNS_DIR=tmp_path)
+    config = toy_data.config(RUNS_DIR=tmp_path, LOADER=loader)
     alone = tg.Trainer(config, tg.Run(), QUIET)
     key = lambda row: (
         tuple(row.inputs[0].tolist()),
@@ -377,6 +478,18 @@ def test_case_operators_without_a_side_car_are_refused(tmp_path: Path) -> None:
         tg.load_validation(config)
     write_stream(tmp_path, "val_bytes", np.array([0, 0, 3, 1, 0, 0, 3]), [])
     assert int(tg.load_validation(config).bytes.sum()) == 7
+
+
+def test_case_operators_have_their_own_dataset_and_tokenizer() -> None:
+    """CASEOPS_ENABLED picks the published export's names; explicit paths win."""
+    config = tg.load_config({"CASEOPS_ENABLED": "1", "DATA_DIR": "d"})[0]
+    assert config.dataset_dir == Path("d/datasets/fineweb10B_sp8192_lossless_caps_caseops_v1_reserved")
+    assert config.tokenizer_file == Path("d/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model")
+    plain = tg.load_config({"DATA_DIR": "d"})[0]
+    assert plain.dataset_dir == Path("d/datasets/fineweb10B_sp8192")
+    assert plain.tokenizer_file == Path("d/tokenizers/fineweb_8192_bpe.model")
+    own = tg.load_config({"CASEOPS_ENABLED": "1", "DATA_PATH": "x", "TOKENIZER_PATH": "y"})[0]
+    assert (own.dataset_dir, own.tokenizer_file) == (Path("x"), Path("y"))
 
 
 def test_tokenizer_of_another_size_is_refused(toy_data: ToyData) -> None:

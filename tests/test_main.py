@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, ToyData, free_port
+from conftest import ROOT, ToyData, free_port, preset_env
 
 import train_gpt as tg
 
@@ -192,14 +192,65 @@ def test_quantising_with_other_training_settings_is_refused(finished: Finished, 
         tg.main(config, RUN)
 
 
+SUBMITTED = {  # how the presets end; the others with test-time training per document
+    "baseline": "quantized",
+    "fork5_10l": "sliding",
+}
+
+
 @pytest.mark.parametrize("preset", sorted(tg.PRESETS))
 def test_every_preset_trains_packs_reloads_and_scores_at_toy_size(
     preset: str, toy_data: ToyData, tmp_path: Path
 ) -> None:
-    """The mechanisms that a preset picks go through all stages; only sizes and cadence are replaced."""
-    env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="toy", PRESET=preset, ITERATIONS=3)
-    result = tg.main(tg.load_config(env)[0], RUN)
-    assert result["valid"] and result["preset"] == preset and math.isfinite(result["val_bpb"])
+    """The mechanisms that a preset picks go through all stages; only sizes and cadence are replaced. The artifact from
+    disk scores as the weights that went into it, and every target is scored once, before anything learns from it."""
+    data = dict(DATA_PATH=toy_data.folder, TOKENIZER_PATH=toy_data.tokenizer)
+    env = preset_env(preset, **data, RUNS_DIR=tmp_path, RUN_ID="toy", ITERATIONS=3, TTT_EPOCHS=1, TTT_BATCH_SIZE=13)
+    config = tg.load_config(env)[0]
+    result = tg.main(config, RUN)
+    assert result["valid"] and result["preset"] == preset
+    assert (
+        result["submitted"] == SUBMITTED.get(preset, "ttt")
+        and result["val_bpb"] == result[f"{result['submitted']}_val_bpb"]
+    )
+    assert result["scored_tokens"] == result["val_targets"] == len(toy_data.val_tokens) - 1
+    assert result["most_times_scored"] == 1 and result["scored_bytes"] == result["val_bytes"]
+    assert (result["learned_targets"] > 500) == config.ttt_enabled and result["learned_before_score"] == 0
+    for kind in ("prequant", "quantized", "sliding", "ttt"):
+        if f"{kind}_val_loss" in result:
+            assert abs(result[f"{kind}_val_loss"] - math.log(64)) < 1, kind
+    assert result["train_loss"] < math.log(64)
+    weights = tg.load_arrays(tmp_path / "toy" / "trained.bin")[1]
+    model = tg.GPT(config, RUN)
+    model.load(tg.dequantize(tg.quantize(weights, config, RUN.device), config))
+    score = tg.score(model, tg.load_validation(config), config, RUN, tg.Log(None), config.eval_seq_len)
+    assert score.loss == result["quantized_val_loss"] != result["prequant_val_loss"]
+
+
+def test_illegal_order_is_called_invalid_everywhere(
+    toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """TTT_KIND=pre_eval_illegal: every line of log and console, the table, result.json and the exit status say so; the
+    score without it is there, too. The same artifact scored in the legal order is valid again."""
+    env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="toy", ITERATIONS=2, TTT_KIND="pre_eval_illegal", TTT_EPOCHS=2)
+    monkeypatch.setattr(os, "environ", os.environ | env)
+    assert tg.command_line() == 1
+    out, path = capsys.readouterr().out, tmp_path / "toy" / "result.json"
+    for text in (out, (tmp_path / "toy" / "log.txt").read_text()):
+        events = parse_log(text)
+        assert len(events) > 30
+        for event, values in events:
+            assert values["valid"] == "false" and "before_scoring" in values["reason"], event
+        assert re.search("^valid +INVALID: score_before_update", text, re.MULTILINE)
+    assert {values["kind"] for event, values in parse_log(out) if event == "score"} == {"quantized", "ttt"}
+    result = json.loads(path.read_text())
+    assert result["valid"] is False and result["violations"][0].startswith("score_before_update ")
+    assert result["learned_before_score"] == 2 * result["val_targets"] and result["learned_targets"] == 0
+    again = {"STAGES": "evaluate", "TTT_KIND": "chunk_sgd", "TTT_CHUNK_TOKENS": "256", "EVAL_STRIDE": "32"}
+    monkeypatch.setattr(os, "environ", os.environ | again)
+    assert tg.command_line() == 0
+    assert json.loads(path.read_text())["valid"] is True
+    assert all("valid" not in values for _, values in parse_log(capsys.readouterr().out))
 
 
 def test_two_processes_run_all_stages_like_one(toy_data: ToyData, tmp_path: Path) -> None:

@@ -138,7 +138,9 @@ def test_muon_steps_equal_its_equations(kind: tuple[bool, bool]) -> None:
             weight, momentum = slow[i]
             momentum = mu * momentum + gradient.double()
             polar = np.stack([slow_orthogonal(m.numpy(), 5, *kind) for m in gradient.double() + mu * momentum])
-            weight = weight * (1 - 0.05 * 0.3) - 0.05 * math.sqrt(max(1.0, bank.size(1) / bank.size(2))) * torch.from_numpy(polar)
+            weight = weight * (1 - 0.05 * 0.3) - 0.05 * math.sqrt(
+                max(1.0, bank.size(1) / bank.size(2))
+            ) * torch.from_numpy(polar)
             slow[i] = (weight, momentum)
             torch.testing.assert_close(bank.detach().double(), weight, atol=2e-5, rtol=0)
             torch.testing.assert_close(muon.arrays()[names[i]].double(), momentum, atol=1e-5, rtol=1e-5)

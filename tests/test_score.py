@@ -1,5 +1,6 @@
 """SCORE: every target once, with the right context, and the sums that make bits per byte."""
 
+import dataclasses
 import math
 from collections import Counter
 
@@ -60,7 +61,7 @@ def one_token_at_a_time(model: tg.GPT, validation: tg.Validation, config: tg.Con
     """The definition of sliding scoring: each target alone, from the inputs that its window lets it see."""
     T, nll = config.eval_seq_len, np.full(len(validation.tokens), np.nan)
     plan = tg.layer_plan(config, looping=True)
-    starts = [0] + [p for p in range(1, len(nll)) if validation.tokens[p] == tg.BOS_ID]
+    starts = [0] + [p for p in range(1, len(nll)) if config.varlen_attn and validation.tokens[p] == tg.BOS_ID]
     for target in range(1, len(nll)):
         start = max(s for s in starts if s < target)  # a BOS is the last target of the document before it
         i = target - 1 - start
@@ -72,10 +73,11 @@ def one_token_at_a_time(model: tg.GPT, validation: tg.Validation, config: tg.Con
     return nll
 
 
-@pytest.mark.parametrize("stride", [32, 8, 5])
-def test_score_equals_a_slow_loop_over_single_tokens(stride: int) -> None:
-    """Plain (stride 32 = context) and sliding scores give each target the nll of its own window, bytes included."""
-    config = toy_config()
+@pytest.mark.parametrize("stride, varlen", [(32, 1), (8, 1), (5, 1), (8, 0)])
+def test_score_equals_a_slow_loop_over_single_tokens(stride: int, varlen: int) -> None:
+    """Plain (stride 32 = context) and sliding scores give each target the nll of its own window, bytes included; with
+    VARLEN_ATTN=0 windows run over the whole stream and see the documents before."""
+    config = toy_config(VARLEN_ATTN=varlen)
     model, validation = random_model(config), validation_of_lengths(LENGTHS)
     slow = one_token_at_a_time(model, validation, config, stride)
     scorer = lambda v: tg.score(model, v, config, tg.Run(), QUIET, stride)
@@ -85,6 +87,26 @@ def test_score_equals_a_slow_loop_over_single_tokens(stride: int) -> None:
     assert tally.tokens == len(validation.tokens) - 1 == sum(LENGTHS)
     assert tally.bytes == int(validation.bytes.sum())
     assert tally.nats == pytest.approx(slow[1:].sum(), abs=1e-3)
+
+
+def test_windows_of_a_plain_stream_ignore_documents() -> None:
+    """VARLEN_ATTN=0: windows tile the stream as if it were one document, and a document's score depends on the others."""
+    validation = validation_of_lengths([20, 5, 40, 31])
+    plain, separate = (tg.stretches(validation, toy_config(VARLEN_ATTN=varlen)) for varlen in (0, 1))
+    assert plain.tolist() == [[0, 96]] and separate.tolist() == validation.documents.tolist()
+    assert [tuple(w) for w in tg.windows_inside(plain, 32, 32)] == [(0, 0, 32), (32, 32, 64), (64, 64, 96)]
+    windows = tg.windows_inside(plain, 32, 8)
+    assert [tuple(w) for w in windows[:3]] == [(0, 0, 32), (8, 32, 40), (16, 40, 48)] and tuple(windows[-1])[2] == 96
+    scores = []
+    for varlen in (0, 1):
+        config = toy_config(VARLEN_ATTN=varlen)
+        scorer = lambda v: tg.score(random_model(config), v, config, tg.Run(), QUIET, 32)
+        changed = validation.tokens.clone()
+        changed[3] = 4 + (changed[3] - 3) % 60
+        scores.append([nll_per_target(v, scorer) for v in (validation, validation._replace(tokens=changed))])
+    for varlen, (before, after) in enumerate(scores):
+        others = np.flatnonzero(before[21:] != after[21:]) + 21  # behind the first document
+        assert list(others) == ([] if varlen else list(range(21, 33)))  # as far as the first window reads
 
 
 def test_longer_context_is_really_used() -> None:
@@ -140,7 +162,7 @@ def test_padding_changes_no_score_and_is_not_counted() -> None:
     config = toy_config()
     model, validation = random_model(config), validation_of_lengths([5, 33, 12])
     plan, device = tg.layer_plan(config, True), torch.device("cpu")
-    windows = tg.document_windows(validation, 32, 8)[:4]
+    windows = tg.windows_inside(validation.documents, 32, 8)[:4]
     bare, positions = tg.window_row(windows, validation, 32, 0, device)
     count = bare.inputs.size(1)
     for pad_to in (count, count + 1, count + 75):
@@ -215,9 +237,11 @@ def test_documents_of_any_stream_hold_each_target_once(toy_data, tmp_path_factor
     config = tg.load_config(toy_data.env() | {"DATA_PATH": str(folder)})[0]
     validation = tg.load_validation(config)
     for stride in (32, 8):
-        windows = tg.document_windows(validation, 32, stride)
-        scored = Counter(p + 1 for window in windows for p in range(window.first_scored, window.end))
-        assert scored == Counter(range(1, len(tokens)))
+        for varlen in (False, True):
+            stretches = tg.stretches(validation, dataclasses.replace(config, varlen_attn=varlen))
+            windows = tg.windows_inside(stretches, 32, stride)
+            scored = Counter(p + 1 for window in windows for p in range(window.first_scored, window.end))
+            assert scored == Counter(range(1, len(tokens)))
     for begin, count in validation.documents.tolist():
         assert begin == 0 or tokens[begin] == tg.BOS_ID
         assert tg.BOS_ID not in tokens[begin + 1 : begin + count]  # only the last target may be the next BOS

@@ -1,5 +1,6 @@
 """TRAIN: the loop, its restarts and its ranks; and what a user sees when something is wrong."""
 
+import dataclasses
 import math
 import os
 import signal
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET, ROOT, ToyData, on_ranks, random_model, train_tokenizer, write_shard
+from conftest import QUIET, ROOT, ToyData, on_ranks, random_model, replace_plain, train_tokenizer, write_shard
 
 import train_gpt as tg
 
@@ -92,6 +93,105 @@ def test_average_follows_its_recursion(toy_data: ToyData, tmp_path: Path) -> Non
     assert all(torch.equal(parameter, kept) for parameter, kept in zip(trainer.model.parameters(), trainer.average))
 
 
+def test_without_an_average_the_last_weights_are_kept(toy_data: ToyData, tmp_path: Path) -> None:
+    """EMA_DECAY=0: what is quantised are the weights as the last step left them."""
+    trainer = make_trainer(toy_data.config(RUNS_DIR=tmp_path, EMA_DECAY=0))
+    trainer.loop()
+    last = {name: array.copy() for name, array in trainer.model.arrays().items()}
+    trainer.use_average()
+    assert all(np.array_equal(array, last[name]) for name, array in trainer.model.arrays().items())
+
+
+SWA = dict(EMA_DECAY=0, SWA_ENABLED=1, SWA_START_FRAC=0.6, WARMDOWN_FRAC=1, MIN_LR=0, WARMUP_STEPS=1, ITERATIONS=10)
+
+
+def collecting(trainer: tg.Trainer) -> list[tuple[int, float, dict[str, torch.Tensor]]]:
+    """Runs the loop; (step, multiplier that it was made with, weights behind it) of all its steps."""
+    seen, real = [], trainer.update
+
+    def update(rows: Any, looping: bool, multiplier: float, *rest: Any) -> Any:
+        numbers = real(rows, looping, multiplier, *rest)
+        weights = {name: p.detach().double().clone() for name, p in trainer.model.named_parameters()}
+        seen.append((trainer.step + 1, multiplier, weights))
+        return numbers
+
+    trainer.update = update
+    trainer.loop()
+    return seen
+
+
+@pytest.mark.parametrize("every, wanted", [(1, [6, 7, 8, 9, 10]), (3, [6, 9]), (10, [10])])
+def test_swa_is_the_mean_of_the_collected_weights(
+    every: int, wanted: list[int], toy_data: ToyData, tmp_path: Path
+) -> None:
+    """Every SWA_EVERY-th step whose multiplier is below SWA_START_FRAC, each once, the last step too, and no other."""
+    trainer = make_trainer(toy_data.config(RUNS_DIR=tmp_path, **SWA, SWA_EVERY=every))
+    trainer.warm_up()  # leaves nothing collected
+    seen = collecting(trainer)
+    chosen = [(step, weights) for step, multiplier, weights in seen if multiplier < 0.6 and step % every == 0]
+    assert [step for step, _ in chosen] == wanted and trainer.collected == len(wanted)
+    trainer.use_average()
+    for name, parameter in trainer.model.named_parameters():
+        mean = sum(weights[name] for _, weights in chosen) / len(chosen)
+        torch.testing.assert_close(parameter.detach().double(), mean, atol=1e-6, rtol=1e-5)
+    assert len(wanted) == 1 or not torch.equal(trainer.model.qo_bank.double(), seen[-1][2]["qo_bank"])
+
+
+def test_swa_that_collects_nothing_keeps_the_last_weights(toy_data: ToyData, tmp_path: Path) -> None:
+    """Nothing collected, because the rate never falls or SWA_EVERY never comes: no average of nothing is used."""
+    for changes in (dict(WARMDOWN_FRAC=0), dict(SWA_EVERY=50)):
+        settings = SWA | dict(ITERATIONS=3, WARMUP_STEPS=0) | changes
+        trainer = make_trainer(toy_data.config(RUNS_DIR=tmp_path, **settings))
+        seen = collecting(trainer)
+        trainer.use_average()
+        assert not trainer.collected
+        assert all(torch.equal(p.double(), seen[-1][2][name]) for name, p in trainer.model.named_parameters())
+
+
+def test_swa_survives_a_restart(toy_data: ToyData, tmp_path: Path) -> None:
+    """A run resumed in the middle of collecting ends with the same mean, bit for bit, and the same count."""
+    env = dict(RUNS_DIR=tmp_path, **SWA | dict(SWA_EVERY=1, WARMUP_STEPS=0))
+    whole = make_trainer(toy_data.config(**env, RUN_ID="whole"))
+    whole.loop()
+    first = make_trainer(toy_data.config(**env, RUN_ID="resumed"))
+    real = first.update
+
+    def stopping(*arguments: Any) -> Any:
+        if first.step == 8:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    first.update = stopping
+    with pytest.raises(KeyboardInterrupt):
+        first.loop()
+    assert first.collected == 3
+    first.save_checkpoint()
+    resumed = make_trainer(toy_data.config(**env, RUN_ID="resumed"))
+    resumed.restore_checkpoint()
+    assert resumed.collected == 3
+    resumed.loop()
+    assert resumed.collected == whole.collected == 5 and same(everything(resumed), everything(whole))
+
+
+def test_warmdown_in_steps_reaches_the_loop(toy_data: ToyData, tmp_path: Path) -> None:
+    """WARMDOWN_ITERS=4 of 10 steps: the full rate seven times, then 3/4, 2/4 and 1/4 of it."""
+    settings = dict(ITERATIONS=10, WARMDOWN_FRAC=0, WARMDOWN_ITERS=4, MIN_LR=0)
+    seen = collecting(make_trainer(toy_data.config(RUNS_DIR=tmp_path, **settings)))
+    assert [multiplier for _, multiplier, _ in seen] == pytest.approx([1] * 7 + [0.75, 0.5, 0.25])
+
+
+def test_only_gptq_looks_at_training_data_again(toy_data: ToyData, tmp_path: Path) -> None:
+    """The other schemes have no Hessians: none is made, none is in trained.bin, and quantising needs none."""
+    for scheme in ("int8_clip", "intn_row", "gptq_lite"):
+        env = dict(RUNS_DIR=tmp_path, RUN_ID=scheme, QUANT_SCHEME=scheme, ITERATIONS=1, STAGES="train,quantize")
+        config = toy_data.config(**env)
+        tg.main(config, RUN)
+        names = set(tg.load_arrays(tmp_path / scheme / "trained.bin")[1])
+        assert names == {name for name, _ in tg.GPT(config, RUN, "meta").named_parameters()}
+        text = (tmp_path / scheme / "log.txt").read_text()
+        assert "calibrated hessians:0 " in text
+
+
 def test_loop_uses_schedules_by_step_and_switches_plans_once(toy_data: ToyData, tmp_path: Path) -> None:
     """Without a clock progress is step / ITERATIONS; rows, rates, momentum and the plan of each step follow from it."""
     config = toy_data.config(RUNS_DIR=tmp_path, ITERATIONS=10, ENABLE_LOOPING_AT=0.35)
@@ -113,7 +213,7 @@ def test_loop_uses_schedules_by_step_and_switches_plans_once(toy_data: ToyData, 
         ]
         assert inputs.tolist() == np.array(ids).reshape(-1, length).tolist()
         assert looping == (step >= 4)
-        assert multiplier == tg.lr_multiplier(step / 10, config) and momentum == tg.muon_momentum(step, config)
+        assert multiplier == tg.lr_multiplier(step / 10, step, config) and momentum == tg.muon_momentum(step, config)
     assert len(calls) == trainer.step == 10 and trainer.finished()
 
 
@@ -255,7 +355,7 @@ def test_non_finite_numbers_stop_the_run_and_keep_the_checkpoint(
                 nll.register_hook(lambda gradient: gradient * math.inf)
         return nll
 
-    monkeypatch.setattr(tg, "softcapped_nll", failing)
+    replace_plain(monkeypatch, nll=failing)
     env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="nan", CHECKPOINT_SECONDS=1e-9)
     status, _, err = run_command(env, monkeypatch, capsys)
     assert status == 1 and err.count("\n") == 1 and "nan" in err and "step 4" in err
@@ -418,7 +518,7 @@ def test_script_itself_exits_with_status_two_and_one_line(toy_data: ToyData, tmp
 
 
 def rank_job(run: tg.Run, env: dict[str, str]) -> dict[str, Any]:
-    """What one rank sees of training (resumed from a checkpoint where there is one), calibration and both scorings."""
+    """What one rank sees of training (resumed from a checkpoint where there is one), calibration and all scorings."""
     config = tg.load_config(env)[0]
     tg.run_dir(config).mkdir(parents=True, exist_ok=True)
     trainer = tg.Trainer(config, run, QUIET)
@@ -428,9 +528,15 @@ def rank_job(run: tg.Run, env: dict[str, str]) -> dict[str, Any]:
     seen["hessians"] = {key: hessian.clone() for key, hessian in trainer.hessians().items()}
     validation, model = trainer.validation, random_model(config, seed=4)
     scored = tg.score(model, validation, config, run, QUIET, config.eval_stride)
-    adapted = tg.adapt(model, validation, config, run, QUIET)
-    seen["sums"] = [(t.nats, t.tokens, t.bytes, t.times.tolist()) for t in (scored, adapted)]
+    tallies = [scored, tg.adapt(model, validation, config, run, QUIET)]
     seen["adapted weights"] = {name: torch.from_numpy(array.copy()) for name, array in model.arrays().items()}
+    for optimizer in ("sgd", "adamw"):
+        other = dataclasses.replace(config, chunk_ttt_optimizer=optimizer)
+        chunked = random_model(other, seed=4)
+        tallies.append(tg.adapt_chunks(chunked, validation, other, run, QUIET))
+        for name, array in chunked.arrays().items() if optimizer == "sgd" else ():
+            seen["adapted weights"][f"chunks {name}"] = torch.from_numpy(array.copy())
+    seen["sums"] = [(t.nats, t.tokens, t.bytes, t.learned, t.times.tolist()) for t in tallies]
     return seen
 
 
@@ -446,8 +552,10 @@ def close(first: dict, second: dict, atol: float) -> None:
 def test_number_of_ranks_changes_no_result(
     world_size: int, rows: int, resumed: bool, toy_data: ToyData, tmp_path: Path
 ) -> None:
-    """Losses step by step, weights, buffers, Hessians, and the sums of both scorings equal those of one process."""
-    env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="one", TRAIN_BATCH_TOKENS=64 * rows)
+    """Losses step by step, weights, buffers, Hessians, and the sums of all scorings equal those of one process."""
+    chunks = dict(TTT_CHUNK_TOKENS=300, TTT_BATCH_SEQS=1, TTT_EPOCHS=2, TTT_LR=0.01)
+    env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="one", TRAIN_BATCH_TOKENS=64 * rows, **chunks)
+    env |= {"NGRAM_TILT_ENABLED": "1", "TOKEN_ORDER": "4"}
     if resumed:  # by more ranks than the checkpoint was written with, and more than there are rows
         trainer = make_trainer(tg.load_config(env | {"ITERATIONS": "6"})[0])
         for trainer.step in range(4):
@@ -472,4 +580,4 @@ def test_number_of_ranks_changes_no_result(
         close(seen["adapted weights"], one["adapted weights"], 1e-4)
         for (nats, *counts), (expected, *expected_counts) in zip(seen["sums"], one["sums"]):
             assert counts == expected_counts and nats == pytest.approx(expected, rel=1e-5)
-            assert counts[0] == len(toy_data.val_tokens) - 1 and set(counts[2][1:]) == {1}
+            assert counts[0] == len(toy_data.val_tokens) - 1 and set(counts[3][1:]) == {1}

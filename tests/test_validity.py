@@ -15,7 +15,7 @@ import numpy as np
 import probe_validity as probe
 import pytest
 import torch
-from conftest import ROOT, ToyData, random_model, toy_config
+from conftest import ROOT, ToyData, random_model, replace_plain, toy_config
 
 import train_gpt as tg
 
@@ -75,6 +75,10 @@ def test_every_update_uses_only_scored_targets() -> None:
     assert outcome.ok, outcome
 
 
+CHUNKS = dict(TTT_KIND="chunk_sgd", TTT_CHUNK_TOKENS=24, TTT_EPOCHS=2, TTT_LR=0.05, TTT_BATCH_SEQS=1)
+TILT = dict(NGRAM_TILT_ENABLED=1, TOKEN_ORDER=4, TOKEN_THRESHOLD=0.5)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -82,19 +86,54 @@ def test_every_update_uses_only_scored_targets() -> None:
         dict(PHASED_TTT_NUM_PHASES=1, TTT_BATCH_SIZE=1),
         dict(TTT_CHUNK_SIZE=5, TTT_EVAL_SEQ_LEN=16),
         dict(SMEAR_GATE_ENABLED=0, NUM_LOOPS=0, PARALLEL_START_LAYER=0),
+        CHUNKS,
+        CHUNKS | dict(CHUNK_TTT_OPTIMIZER="adamw", TTT_LR=0.002),
+        CHUNKS | dict(VARLEN_ATTN=0),
+        TILT,
     ],
     ids=lambda changes: ",".join(f"{key}={value}" for key, value in changes.items()),
 )
 def test_every_mode_of_test_time_training_passes(changes: dict) -> None:
-    """The probes of the adaptive evaluation at other settings."""
+    """The probes of the adaptive evaluation at other settings, its other kind, and with hints."""
     mode = subject(**changes)
+    tokens, places = stream(), (60,)
+    if changes is TILT:
+        tokens, places = hinted_stream()
     outcomes = [
-        probe.causality("ttt", mode, stream(), (60,)),
-        probe.single_pass("ttt", mode, stream()),
-        probe.isolation("ttt", mode, stream()),
-        probe.score_before_update(mode, stream()),
+        probe.causality("ttt", mode, tokens, places),
+        probe.single_pass("ttt", mode, tokens),
+        probe.isolation("ttt", mode, tokens) if mode.config.varlen_attn else probe.Outcome("isolation", True, ""),
+        probe.score_before_update(mode, tokens),
     ]
     assert all(outcome.ok for outcome in outcomes), outcomes
+
+
+def hinted_stream() -> tuple[np.ndarray, tuple[int, ...]]:
+    """A stream in which a phrase comes back, a place with a hint that is right, and one without."""
+    tokens = probe.repeating_stream(LENGTHS, 256, 4)
+    hints = dict(zip(*(part.tolist() for part in tg.token_hints(tokens, 4, 0.5))))
+    right = [position for position, hint in hints.items() if tokens[position] == hint]
+    assert len(right) >= 8 and 60 not in hints
+    return tokens, (right[-1], 60)
+
+
+@pytest.mark.parametrize("changes", [CHUNKS, TILT], ids=["chunk_sgd", "tilt"])
+def test_the_probabilities_of_all_ids_sum_to_one_in_the_other_modes(changes: dict) -> None:
+    """Normalisation on the real path of learning in chunks, and of tilted scores at places with and without a hint."""
+    tokens, places = repetitive(), (9, 38)
+    if changes is TILT:
+        hinted = tg.token_hints(tokens, 4, 0.5)[0].tolist()
+        places = (next(t for t in range(10, 40) if t not in hinted), hinted[-1])
+    outcome = probe.normalisation("ttt", subject(16, **changes), tokens, places)
+    assert outcome.ok, outcome
+
+
+def test_windows_of_a_plain_stream_pass() -> None:
+    """VARLEN_ATTN=0: windows that see the document before are still causal and complete, but not isolated."""
+    mode = subject(VARLEN_ATTN=0)
+    for kind in ("plain", "sliding"):
+        assert probe.causality(kind, mode, stream(), PLACES).ok and probe.single_pass(kind, mode, stream()).ok
+        assert not probe.isolation(kind, mode, stream()).ok
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -131,12 +170,12 @@ class Silent(tg.Tally):
 
 def train_then_score(forward: Callable, adapters: Any, batch: np.ndarray, validation: Any, *rest: Any) -> None:
     """Learns from a whole batch of documents, and scores it afterwards."""
-    *settings, tally = rest
-    REAL["score_and_adapt"](forward, adapters, batch, validation, *settings, Silent(validation))
-    REAL["score_and_adapt"](forward, adapters, batch, validation, *settings, tally)
+    config, run, tally, *more = rest
+    REAL["score_and_adapt"](forward, adapters, batch, validation, config, run, Silent(validation), *more)
+    REAL["score_and_adapt"](forward, adapters, batch, validation, config, run, tally, *more)
 
 
-REAL = {"score_and_adapt": tg.score_and_adapt, "plan_windows": tg.plan_windows, "softcapped_nll": tg.softcapped_nll}
+REAL = {name: getattr(tg, name) for name in ("score_and_adapt", "plan_windows", "softcapped_nll", "token_hints")}
 
 
 def test_training_before_scoring_fails_causality_and_the_order_of_updates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +183,73 @@ def test_training_before_scoring_fails_causality_and_the_order_of_updates(monkey
     monkeypatch.setattr(tg, "score_and_adapt", train_then_score)
     assert not probe.score_before_update(subject(), stream()).ok
     assert not probe.causality("ttt", subject(), stream(), PLACES).ok
+
+
+def test_the_illegal_order_fails_causality_and_the_order_of_updates() -> None:
+    """TTT_KIND=pre_eval_illegal, which exists to reproduce published figures and is called invalid by the run itself."""
+    illegal = subject(**CHUNKS | dict(TTT_KIND="pre_eval_illegal"))
+    outcome = probe.score_before_update(illegal, stream())
+    assert not outcome.ok and "learned from before its score" in outcome.found
+    assert not probe.causality("ttt", illegal, stream(), PLACES).ok
+
+
+def test_a_chunk_that_is_learned_from_first_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunked learning whose first span reaches one window too far."""
+    real = tg.learn_chunk
+    monkeypatch.setattr(tg.Tally, "learn_from", lambda *_: None)
+
+    def greedy(model: tg.GPT, optimizer: Any, span: tuple[int, int], *rest: Any) -> None:
+        real(model, optimizer, (span[0], span[1] + 16), *rest)
+
+    monkeypatch.setattr(tg, "learn_chunk", greedy)
+    assert not probe.score_before_update(subject(**CHUNKS), stream()).ok
+    assert not probe.causality("ttt", subject(**CHUNKS), stream(), (27, 60)).ok
+
+
+def test_hints_that_have_seen_their_target_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that is read one token too late leaks the answer: the distribution then depends on the target."""
+    real = tg.stream_hints
+    mode = subject(**TILT)
+    tokens, places = hinted_stream()
+
+    def leaky(validation: tg.Validation, *rest: Any) -> torch.Tensor:
+        hints = real(validation, *rest)
+        return torch.where(hints >= 0, validation.tokens.int(), hints)
+
+    monkeypatch.setattr(tg, "stream_hints", leaky)
+    assert not probe.causality("ttt", mode, tokens, places).ok
+    few = repetitive()
+    place = int(tg.token_hints(few, 4, 0.5)[0][-1])
+    assert not probe.normalisation("ttt", subject(16, **TILT), few, (place,)).ok
+
+
+def test_hints_from_the_rest_of_the_stream_fail_causality(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables that are filled with the whole stream first, and read then."""
+    mode = subject(**TILT)
+    tokens, places = hinted_stream()
+
+    def from_all(tokens: np.ndarray, order: int, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+        doubled, n = np.concatenate([tokens, tokens]), len(tokens)
+        positions, hints = REAL["token_hints"](doubled, order, threshold)
+        return positions[positions >= n] - n, hints[positions >= n]
+
+    monkeypatch.setattr(tg, "token_hints", from_all)
+    assert not probe.causality("ttt", mode, tokens, (places[0],)).ok
+
+
+@pytest.mark.parametrize("fault", ["no sum", "hits only"])
+def test_a_tilt_that_is_no_distribution_fails_normalisation(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A boost without the sum over all ids, and one that is only paid for when the hint was right."""
+    real = tg.tilt
+
+    def wrong(nll: torch.Tensor, ids: torch.Tensor, boost: float) -> torch.Tensor:
+        hit = ids[..., 0] == ids[..., 1]
+        return torch.where(hit, nll[..., 0] - boost if fault == "no sum" else real(nll, ids, boost), nll[..., 0])
+
+    monkeypatch.setattr(tg, "tilt", wrong)
+    few = repetitive()
+    place = int(tg.token_hints(few, 4, 0.5)[0][-1])
+    assert not probe.normalisation("ttt", subject(16, **TILT), few, (place,)).ok
 
 
 def test_a_global_phase_on_unscored_documents_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +293,7 @@ def test_a_cache_for_the_target_inside_the_forward_pass_fails_normalisation(monk
     def mixed(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> torch.Tensor:
         return -torch.log((-real(logits, targets, softcap)).exp() + 0.1 * (targets == 5))
 
-    monkeypatch.setattr(tg, "softcapped_nll", mixed)
+    replace_plain(monkeypatch, nll=mixed)
     for kind in probe.KINDS:
         assert not probe.normalisation(kind, subject(16), repetitive(), (9, 38)).ok
 
@@ -199,7 +305,7 @@ def scored_through(
 
     def score(forward: Callable, validation: Any, config: Any, run: Any, log: Any, stride: int) -> tg.Tally:
         tally = tg.Tally(validation)
-        windows = tg.document_windows(validation, config.eval_seq_len, stride)
+        windows = tg.windows_inside(validation.documents, config.eval_seq_len, stride)
         for window in windows:
             row, positions = tg.window_row([window], validation, config.eval_seq_len, 0, run.device)
             with torch.no_grad():
@@ -236,7 +342,7 @@ def test_a_gate_that_reads_the_target_fails_causality(monkeypatch: pytest.Monkey
         gated.scale = 1 + 0.5 * (targets % 2).unsqueeze(-1)  # type: ignore[attr-defined]
         return real(logits * gated.scale, targets, softcap)  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(tg, "softcapped_nll", gated)
+    replace_plain(monkeypatch, nll=gated)
     assert not probe.causality("plain", subject(), stream(), tuple(range(4, 12))).ok
 
 
@@ -335,5 +441,7 @@ def test_probe_settings_keep_what_a_score_depends_on() -> None:
         "phased_ttt_prefix_docs",
         "phased_ttt_num_phases",
         "global_ttt_chunk_tokens",
+        "ttt_chunk_tokens",
+        "ttt_batch_seqs",
     }
-    assert changed <= sizes | {"compile"}
+    assert changed <= sizes | {"compile", "eval_max_seconds"}

@@ -1,0 +1,332 @@
+"""COMPRESS, the quantisers: rounding schemes against formulas, pruning, and what each matrix of a model gets."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import preset_env, random_model, toy_config
+
+import train_gpt as tg
+
+CPU = torch.device("cpu")
+SIMPLE = ("gptq_lite", "int8_clip", "intn_row")  # the schemes that need no Hessian
+
+
+def matrices(*shape: int, seed: int = 0, tails: float = 4.0) -> torch.Tensor:
+    """Random weights with heavy tails (Student's t), whose rows differ in size."""
+    generator = np.random.default_rng(seed)
+    sizes = np.exp(generator.normal(size=(*shape[:-1], 1)))
+    return torch.from_numpy(0.05 * sizes * generator.standard_t(tails, shape)).float()
+
+
+def awkward_rows() -> torch.Tensor:
+    """(1, rows, 64): zero, constant, one-weight, tiny, subnormal-scale and huge rows, then ordinary ones."""
+    W = matrices(1, 12, 64, seed=3)
+    W[0, 0], W[0, 1], W[0, 2] = 0, 0.3, -0.3
+    W[0, 3], W[0, 3, 5] = 0, -2.0
+    W[0, 4] *= 1e-9
+    W[0, 5] *= 1e-30
+    W[0, 6] *= 1e-5
+    W[0, 7] *= 1e9
+    W[0, 8] = torch.linspace(-1, 1, 64) * 3e38
+    return W
+
+
+def scale_of(clip: np.ndarray, levels: float) -> np.ndarray:
+    """fp16(clip / levels), within the positive fp16 numbers."""
+    with np.errstate(over="ignore"):
+        half = (clip.astype(np.float32) / np.float32(levels)).astype(np.float16)
+    return np.clip(half, np.float16(2.0**-24), np.float16(65504))
+
+
+def slow_round(W: np.ndarray, clip: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    top = 2 ** (bits - 1) - 1
+    scale = scale_of(clip, top)
+    return np.clip(np.round(W / scale.astype(np.float32)[..., None]), -top, top).astype(np.int8), scale
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rounding
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 5, 6, 7, 8])
+@pytest.mark.parametrize("name", SIMPLE)
+def test_every_scheme_keeps_its_range_and_stays_finite(name: str, bits: int) -> None:
+    """Zero, constant, tiny and huge rows give codes within the range, positive finite scales, finite weights."""
+    W = awkward_rows()
+    codes, scale = tg.QUANTIZERS[name](W, None, 0.0, bits)
+    top = 2 ** (bits - 1) - 1
+    assert codes.dtype == torch.int8 and codes.shape == W.shape
+    assert scale.dtype == torch.float16 and scale.shape == W.shape[:-1]
+    assert int(codes.min()) >= -top and int(codes.max()) <= top
+    assert (scale > 0).all() and scale.isfinite().all()
+    restored = codes * scale.float().unsqueeze(-1)
+    assert restored.isfinite().all() and not restored[0, 0].any()
+    assert (codes[0, 1] == top).all() and (codes[0, 2] == -top).all()  # constant rows take the last level
+    assert torch.allclose(restored[0, 1:3], W[0, 1:3], rtol=2**-10)
+
+
+@pytest.mark.parametrize("bits", [3, 6, 8])
+def test_round_to_rows_equals_the_formula(bits: int) -> None:
+    """Codes and scales equal a NumPy formula; what is not clipped is at most half a step away."""
+    W = torch.cat([matrices(3, 12, 64, seed=1), awkward_rows().expand(3, -1, -1)], 1)
+    clip = W.abs().amax(-1) * torch.linspace(0.3, 1.2, 24)
+    codes, scale = tg.round_to_rows(W, clip, bits)
+    expected, expected_scale = slow_round(W.numpy(), clip.numpy(), bits)
+    assert np.array_equal(scale.numpy(), expected_scale) and np.array_equal(codes.numpy(), expected)
+    step = scale.float().unsqueeze(-1)
+    inside = W.abs() <= (2 ** (bits - 1) - 1) * step
+    assert inside.any() and ((codes * step - W).abs() <= 0.5001 * step)[inside].all()
+    assert (codes.abs() == 2 ** (bits - 1) - 1)[~inside].all()
+
+
+def test_codes_are_made_with_the_scale_they_are_read_with() -> None:
+    """A weight that the unrounded scale would put on another level goes to the nearest level of the fp16 scale."""
+    W = torch.rand(1, 200, 512, generator=torch.Generator().manual_seed(0)) - 0.5
+    codes, scale = tg.intn_row(W, None, 0.0, 8)
+    step = scale.double().unsqueeze(-1)
+    assert torch.equal(codes.double(), (W.double() / step).round().clamp(-127, 127))
+    unrounded = (W / (W.abs().amax(-1, keepdim=True) / 127)).round()
+    assert (unrounded != codes).any()
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 512, 2048])
+def test_row_quantiles_equal_linear_interpolation(n: int) -> None:
+    """NumPy's and torch's quantiles, for awkward fractions and row lengths."""
+    x = matrices(2, 5, n, seed=n).abs()
+    fractions = [0.0, 0.03, 0.5, *tg.LITE_CLIPS, tg.INT8_CLIP]
+    for fraction, found in zip(fractions, tg.row_quantiles(x, fractions)):
+        assert found.shape == (2, 5)
+        np.testing.assert_allclose(found.numpy(), np.quantile(x.double().numpy(), fraction, axis=-1), rtol=1e-5)
+        np.testing.assert_allclose(found.numpy(), torch.quantile(x, fraction, dim=-1).numpy(), rtol=1e-4)
+
+
+def test_row_quantiles_take_what_torch_quantile_refuses() -> None:
+    """More than 2^24 elements in one call, as the stacked MLP matrices have."""
+    x = torch.rand(2**18 + 1, 64, generator=torch.Generator().manual_seed(0))
+    found = tg.row_quantiles(x, [0.25])[0]
+    np.testing.assert_allclose(found[-3:].numpy(), np.quantile(x[-3:].double().numpy(), 0.25, axis=1), rtol=1e-5)
+
+
+def test_int8_clip_is_the_baselines_percentile() -> None:
+    """Equal to rounding with torch.quantile's clip, apart from ties that its float32 rank moves."""
+    W = matrices(2, 64, 512, seed=5)
+    codes, scale = tg.int8_clip(W, None, 0.0, 8)
+    expected, expected_scale = slow_round(W.numpy(), torch.quantile(W.abs(), 0.9999984, dim=-1).numpy(), 8)
+    assert (scale.numpy() == expected_scale).mean() > 0.98
+    same = scale.numpy() == expected_scale
+    assert np.array_equal(codes.numpy()[same], expected[same])
+    assert (scale <= tg.intn_row(W, None, 0.0, 8)[1]).all()  # never wider than the maximum
+
+
+def test_intn_row_puts_the_maximum_on_the_last_level() -> None:
+    """The largest |w| of a row becomes +-31, so the published extra level -32 is never taken."""
+    W = matrices(4, 200, 128, seed=6)
+    codes, scale = tg.intn_row(W, None, 0.0, 6)
+    assert np.array_equal(scale.numpy(), scale_of(W.abs().amax(-1).numpy(), 31))
+    largest = W.abs().argmax(-1, keepdim=True)
+    assert torch.equal(codes.gather(-1, largest), (31 * W.gather(-1, largest).sign()).to(torch.int8))
+
+
+def test_gptq_lite_takes_the_best_percentile_of_each_row() -> None:
+    """Equal to a loop over rows and percentiles; rows of one matrix choose differently."""
+    W = matrices(2, 40, 2048, seed=7, tails=3.0)
+    codes, scale = tg.gptq_lite(W, None, 0.0, 6)
+    chosen = set()
+    for n, row in np.ndindex(2, 40):
+        w = W[n, row].numpy()
+        tries = []
+        for percentile in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
+            q, s = slow_round(w[None], np.quantile(np.abs(w), percentile, keepdims=True).astype(np.float32), 6)
+            tries.append((float(np.mean((w - q[0] * s.astype(np.float32)) ** 2)), percentile, s[0]))
+        error, percentile, s = min(tries)
+        found = float((W[n, row] - codes[n, row] * scale[n, row].float()).square().mean())
+        assert found == pytest.approx(error, rel=1e-4)
+        assert abs(float(scale[n, row]) - float(s)) <= 2**-10 * float(s)
+        chosen.add(percentile)
+    assert len(chosen) >= 3
+    plain, plain_scale = tg.intn_row(W, None, 0.0, 6)
+    assert ((W - codes * scale.float()[..., None]) ** 2).sum() < (
+        (W - plain * plain_scale.float()[..., None]) ** 2
+    ).sum()
+
+
+def test_stacked_matrices_round_as_one_by_one() -> None:
+    """No scheme lets one layer of a stack influence another."""
+    W = matrices(3, 8, 96, seed=8)
+    for scheme in map(tg.QUANTIZERS.get, SIMPLE):
+        together = scheme(W, None, 0.0, 6)
+        for layer in range(3):
+            for whole, part in zip(together, scheme(W[layer : layer + 1], None, 0.0, 6)):
+                assert torch.equal(whole[layer], part[0])
+
+
+@pytest.mark.parametrize("frac", [0.0, 0.03, 0.25, 0.999])
+def test_prune_zeroes_what_lies_below_the_quantile_of_its_matrix(frac: float) -> None:
+    """Equal to NumPy's quantile, matrix by matrix; what stays is not changed; frac 0 is the identity."""
+    W = matrices(3, 16, 50, seed=9) * torch.tensor([1.0, 1e-3, 1e3])[:, None, None]
+    found = tg.prune(W, frac)
+    for before, after in zip(W.double().numpy(), found.numpy()):
+        below = np.abs(before) < np.quantile(np.abs(before), frac)
+        assert np.array_equal(after, np.where(below, 0, before).astype(np.float32))
+        assert below.sum() == np.ceil(frac * 799)
+    assert torch.equal(tg.prune(W[0], frac), found[0])
+    assert not tg.prune(torch.zeros(1, 4, 4), frac).any()
+
+
+@pytest.mark.parametrize("name", sorted(tg.QUANTIZERS))
+def test_no_step_is_smaller_than_the_floor(name: str) -> None:
+    """QUANT_SCALE_FLOOR raises the scales below it, in half precision, and codes are made with the raised ones."""
+    W = matrices(1, 60, 64, seed=10)
+    H = torch.eye(64)[None]
+    free, raised = (tg.QUANTIZERS[name](W, H, 12.0, 6, floor) for floor in (0.0, 1 / 127))
+    floor = np.float16(1 / 127)
+    low = free[1].numpy() < floor
+    assert 0.1 < low.mean() < 0.9
+    assert np.array_equal(raised[1].numpy(), np.maximum(free[1].numpy(), floor))
+    assert torch.equal(raised[0][~torch.from_numpy(low)], free[0][~torch.from_numpy(low)])
+    nearest = (W / raised[1].float()[..., None]).round().clamp(-31, 31)
+    assert torch.equal(raised[0].float(), nearest)  # with uncorrelated inputs GPTQ rounds to nearest, too
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Whole models
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def small_model(preset: str, **changes: object) -> tuple[tg.Config, dict[str, np.ndarray]]:
+    """A preset's settings at toy size, and the arrays of a random model."""
+    config = tg.load_config(preset_env(preset, **changes))[0]
+    arrays = {name: array.copy() for name, array in random_model(config, seed=1).arrays().items()}
+    for bank in tg.BANKS:  # rows whose sizes differ, on both sides of the smallest step
+        arrays[bank] *= np.random.default_rng(0).uniform(0.01, 2, (*arrays[bank].shape[:2], 1)).astype(np.float32)
+    return config, arrays
+
+
+def matrices_of(config: tg.Config, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The matrices of a model by their names in the artifact; banks hold q over o, k over v."""
+    L, named = config.num_layers, {}
+    for i in range(L):
+        named |= {f"blocks.{i}.attn.q": arrays["qo_bank"][i], f"blocks.{i}.attn.o": arrays["qo_bank"][L + i]}
+        named |= {f"blocks.{i}.attn.k": arrays["kv_bank"][i], f"blocks.{i}.attn.v": arrays["kv_bank"][L + i]}
+        named |= {f"blocks.{i}.mlp.up": arrays["mlp_up_bank"][i], f"blocks.{i}.mlp.down": arrays["mlp_down_bank"][i]}
+    embeddings = {name: arrays[name] for name in ("tok_emb.weight", "bigram_emb.weight") if name in arrays}
+    return named | embeddings
+
+
+def pruned(W: np.ndarray, frac: float) -> np.ndarray:
+    return np.where(np.abs(W) < np.quantile(np.abs(W.astype(np.float64)), frac), np.float32(0), W)
+
+
+def best_clip(W: np.ndarray, bits: int, floor: float) -> np.ndarray:
+    """The percentile of each row with the least squared error, by trying all."""
+    tries = []
+    for percentile in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
+        clip = np.quantile(np.abs(W), percentile, axis=1).astype(np.float32)
+        codes, scale = slow_round(W, np.maximum(clip, (2 ** (bits - 1) - 1) * floor), bits)
+        tries.append((((W - codes * scale.astype(np.float32)[:, None]) ** 2).mean(1), clip))
+    best = np.argmin([error for error, _ in tries], 0)
+    return np.stack([clip for _, clip in tries])[best, np.arange(len(W))]
+
+
+PUBLISHED = {  # scheme, bits of attention, MLP, embeddings, smallest step, pruned share, what stays half-precision
+    "baseline": ("int8_clip", 8, 8, 8, 1 / 127, 0.0, ()),
+    "pr489": ("int8_clip", 8, 8, 8, 1 / 127, 0.0, ()),
+    "fork5": ("gptq_lite", 6, 6, 8, 1 / 31, 0.05, ("blocks.10.attn.k",)),
+    "fork5_twin": ("gptq_lite", 6, 6, 8, 1 / 31, 0.0, ("blocks.10.attn.k",)),
+    "fork5_10l": ("intn_row", 6, 5, 8, 0.0, 0.03, ("blocks.9.attn.k", "tok_emb.weight")),
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_matrices_of_the_early_systems_are_rounded_as_published(preset: str) -> None:
+    """Each matrix, the bigram table too: pruned, then its scheme at its bits and floor, or fp16; nothing else is."""
+    scheme, attn, mlp, embed, floor, frac, halves = PUBLISHED[preset]
+    config, arrays = small_model(preset)
+    stored = tg.quantize(arrays, config, CPU)
+    clips = {
+        "int8_clip": lambda W, bits: np.quantile(np.abs(W), 0.9999984, axis=1).astype(np.float32),
+        "intn_row": lambda W, bits: np.abs(W).max(1),
+        "gptq_lite": lambda W, bits: best_clip(W, bits, floor),
+    }
+    raised = 0
+    for name, W in matrices_of(config, arrays).items():
+        W = pruned(W, frac)
+        assert (frac == 0) == (not (W == 0).any()), name
+        if name in halves:
+            assert np.array_equal(stored[name], W.astype(np.float16)) and name + ".codes" not in stored
+            continue
+        bits = attn if ".attn." in name else mlp if ".mlp." in name else embed
+        top = 2 ** (bits - 1) - 1
+        scale = np.maximum(scale_of(clips[scheme](W, bits), top), np.float16(floor))
+        codes = np.clip(np.round(W / scale.astype(np.float32)[:, None]), -top, top)
+        found = stored[name + ".scale"]
+        near = np.abs(found.astype(np.float64) - scale) <= 2**-10 * scale  # a quantile's rank differs by rounding
+        assert near.mean() > 0.95, name
+        exact = found == scale
+        assert exact.mean() > 0.6 and np.array_equal(stored[name + ".codes"][exact], codes[exact]), name
+        raised += int((scale == np.float16(floor)).sum())
+    assert (raised > 20) == (floor > 0)
+    codes = {name.removesuffix(".codes") for name in stored if name.endswith(".codes")}
+    assert codes == matrices_of(config, arrays).keys() - set(halves)
+
+
+def test_the_early_systems_restore_each_parameter_from_what_they_store() -> None:
+    """dequantize() gives back all names and shapes, near the weights; what is no matrix only loses to fp16 or int8."""
+    for preset in PUBLISHED:
+        config, arrays = small_model(preset, MAG_PRUNE_FRAC=0)
+        stored = tg.quantize(arrays, config, CPU)
+        assert stored.keys() == {entry.name for entry in tg.artifact_table(config)}
+        restored = tg.dequantize(stored, config)
+        assert restored.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert restored[name].shape == array.shape and restored[name].dtype == np.float32
+            if name in tg.BANKS or name.endswith("emb.weight"):
+                assert np.abs(restored[name] - array).max() < 0.2 * np.abs(array).max(), (preset, name)
+            else:
+                assert np.array_equal(restored[name], array.astype(np.float16).astype(np.float32)), (preset, name)
+
+
+@pytest.mark.parametrize(
+    "patterns, kept",
+    [
+        ("", []),
+        ("blocks.{last}.attn.k", ["blocks.3.attn.k"]),
+        ("blocks.1.attn.k", ["blocks.1.attn.k"]),
+        ("tok_emb, blocks.{last}.mlp", ["blocks.3.mlp.down", "blocks.3.mlp.up", "tok_emb.weight"]),
+        ("attn.v,,", [f"blocks.{i}.attn.v" for i in range(4)]),
+        ("blocks.4.", []),
+    ],
+)
+def test_matrices_named_by_patterns_stay_in_half_precision(patterns: str, kept: list[str]) -> None:
+    """Substrings of the names, {last} being the last layer's number; the others keep codes and scales."""
+    config = toy_config(QUANT_SCHEME="intn_row", FP16_KEEP_NAME_PATTERNS=patterns)
+    arrays = {name: array.copy() for name, array in random_model(config).arrays().items()}
+    stored, W = tg.quantize(arrays, config, CPU), matrices_of(config, arrays)
+    assert sorted(name for name in W if name in stored) == kept
+    for name in W:
+        assert (name + ".codes" in stored) == (name + ".scale" in stored) == (name not in kept)
+        assert name not in kept or np.array_equal(stored[name], W[name].astype(np.float16))
+    assert {entry.name for entry in tg.artifact_table(config)} == stored.keys()
+    restored = matrices_of(config, tg.dequantize(stored, config))
+    for name in kept:
+        assert np.array_equal(restored[name], W[name].astype(np.float16).astype(np.float32))
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_attention_gates_are_int8_rows_or_half_precision(rows: int) -> None:
+    """GATED_ATTN_QUANT_GATE: the largest weight of a row is code +-127 of max / 127; without it fp16."""
+    config = toy_config(QUANT_SCHEME="intn_row", GATED_ATTN_QUANT_GATE=rows)
+    arrays = {name: array.copy() for name, array in random_model(config).arrays().items()}
+    stored = tg.quantize(arrays, config, CPU)
+    for i in range(4):
+        name, W = f"blocks.{i}.attn_gate_w", arrays[f"blocks.{i}.attn_gate_w"]
+        if rows:
+            scale = (np.abs(W).max(1) / np.float32(127)).astype(np.float16)
+            assert np.array_equal(stored[name + ".scale"], scale) and name not in stored
+            assert np.array_equal(
+                stored[name + ".codes"], np.round(W / scale.astype(np.float32)[:, None]).clip(-127, 127)
+            )
+        else:
+            assert np.array_equal(stored[name], W.astype(np.float16)) and name + ".codes" not in stored
+    assert stored.keys() == {entry.name for entry in tg.artifact_table(config)}
