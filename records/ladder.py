@@ -54,6 +54,8 @@ DATA_VARIANTS = ("sp1024", "sp8192", "caseops")  # rows of variants.VARIANTS; ea
 DATA_FILE, RUN_FILE, RESULT_FILE = "ladder.json", "run.json", "result.json"
 DOCUMENTS_FILE = "documents.jsonl"
 NOTHING = "\u2013"  # in a cell of a table
+SPEEDS_FILE = "speeds.json"
+BUDGETS = {"seconds": "s by the clock", "processor_seconds": "s of processor time, as steps", "steps": "steps"}
 PILOT_RESERVE_S = 60.0  # for the calibration of a pilot, whose length is not known yet
 KEPT_ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES")
 
@@ -335,6 +337,8 @@ def run(options: argparse.Namespace, command: Sequence[str] = ()) -> list[Outcom
     """Runs every preset with every seed, `--jobs` at a time; a failure is an outcome like any other.
 
     Where the schedule runs by the clock, one short pilot per preset measures its speed first, under the same load.
+    With --processor-seconds the number of steps is fixed instead, by the processor time of a few steps here: results
+    then do not depend on what else the machine does.
     `command` replaces the script in tests. Raises LadderError for unknown presets or data.
     """
     data = read_json(options.data / DATA_FILE, "make it with `ladder.py prepare`")
@@ -343,6 +347,12 @@ def run(options: argparse.Namespace, command: Sequence[str] = ()) -> list[Outcom
     script = kept_script(options.out)
     command, common = command or [sys.executable, str(script)], circumstances(options, data, script)
     failed = []
+    if options.processor_seconds:
+        speeds = step_seconds(configs, scales, options)
+        scales = {
+            name: by_steps(config, data, round(options.processor_seconds / speeds[name]))
+            for name, config in configs.items()
+        }
     if options.seconds:
         pilots = [make_job(configs[name], pilot_scale(scales[name], options), None, common, options) for name in scales]
         outcomes = run_all(pilots, options, command)
@@ -362,6 +372,31 @@ def kept_script(out: Path) -> Path:
     elif copy.read_bytes() != source.read_bytes():
         print(f"{copy}: kept from the first start; {source} has changed since and is not used")
     return copy
+
+
+def step_seconds(
+    configs: dict[str, tg.Config], scales: dict[str, Scale], options: argparse.Namespace
+) -> dict[str, float]:
+    """Processor seconds per training step of each preset, over a run; kept in the folder, so that runs can continue."""
+    path = options.out / SPEEDS_FILE
+    known = read_json(path, "delete it") if path.exists() else {}
+    for name in configs.keys() - known.keys():
+        folder = options.data / variant_of(configs[name])
+        places = {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(folder / export.TOKENIZER_FILE)}
+        config = tg.load_config({"PRESET": name} | scaled(configs[name], scales[name]) | places)[0]
+        trainer, times = tg.Trainer(config, tg.Run(), tg.Log(None)), {}
+        for looping in (False, True):
+            spent = []
+            for number in range(6):
+                rows, start = trainer.step_rows(number), time.process_time()
+                trainer.update(rows, looping, 1.0, 0.9)
+                spent.append(time.process_time() - start)
+            times[looping] = statistics.median(spent[1:])
+        share = config.enable_looping_at if config.num_loops else 1.0
+        known[name] = share * times[False] + (1 - share) * times[True]
+        print(f"{name}: {known[name]:.3f} processor seconds per step", flush=True)
+        shards.write_json(path, known)
+    return known
 
 
 def load_preset(name: str) -> tg.Config:
@@ -420,7 +455,7 @@ def make_job(
 def circumstances(options: argparse.Namespace, data: dict[str, Any], script: Path) -> dict[str, Any]:
     """What all runs of one start have in common."""
     return {
-        "budget": {"steps": options.steps} if options.steps else {"seconds": options.seconds},
+        "budget": {kind: value for kind in BUDGETS if (value := getattr(options, kind))},
         "data": data,
         "threads": options.threads,
         "jobs": options.jobs,
@@ -589,7 +624,7 @@ def read_runs(folder: Path) -> tuple[list[Finished], list[str]]:
         if about["seed"] is None:  # a pilot
             continue
         result = read_json(result_path, "delete the folder") if result_path.exists() else {}
-        if "val_bpb" in result and "processor_share" in about:
+        if "val_bpb" in result:
             runs.append(Finished(about, result))
         else:
             unfinished.append(path.parent.name)
@@ -682,17 +717,19 @@ def facts(runs: list[Finished], unfinished: list[str]) -> list[str]:
     about, budget = runs[0].about, runs[0].about["budget"]
     machines = various("{cpu}, {cores} cores, {system}".format(**run.about["machine"]) for run in runs)
     versions = various("Python {python}, numpy {numpy}".format(**run.about["machine"]) for run in runs)
-    shares = [run.about["processor_share"] for run in runs]
-    given = f"{budget['seconds']:g} s of training" if "seconds" in budget else f"{budget['steps']} steps"
+    shares = [run.about.get("processor_share", math.nan) for run in runs]
+    given = ", ".join(f"{value:g} {BUDGETS[kind]}" for kind, value in budget.items())
     lines = [
-        f"* budget: {given} for each run, {about['threads']} thread(s), {about['jobs']} run(s) side by side",
+        f"* budget: {given}, for the training of each run, {about['threads']} thread(s), {about['jobs']} run(s) side by side",
         f"* training text: {text_of(about['data']['train'])}",
         f"* validation text: {text_of(about['data']['val'])}; the same bytes with every tokenizer",
         f"* machine: {machines}; used as {various(run.result['hardware'] for run in runs)}",
-        f"* share of the time in which a run's threads had a processor: {min(shares):.2f} to {max(shares):.2f}",
         f"* versions: {versions}, PyTorch {various(run.result['torch'] for run in runs)}",
         f"* train_gpt.py: sha256 {various(run.about['script_sha256'][:16] for run in runs)}",
     ]
+    if not math.isnan(sum(shares)):
+        had = f"{min(shares):.2f} to {max(shares):.2f}"
+        lines.append(f"* share of the time in which a run's threads had a processor: {had}")
     return [INTRODUCTION, *lines, *([f"* not finished: {', '.join(unfinished)}"] if unfinished else [])]
 
 
@@ -774,6 +811,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     runs.add_argument("--seeds", type=numbers, default=[1, 2, 3], help="comma list (default 1,2,3)")
     budget = runs.add_mutually_exclusive_group(required=True)
     budget.add_argument("--seconds", type=float, default=0, help="training budget of a run by the clock")
+    budget.add_argument("--processor-seconds", type=float, default=0, help="the same as steps that take so long")
     budget.add_argument("--steps", type=int, default=0, help="the same in optimizer steps")
     runs.add_argument("--jobs", type=int, default=2, help="runs side by side (default 2)")
     runs.add_argument("--threads", type=int, default=1, help="threads of each run (default 1)")
@@ -784,7 +822,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     tables.add_argument("--picture", type=Path, required=True, help="PNG file to write")
     options = parser.parse_args(arguments)
     for name, value in vars(options).items():
-        unused = value == 0 and name in ("seconds", "steps")  # one of the two is given
+        unused = value == 0 and name in BUDGETS  # one of them is given
         if isinstance(value, int | float) and not (value > 0 or unused):
             parser.error(f"--{name.replace('_', '-')} {value}: must be a positive number")
     return options
