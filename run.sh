@@ -37,15 +37,15 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 if ! cmp -s requirements.txt "$venv/installed-requirements.txt"; then
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    # PyTorch for CUDA brings the Triton that fits it; the CPU build brings none, and the kernels are tested there too.
+    if [ "$(uname -s)" = Linux ] && ! "$venv/bin/python" -c 'import triton' 2> /dev/null; then
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check triton==3.6.0
+    fi
     cp requirements.txt "$venv/installed-requirements.txt"
 fi
 python="$venv/bin/python"
 
 if [ "${1:-}" = test ]; then
-    # PyTorch for CUDA brings the Triton that fits it; the CPU build brings none, and the kernels are tested there too.
-    if [ "$(uname -s)" = Linux ] && ! "$python" -c 'import triton' 2> /dev/null; then
-        "$python" -m pip install --quiet --disable-pip-version-check triton==3.6.0
-    fi
     shift
     exec "$python" -m pytest tests -m "not slow" "$@"
 fi

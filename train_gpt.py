@@ -487,19 +487,21 @@ def load_config(env: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
 
 def turn_switches(env: Mapping[str, str], values: dict[str, Any], given: dict[str, str], origins: dict) -> None:
     """Applies the published on/off names in `env` to `values`; a contradiction raises UserError."""
+    denied: dict[tuple, str] = {}
     for key in sorted(SWITCHES.keys() & env.keys(), key=lambda key: (env[key], key)):  # 0 comes first
         field, on, off, amount = SWITCHES[key]
         need(env[key].strip() in ("0", "1"), f"{key}={env[key]}: not 0 or 1; for example {key}=1")
         wanted, current = env[key].strip() == "1", values.get(field, FIELDS[field].default)
         fits = (current != off if amount else current == on) == wanted
-        need(
-            fits or field not in given,
-            f"{key}={env[key]}: {given.get(field)}={env.get(given.get(field, ''))} says otherwise; unset one",
-        )
+        other = denied.get((field, on)) if wanted else None
+        other = other or (given.get(field) if not fits else None)
+        need(not other, f"{key}={env[key]}: {other}={env.get(other or '')} says otherwise; unset one")
         if not fits:
             values[field], origins[field] = on if wanted else off, f"environment, as {key}"
         if wanted:
             given[field] = key
+        else:
+            denied[field, on] = key
 
 
 def parse_value(key: str, text: str, name: str = "") -> Any:
@@ -3706,7 +3708,8 @@ def load_artifact(path: Path, config: Config) -> dict[str, np.ndarray]:
 
 def corrected_names(names: Any, config: Config) -> list[str]:
     """The corrected matrices that an artifact names. Raises ValueError unless they are distinct matrices of it."""
-    known = {entry.name.removesuffix(".codes") for entry in artifact_table(config) if entry.stream != "gates"}
+    codes = [entry for entry in artifact_table(config) if entry.dtype == "i1" and entry.stream != "gates"]
+    known = {entry.name.removesuffix(".codes") for entry in codes}
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("no list of corrected matrices")
     if not known.issuperset(names) or len(set(names)) != len(names) or (names and not config.lqer_rank):

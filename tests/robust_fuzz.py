@@ -7,6 +7,7 @@ for are crashes, hangs and memory that grows with what a small file claims.
 import collections
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import json
 import math
@@ -35,6 +36,13 @@ ODD_VALUES = [
     *ODD_NUMBERS, *(-number for number in ODD_NUMBERS), 0.5, -0.0, 1e308, 5e-324, math.nan, math.inf, -math.inf,
     True, False, None, "", "x", "1", "<f4", "|O", "\ud800", "\n" * 3, "y" * 10_000, [], [[]], {}, [None], {"a": {}},
 ]  # fmt: skip
+
+
+LAYOUTS = [  # of an artifact, beside the default one
+    dict(compressor="pergroup", lqer_rank=2, lqer_top_k=3, lqer_asym_group=8),
+    dict(fp16_keep_name_patterns="blocks.{last}.attn.k,tok_emb", gated_attn_quant_gate=False),
+    dict(compressor="rans"),
+]
 
 
 class Hang(BaseException):
@@ -239,7 +247,15 @@ class Subjects:
         self.validation = tg.load_validation(self.config)
         self.model = tg.GPT(self.config, self.run)
         self.good = {path.name: path.read_bytes() for path in self.folder.iterdir()}
+        self.artifacts = [(self.config, self.good["artifact.bin"]), *map(self.other_artifact, LAYOUTS)]
         self.streams = bombs()
+
+    def other_artifact(self, changes: dict[str, Any]) -> tuple[tg.Config, bytes]:
+        """The same weights in a file of another layout."""
+        config, path = dataclasses.replace(self.config, **changes), self.root / "other.bin"
+        arrays = tg.load_arrays(self.folder / "trained.bin")[1]
+        tg.save_artifact(path, tg.quantize(arrays, config, self.run.device), config)
+        return config, path.read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
         (self.folder / name).write_bytes(data)
@@ -269,14 +285,17 @@ class Subjects:
         return attempt
 
     def artifact(self, dice: random.Random) -> Callable[[], Any]:
-        data = self.good["artifact.bin"]
-        data = self.other_codes(data, dice) if dice.random() < 0.3 else mutated_container(data, dice, self.streams)
+        config, data = dice.choice(self.artifacts)
+        if open_container(data)[0]["meta"]["codec"] == "brotli" and dice.random() < 0.3:
+            data = self.other_codes(data, dice)
+        else:
+            data = mutated_container(data, dice, self.streams)
 
         def attempt() -> None:
             self.write("artifact.bin", data)
-            self.model.load(tg.load_artifact(self.folder / "artifact.bin", self.config))
+            self.model.load(tg.load_artifact(self.folder / "artifact.bin", config))
             if dice.random() < 0.1:
-                tg.evaluate_stage(self.config, self.run, QUIET)
+                tg.evaluate_stage(config, self.run, QUIET)
 
         return attempt
 
@@ -360,7 +379,7 @@ class Subjects:
         """Any value for any setting; what is accepted must be a model that can be described."""
         env = dict(self.data.env()) if dice.random() < 0.6 else {"PRESET": dice.choice([*tg.PRESETS, "x", ""])}
         for _ in range(dice.choice([1, 1, 2, 3, 6])):
-            name = dice.choice([*tg.FIELDS, *map(str.lower, tg.RETIRED)]).upper()
+            name = dice.choice([*tg.FIELDS, *tg.RETIRED, *tg.SWITCHES, *tg.ALIASES, *tg.AMBIGUOUS]).upper()
             if dice.random() < 0.05:
                 name = name[:-1] + dice.choice("XYZ_")
             env[name] = self.odd_text(dice)
@@ -373,7 +392,8 @@ class Subjects:
             assert sum(p.numel() for p in model.parameters()) < 1.1e9
             assert config.rows_per_step >= 1 and config.mlp_dim >= 1 and config.head_dim >= 1
             [tg.run_dir(config), config.dataset_dir, config.tokenizer_file, config.stage_list, config.train_seconds]
-            [tg.lr_multiplier(p, config) + tg.muon_momentum(3, config) for p in (0.0, 0.5, 1.0)]
+            assert math.isfinite(config.rotary_base) and config.rotary_base > 0
+            [tg.lr_multiplier(p, 3, config) + tg.muon_momentum(3, config) for p in (0.0, 0.5, 1.0)]
 
         return attempt
 
@@ -382,10 +402,15 @@ class Subjects:
         env = self.data.env(RUNS_DIR=self.root / "whole", RUN_ID=str(dice.randrange(10**9)), ITERATIONS=2)
         env |= dict(TTT_EVAL_SEQ_LEN="16", GPTQ_CALIBRATION_BATCHES="2")
         for _ in range(dice.randrange(1, 7)):
-            name = dice.choice([name for name, field in tg.FIELDS.items() if field.type is not str])
+            slow = ("compile", "attn_backend", "kernels")
+            choices = {name: field.metadata["choices"] for name, field in tg.FIELDS.items()}
+            names = [name for name, field in tg.FIELDS.items() if field.type is not str or choices[name]]
+            name = dice.choice([name for name in names if name not in slow])
             field = tg.FIELDS[name]
-            if field.type is bool:
-                value: Any = dice.randrange(2)
+            if choices[name]:
+                value: Any = dice.choice(choices[name])
+            elif field.type is bool:
+                value = dice.randrange(2)
             elif field.type is int:
                 value = dice.choice([0, 1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 32, 33, 64, 65, 128, 1000])
             else:
