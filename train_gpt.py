@@ -2859,11 +2859,21 @@ ALIKE = ((1, 4), (4, 5))  # least cosine^2 of kinds 2 and 3
 FIRST_BLOCK, BLOCK_SHARE = 64, 8  # contexts and histograms are renewed when an eighth more codes are known
 
 
-class Histograms(NamedTuple):
+class Histograms:
     """Frequencies of one block of codes, by context: (contexts, symbols) int64, each row summing to 2^RANS_BITS."""
 
-    freq: np.ndarray
-    start: np.ndarray  # sum of the frequencies before
+    def __init__(self, freq: np.ndarray) -> None:
+        self.freq, self.start = freq, freq.cumsum(1) - freq
+
+    @functools.cached_property
+    def slots(self) -> np.ndarray:
+        """The symbol of a state, by context << RANS_BITS | state mod 2^RANS_BITS; only a reader needs it."""
+        contexts, symbols = self.freq.shape
+        return np.repeat(np.tile(np.arange(symbols, dtype=np.uint8), contexts), self.freq.ravel())
+
+    @functools.cached_property
+    def pairs(self) -> np.ndarray:
+        return (self.freq << 16 | self.start).ravel().astype(np.uint64)
 
 
 class Column(NamedTuple):
@@ -2883,7 +2893,7 @@ class RansWriter:
 
     def code(self, symbols: np.ndarray, rows: np.ndarray, histograms: Histograms) -> np.ndarray:
         index = rows * histograms.freq.shape[1] + symbols
-        self.runs.append(tuple(table.astype(np.uint16).ravel()[index] for table in histograms))
+        self.runs.append(tuple(table.astype(np.uint16).ravel()[index] for table in (histograms.freq, histograms.start)))
         return symbols
 
     def finish(self, states: int) -> bytes:
@@ -2905,23 +2915,18 @@ class RansReader:
         # frombuffer raises ValueError for too few bytes; a state out of range does no harm and ends in a wrong one.
         self.x = np.frombuffer(data, "<u4", states).astype(np.uint64)
         self.words, self.used = np.frombuffer(data, "<u2", offset=4 * states).astype(np.uint64), 0
-        self.histograms: Histograms | None = None
 
     def code(self, symbols: np.ndarray, rows: np.ndarray, histograms: Histograms) -> np.ndarray:
         """The next len(rows) symbols, by the histograms of these rows; only the length of `symbols` matters."""
-        contexts, count = histograms.freq.shape
-        if histograms is not self.histograms:
-            self.histograms, freq = histograms, histograms.freq.ravel()
-            self.slots = np.repeat(np.tile(np.arange(count, dtype=np.uint8), contexts), freq)
-            self.pairs = (freq << 16 | histograms.start.ravel()).astype(np.uint64)
-        symbols, first_slot, first_pair = np.empty(len(rows), np.uint8), rows << RANS_BITS, rows * count
+        slots, pairs, symbols = histograms.slots, histograms.pairs, np.empty(len(rows), np.uint8)
+        first_slot, first_pair = rows << RANS_BITS, rows * histograms.freq.shape[1]
         mask, half, bits, sixteen = map(np.uint64, ((1 << RANS_BITS) - 1, 0xFFFF, RANS_BITS, 16))
         for begin in range(0, len(rows), len(self.x)):
             step = slice(begin, begin + len(self.x))  # the i-th code of a step belongs to state i
             s = self.x[: len(rows) - begin]
             slot = s & mask
-            symbols[step] = symbol = self.slots.take(first_slot[step] + slot.view(np.int64))
-            pair = self.pairs.take(first_pair[step] + symbol)
+            symbols[step] = symbol = slots.take(first_slot[step] + slot.view(np.int64))
+            pair = pairs.take(first_pair[step] + symbol)
             s >>= bits
             s *= pair >> sixteen
             s += slot - (pair & half)
@@ -2938,13 +2943,17 @@ class RansReader:
             raise ValueError("codes and data do not end together")
 
 
+@functools.cache
+def flat_histogram(bits: int) -> Histograms:
+    return Histograms(np.full((1, 1 << bits), (1 << RANS_BITS) >> bits))
+
+
 def code_numbers(coder: RansWriter | RansReader, numbers: np.ndarray, bits: int) -> np.ndarray:
     """Codes plain numbers below 2^bits."""
     total = np.zeros(len(numbers), np.int64)
     for shift in range(0, bits, 7):
-        freq = np.full((1, 1 << min(7, bits - shift)), (1 << RANS_BITS) >> min(7, bits - shift))
-        digits = coder.code(numbers >> shift & freq.size - 1, 0 * total, Histograms(freq, freq.cumsum(1) - freq))
-        total += digits.astype(np.int64) << shift
+        flat = flat_histogram(min(7, bits - shift))
+        total += coder.code(numbers >> shift & flat.freq.size - 1, 0 * total, flat).astype(np.int64) << shift
     return total
 
 
@@ -2981,10 +2990,12 @@ def histograms_of(counts: np.ndarray, contexts: np.ndarray) -> Histograms:
     weights = (weights << 8) + (symbols * smooth << 10) // smooth.sum()
     freq = 1 + weights * (total - symbols) // weights.sum(1, keepdims=True)
     freq[np.arange(len(freq)), freq.argmax(1)] += total - freq.sum(1)
-    return Histograms(freq, freq.cumsum(1) - freq)
+    return Histograms(freq)
 
 
-def code_group(coder: RansWriter | RansReader, counts: np.ndarray, grid: np.ndarray, column: Column) -> None:
+def code_group(
+    coder: RansWriter | RansReader, counts: np.ndarray, grid: np.ndarray, column: Column, largest: int
+) -> None:
     """Codes `grid` (rows, cols) int16 along its rows, block by block; a reader fills it in. Updates `counts`."""
     (cols, top), values = (grid.shape[1], counts.shape[1] // 2), grid.reshape(-1)
     sizes, sums, known = *np.zeros((2, cols), np.int64), 0
@@ -3009,8 +3020,16 @@ def code_group(coder: RansWriter | RansReader, counts: np.ndarray, grid: np.ndar
                 prediction = grid[column.references[a // cols]]
             rows = spread(np.searchsorted(used, context_of(kind, scale, prediction)), a, b)
             sign = spread(np.where(prediction < 0, -1, 1).astype(np.int16), a, b)
-            symbols = coder.code(sign * values[a:b] + top, rows, histograms)
-            values[a:b] = sign * (symbols.astype(np.int16) - top)
+            given = sign * values[a:b]
+            symbols = coder.code(given.clip(-top, top) + top, rows, histograms)
+            codes = symbols.astype(np.int16) - top
+            if top < largest:  # the outermost symbols stand for all codes from there on; how far follows
+                outer = np.flatnonzero(np.abs(codes) == top)
+                beyond = code_numbers(coder, np.abs(given[outer]) - top, 7)
+                if (beyond > largest - top).any():
+                    raise ValueError("a code is out of range")
+                codes[outer] += np.sign(codes[outer]) * beyond.astype(np.int16)
+            values[a:b] = sign * codes
             done.append(rows * (2 * top + 1) + symbols)
         counts[used] += np.bincount(np.concatenate(done), minlength=counts[used].size).reshape(len(used), -1)
         begin = end
@@ -3047,7 +3066,12 @@ def fit_column(grid: np.ndarray, search: bool) -> Column:
 
 def code_stream(coder: RansWriter | RansReader, matrices: list[np.ndarray]) -> None:
     """Codes matrices in place, those of equal shape side by side; a reader fills them in."""
-    top = int(code_numbers(coder, np.array([max(int(np.abs(m).max()) for m in matrices)]), 7)[0])
+    tail = sum(np.bincount(np.abs(m).ravel(), minlength=128) for m in matrices)[::-1].cumsum()[::-1]
+    largest = int((tail > 0).sum()) - 1
+    # A symbol more takes 2^-RANS_BITS of every code; codes beyond the last take 7 bits more.
+    cost = (7 * tail << RANS_BITS) * (np.arange(128) < largest) + 3 * int(tail[0]) * np.arange(128)
+    top = int(cost[1 : largest + 1].argmin()) + 1 if largest else 0
+    top, largest = code_numbers(coder, np.array([top, largest]), 7).tolist()
     counts = np.zeros((KINDS * SCALES * PREDICTIONS, 2 * top + 1), np.int64)
     for shape in dict.fromkeys(m.shape for m in matrices):
         members = [m for m in matrices if m.shape == shape]
@@ -3056,7 +3080,7 @@ def code_stream(coder: RansWriter | RansReader, matrices: list[np.ndarray]) -> N
         # in its stream; in the other matrices they do not.
         blank = Column(1, 1, *np.zeros((2, len(grid)), np.int64))  # a reader learns its length only
         column = fit_column(grid, search=len(members) == 1) if isinstance(coder, RansWriter) else blank
-        code_group(coder, counts, grid, code_column(coder, column))
+        code_group(coder, counts, grid, code_column(coder, column), largest)
         for member, part in zip(members, np.split(grid, len(members), 1)):
             member[:] = part
 

@@ -290,13 +290,28 @@ def test_odd_headers_are_refused(key: str, value: Any, tmp_path: Path) -> None:
 
 
 def test_corrections_are_refused_where_there_are_none(tmp_path: Path) -> None:
-    """LQER_RANK=0: a list of corrected matrices in the header must be empty; with a rank its streams must be there."""
+    """LQER_RANK=0: a list of corrected matrices in the header must be empty, even if all streams fit it; with a rank
+    their streams must be there; and no matrix is named twice."""
+    names = ["tok_emb.weight"]
     for rank in (0, 2):
-        config, _, path = saved(tmp_path, LQER_RANK=rank, LQER_TOP_K=0)
+        config, stored, path = saved(tmp_path, LQER_RANK=rank, LQER_TOP_K=0)
         meta, blobs = tg.read_container(path)
-        tg.write_container(path, meta | {"corrected": ["tok_emb.weight"]}, blobs)
+        tg.write_container(path, meta | {"corrected": names}, blobs)
         with pytest.raises(tg.UserError, match="damaged"):
             tg.load_artifact(path, config)
+    config, stored, path = saved(tmp_path, LQER_RANK=0)
+    table = tg.artifact_table(config, names)
+    empty = {entry.name: np.zeros(entry.shape, entry.dtype) for entry in table if entry.name not in stored}
+    streams = tg.stream_bytes(stored | empty, table).values()
+    meta = tg.read_container(path)[0] | {"corrected": names, "codec": "zlib"}
+    tg.write_container(path, meta, [tg.CODECS["zlib"][0](data) for data in streams])
+    with pytest.raises(tg.UserError, match="corrected matrices"):
+        tg.load_artifact(path, config)
+    config, _, path = saved(tmp_path, LQER_RANK=2, LQER_TOP_K=1)
+    meta, blobs = tg.read_container(path)
+    tg.write_container(path, meta | {"corrected": meta["corrected"] * 2}, blobs)
+    with pytest.raises(tg.UserError, match="corrected matrices"):
+        tg.load_artifact(path, config)
 
 
 def test_random_changes_of_the_header_never_crash(tmp_path: Path) -> None:
