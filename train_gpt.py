@@ -3443,7 +3443,8 @@ def quantize(arrays: Mapping[str, np.ndarray], config: Config, device: torch.dev
             residuals[name] = weight - codes * scale.float().unsqueeze(-1)
 
     for names, parts, hessian, role in weight_groups(arrays, config, device):
-        parts = [prune(part, config.mag_prune_frac) for part in parts]
+        if config.mag_prune_frac:
+            parts = [prune(part, config.mag_prune_frac) for part in parts]
         scheme = config.quant_scheme if hessian is not None or config.quant_scheme != "gptq" else "gptq_lite"
         codes, scale = QUANTIZERS[scheme](
             torch.cat(parts, 1), hessian, *precision(role, config), config.quant_scale_floor

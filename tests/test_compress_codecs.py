@@ -199,7 +199,7 @@ def saved(folder: Path, **changes: Any) -> tuple[tg.Config, dict[str, np.ndarray
 
 @pytest.mark.parametrize("compressor", ["brotli", "rans", "lzma", "zlib", "zstd", "pergroup"])
 def test_artifacts_of_every_compressor_give_back_the_same_weights(compressor: str, tmp_path: Path) -> None:
-    """The codec travels in the header; sorted rows, corrections and half-precision matrices come back in their place."""
+    """The codec travels in the header; sorted rows, corrections and fp16 matrices come back in their place."""
     changes = dict(LQER_RANK=2, LQER_TOP_K=2, FP16_KEEP_NAME_PATTERNS="blocks.{last}.attn.k", BIGRAM_VOCAB_SIZE=9)
     config, stored, path = saved(tmp_path, COMPRESSOR=compressor, **changes)
     expected, loaded = tg.dequantize(stored, config), tg.load_artifact(path, config)

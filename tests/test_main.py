@@ -192,7 +192,7 @@ def test_quantising_with_other_training_settings_is_refused(finished: Finished, 
         tg.main(config, RUN)
 
 
-SUBMITTED = {  # how the presets end; the others with test-time training per document
+SUBMITTED = {  # the last score of the presets without test-time training
     "baseline": "quantized",
     "fork5_10l": "sliding",
 }
@@ -209,10 +209,8 @@ def test_every_preset_trains_packs_reloads_and_scores_at_toy_size(
     config = tg.load_config(env)[0]
     result = tg.main(config, RUN)
     assert result["valid"] and result["preset"] == preset
-    assert (
-        result["submitted"] == SUBMITTED.get(preset, "ttt")
-        and result["val_bpb"] == result[f"{result['submitted']}_val_bpb"]
-    )
+    kind = SUBMITTED.get(preset, "ttt")
+    assert result["submitted"] == kind and result["val_bpb"] == result[f"{kind}_val_bpb"]
     assert result["scored_tokens"] == result["val_targets"] == len(toy_data.val_tokens) - 1
     assert result["most_times_scored"] == 1 and result["scored_bytes"] == result["val_bytes"]
     assert (result["learned_targets"] > 500) == config.ttt_enabled and result["learned_before_score"] == 0
@@ -296,7 +294,14 @@ def test_validity_judges_each_rule_and_only_what_it_can() -> None:
     timed, untimed = (tg.load_config({"MAX_WALLCLOCK_SECONDS": s})[0] for s in ("600", "0"))
     fine = dict(total_bytes=16_000_000, train_seconds=600.0, eval_seconds=600.0, scored_tokens=9, val_targets=9)
     fine |= dict(
-        most_times_scored=1, scored_bytes=30, val_bytes=30, val_documents=2, hardware="1xCPU", torch="x", seed=1
+        most_times_scored=1,
+        scored_bytes=30,
+        val_bytes=30,
+        val_documents=2,
+        hardware="1xCPU",
+        torch="x",
+        seed=1,
+        learned_before_score=0,
     )
     broken = lambda result, config: {row["rule"] for row in tg.validity(result, config) if row["ok"] is False}
     assert broken(fine, timed) == set() == broken({"torch": "x", "seed": 1}, timed)
@@ -307,6 +312,7 @@ def test_validity_judges_each_rule_and_only_what_it_can() -> None:
         (dict(scored_tokens=8), {"scored_targets", "single_pass"}),
         (dict(most_times_scored=2), {"scored_targets", "single_pass"}),
         (dict(scored_bytes=29), {"scored_bytes"}),
+        (dict(learned_before_score=1), {"score_before_update"}),
         (dict(val_documents=50_000), {"scored_bytes"}),  # the challenge's documents have far more bytes
     ):
         assert rules <= broken(fine | change, timed), change
