@@ -199,7 +199,7 @@ class Config:
     quant_scheme: str = setting("gptq", choices=("gptq", "gptq_lite", "intn_row", "int8_clip"))  # see QUANTIZERS
     matrix_bits: int = setting(6, 2, 8)
     mlp_bits: int = setting(0, 0, 8)  # of the MLP matrices; 0: matrix_bits
-    quant_scale_floor: float = setting(0.0, 0, 1)  # smallest step of a row; coarser than needed, it saves bytes
+    quant_scale_floor: float = setting(0.0, 0, 1)  # smallest step of MATRIX_BITS codes; it saves bytes
     embed_bits: int = setting(7, 2, 8)
     attn_clip_sigmas: float = setting(13.0, 1)  # row scale = clip * std(row) / (2^(bits-1) - 1)
     mlp_clip_sigmas: float = setting(12.0, 1)
@@ -2280,7 +2280,9 @@ def lr_multiplier(progress: float, step: int, config: Config) -> float:
     With the defaults: 1 until progress 0.25, 0.5 at 0.625, 0.10 from 0.925 on. WARMDOWN_ITERS is that fraction in
     steps: of as many as there will be in all at the speed so far, step / progress.
     """
-    frac = config.warmdown_iters * progress / step if config.warmdown_iters and step else config.warmdown_frac
+    expected = math.inf if config.max_wallclock_seconds else config.iterations  # before a clock has shown the speed
+    total = step / progress if step and progress else expected
+    frac = config.warmdown_iters / total if config.warmdown_iters else config.warmdown_frac
     if progress < 1 - frac or not frac:
         return 1.0
     return max((1 - progress) / frac, config.min_lr)
@@ -3343,15 +3345,20 @@ class Precision(NamedTuple):
 
     clip_sigmas: float
     bits: int
+    floor: float  # smallest step
 
 
 def precision(role: str, config: Config) -> Precision:
-    """Clip and bits of a role: attn, mlp or embed."""
-    return {
-        "attn": Precision(config.attn_clip_sigmas, config.matrix_bits),
-        "mlp": Precision(config.mlp_clip_sigmas, config.mlp_bits or config.matrix_bits),
-        "embed": Precision(config.embed_clip_sigmas, config.embed_bits),
+    """Clip, bits and smallest step of a role: attn, mlp or embed.
+
+    What QUANT_SCALE_FLOOR limits is the clip (to 1 in the published quantisers), so finer codes have a smaller one.
+    """
+    clip, bits = {
+        "attn": (config.attn_clip_sigmas, config.matrix_bits),
+        "mlp": (config.mlp_clip_sigmas, config.mlp_bits or config.matrix_bits),
+        "embed": (config.embed_clip_sigmas, config.embed_bits),
     }[role]
+    return Precision(clip, bits, config.quant_scale_floor * (2 ** (config.matrix_bits - 1) - 1) / (2 ** (bits - 1) - 1))
 
 
 def stays_half(name: str, config: Config) -> bool:
@@ -3446,9 +3453,7 @@ def quantize(arrays: Mapping[str, np.ndarray], config: Config, device: torch.dev
         if config.mag_prune_frac:
             parts = [prune(part, config.mag_prune_frac) for part in parts]
         scheme = config.quant_scheme if hessian is not None or config.quant_scheme != "gptq" else "gptq_lite"
-        codes, scale = QUANTIZERS[scheme](
-            torch.cat(parts, 1), hessian, *precision(role, config), config.quant_scale_floor
-        )
+        codes, scale = QUANTIZERS[scheme](torch.cat(parts, 1), hessian, *precision(role, config))
         sizes = [part.size(1) for part in parts]
         for place, (part, q, s) in enumerate(zip(parts, codes.split(sizes, 1), scale.split(sizes, 1))):
             for number, below in enumerate(names):
@@ -3815,7 +3820,8 @@ def predicted_artifact_bytes(config: Config) -> dict[str, int]:
         elif entry.stream in ("gates", "lqer"):
             bits += (7.0 if entry.stream == "gates" else 4.0) * count
         else:
-            clip, width = precision(MATRICES[entry.stream].role if entry.stream in MATRICES else "embed", config)
+            role = MATRICES[entry.stream].role if entry.stream in MATRICES else "embed"
+            clip, width, _ = precision(role, config)
             if config.quant_scheme != "gptq":
                 clip = 0.88 * math.sqrt(2 * math.log(2 * entry.shape[1]))
             top = 2 ** (width - 1) - 1

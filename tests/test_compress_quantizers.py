@@ -237,11 +237,11 @@ def best_clip(W: np.ndarray, bits: int, floor: float) -> np.ndarray:
     return np.stack([clip for _, clip in tries])[best, np.arange(len(W))]
 
 
-PUBLISHED = {  # scheme, bits of attention, MLP, embeddings, smallest step, pruned share, what stays half-precision
-    "baseline": ("int8_clip", 8, 8, 8, 1 / 127, 0.0, ()),
-    "pr489": ("int8_clip", 8, 8, 8, 1 / 127, 0.0, ()),
-    "fork5": ("gptq_lite", 6, 6, 8, 1 / 31, 0.05, ("blocks.10.attn.k",)),
-    "fork5_twin": ("gptq_lite", 6, 6, 8, 1 / 31, 0.0, ("blocks.10.attn.k",)),
+PUBLISHED = {  # scheme, bits of attention, MLP, embeddings, smallest clip, pruned share, what stays half-precision
+    "baseline": ("int8_clip", 8, 8, 8, 1.0, 0.0, ()),
+    "pr489": ("int8_clip", 8, 8, 8, 1.0, 0.0, ()),
+    "fork5": ("gptq_lite", 6, 6, 8, 1.0, 0.05, ("blocks.10.attn.k",)),
+    "fork5_twin": ("gptq_lite", 6, 6, 8, 1.0, 0.0, ("blocks.10.attn.k",)),
     "fork5_10l": ("intn_row", 6, 5, 8, 0.0, 0.03, ("blocks.9.attn.k", "tok_emb.weight")),
 }
 
@@ -249,13 +249,13 @@ PUBLISHED = {  # scheme, bits of attention, MLP, embeddings, smallest step, prun
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_matrices_of_the_early_systems_are_rounded_as_published(preset: str) -> None:
     """Each matrix, the bigram table too: pruned, then its scheme at its bits and floor, or fp16; nothing else is."""
-    scheme, attn, mlp, embed, floor, frac, halves = PUBLISHED[preset]
+    scheme, attn, mlp, embed, smallest, frac, halves = PUBLISHED[preset]
     config, arrays = small_model(preset)
     stored = tg.quantize(arrays, config, CPU)
     clips = {
         "int8_clip": lambda W, bits: np.quantile(np.abs(W), 0.9999984, axis=1).astype(np.float32),
         "intn_row": lambda W, bits: np.abs(W).max(1),
-        "gptq_lite": lambda W, bits: best_clip(W, bits, floor),
+        "gptq_lite": lambda W, bits: best_clip(W, bits, smallest / (2 ** (bits - 1) - 1)),
     }
     raised = 0
     for name, W in matrices_of(config, arrays).items():
@@ -266,15 +266,15 @@ def test_matrices_of_the_early_systems_are_rounded_as_published(preset: str) -> 
             continue
         bits = attn if ".attn." in name else mlp if ".mlp." in name else embed
         top = 2 ** (bits - 1) - 1
-        scale = np.maximum(scale_of(clips[scheme](W, bits), top), np.float16(floor))
+        scale = np.maximum(scale_of(clips[scheme](W, bits), top), np.float16(smallest / top))
         codes = np.clip(np.round(W / scale.astype(np.float32)[:, None]), -top, top)
         found = stored[name + ".scale"]
         near = np.abs(found.astype(np.float64) - scale) <= 2**-10 * scale  # a quantile's rank differs by rounding
         assert near.mean() > 0.95, name
         exact = found == scale
         assert exact.mean() > 0.6 and np.array_equal(stored[name + ".codes"][exact], codes[exact]), name
-        raised += int((scale == np.float16(floor)).sum())
-    assert (raised > 20) == (floor > 0)
+        raised += int((scale == np.float16(smallest / top)).sum())
+    assert (raised > 20) == (smallest > 0)
     codes = {name.removesuffix(".codes") for name in stored if name.endswith(".codes")}
     assert codes == matrices_of(config, arrays).keys() - set(halves)
 

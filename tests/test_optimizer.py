@@ -323,7 +323,7 @@ def test_learning_rate_multiplier_without_floor_or_warmdown() -> None:
 @pytest.mark.parametrize("floor", [0, 0.25])
 def test_warmdown_in_steps_by_the_number_of_steps(floor: float) -> None:
     """Without a clock WARMDOWN_ITERS is a number of steps: min(1, steps left / WARMDOWN_ITERS), floored."""
-    for total, warmdown in ((20, 8), (20, 20), (7, 1)):
+    for total, warmdown in ((20, 8), (20, 20), (7, 1), (6, 60)):
         config = toy_config(ITERATIONS=total, WARMDOWN_FRAC=0, WARMDOWN_ITERS=warmdown, MIN_LR=floor)
         for step in range(total + 1):
             wanted = max(min(1, (total - step) / warmdown), floor)
@@ -332,7 +332,7 @@ def test_warmdown_in_steps_by_the_number_of_steps(floor: float) -> None:
 
 def test_warmdown_in_steps_by_the_clock() -> None:
     """With a clock they last as long as so many steps took so far: min(1, time left / (WARMDOWN_ITERS mean step))."""
-    config = toy_config(WARMDOWN_FRAC=0, WARMDOWN_ITERS=1200, MIN_LR=0)
+    config = toy_config(WARMDOWN_FRAC=0, WARMDOWN_ITERS=1200, MIN_LR=0, MAX_WALLCLOCK_SECONDS=600)
     assert tg.lr_multiplier(0.0, 0, config) == 1  # no step has shown its speed yet
     fallen = 0
     for elapsed in (1.0, 200.0, 545.0, 550.0, 599.0, 600.0):
