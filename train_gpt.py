@@ -2655,7 +2655,6 @@ class Trainer:
             for _ in range(self.config.warmup_steps):
                 self.update([Row(tokens, tokens, docs)], looping, 1.0, 0.9)
         self.set_state(*before)
-        self.collected = 0
         self.log("warm_up", steps=2 * self.config.warmup_steps, seconds=time.monotonic() - start)
 
     def state(self) -> tuple[dict, dict, dict]:
