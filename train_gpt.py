@@ -75,6 +75,8 @@ BOS_ID = 1  # begin-of-document token of every tokenizer of the challenge; there
 NORM_EPS = 2.0**-23  # explicit, because torch's default changed between releases and differs for bfloat16
 SEGMENT_BUCKET = 256  # segment tables are padded to a multiple of this, so that few shapes are compiled
 LARGEST_NUMBER = 10**9  # of settings without a limit of their own: no product of two overflows a float32
+SPACE_ID = 8133  # the piece of a lone space in the CaseOps tokenizer (#1729)
+FUSED_MARKERS = {8: 4, 9: 5, 10: 6}  # MP3 data (#2109): id of a space with a case marker behind it -> id of the marker
 TTT_TRACKS = 8  # test-time training is dealt to this many tracks, whatever the number of ranks
 
 
@@ -121,6 +123,7 @@ class Config:
     loader: str = setting("stream", choices=("stream", "coprime"))  # rows follow the stream, or windows all over it
     varlen_attn: bool = setting(True)  # attention ends at documents; 0: windows of the plain stream, in scoring too
     caseops_enabled: bool = setting(False)  # the CaseOps export of the data and its tokenizer (#1729)
+    marker_pair_mode: bool = setting(False)  # CaseOps data in which a space and the case marker behind it are one id
     val_batch_tokens: int = setting(524_288, 1, 2**27)  # targets per scoring step over 8 ranks; one row holds an eighth
     eval_seq_len: int = setting(2048, 2, 2**20)  # longest context in scoring
 
@@ -212,7 +215,7 @@ class Config:
     lqer_top_k: int = setting(3, 0, 1000)  # how many matrices are corrected
     lqer_asym_group: int = setting(64, 1)  # entries of a right factor that share a scale
     compressor: str = setting("brotli", choices=("brotli", "rans", "lzma", "zlib", "zstd", "pergroup"))
-    fit_artifact: bool = setting(True)  # raise the clips until code and weights fit into 16,000,000 bytes
+    fit_artifact: str = setting("1", choices=("0", "1", "fill"))  # clips rise until it fits; fill: or fall, until just
 
     # scoring and test-time training (the last enabled one of plain, sliding, TTT is the submitted score)
     sliding_window_enabled: bool = setting(False)
@@ -221,6 +224,7 @@ class Config:
     ttt_enabled: bool = setting(True)
     ttt_kind: str = setting("lora_phased", choices=("lora_phased", "chunk_sgd", "pre_eval_illegal"))  # see ADAPTERS
     ttt_chunk_size: int = setting(48, 1)  # targets scored between two adapter updates
+    ttt_chunk_steps: str = setting("")  # finer for short documents: comma list of "longest:chunk", in targets (#2014)
     ttt_eval_seq_len: int = setting(2048, 2, 2**16)
     ttt_batch_size: int = setting(64, 1, 2**16)  # documents adapted side by side
     ttt_lora_rank: int = setting(128, 1, 2**14)
@@ -270,6 +274,7 @@ class Config:
     @property
     def dataset_dir(self) -> Path:
         variant = "_lossless_caps_caseops_v1_reserved" if self.caseops_enabled else ""
+        variant = "_caseops_marker_pair_v3" if self.marker_pair_mode else variant
         return Path(self.data_path or f"{self.data_dir}/datasets/fineweb10B_sp{self.vocab_size}{variant}")
 
     @property
@@ -282,6 +287,15 @@ class Config:
         """ROPE_BASE, raised by the NTK rule base (T / T0)^(r / (r - 2)) where training is longer than its reference."""
         ratio = self.train_seq_len / self.rope_train_seq_len if self.rope_train_seq_len else 1.0
         return self.rope_base * max(ratio, 1.0) ** (self.rope_dims / (self.rope_dims - 2) if self.rope_dims > 2 else 0)
+
+    @property
+    def chunk_steps(self) -> list[tuple[int, int]]:
+        """(longest document, its chunk), both in targets; ValueError for anything else in TTT_CHUNK_STEPS."""
+        steps = [tuple(map(int, step.split(":"))) for step in self.ttt_chunk_steps.replace(" ", "").split(",") if step]
+        limits = [limit for limit, _ in steps]
+        if limits != sorted({*limits}) or min((chunk for _, chunk in steps), default=1) < 1:
+            raise ValueError("limits must rise and chunks be positive")
+        return steps
 
     @property
     def stage_list(self) -> list[str]:
@@ -355,6 +369,11 @@ PRESETS["pr2135"] = PRESETS["pr1855"] | dict(
     matrix_lr=0.028, lqer_asym_group=32, gptq_calibration_batches=32, gated_attn_quant_gate=False,
     eval_seq_len=2560, ttt_eval_seq_len=2560, phased_ttt_num_phases=1, ttt_lora_lr=8e-5, ttt_weight_decay=2.0,
     ttt_k_lora=False, ngram_tilt_enabled=True,
+)  # fmt: skip
+# Our own: the published levers that the rules allow and nobody has put together, as far as they won in
+# records/ablation.md.
+PRESETS["frontier"] = PRESETS["pr2135"] | dict(
+    marker_pair_mode=True, compressor="rans", fit_artifact="fill", ttt_chunk_steps="256:12,1024:24,2048:32",
 )  # fmt: skip
 # The whole system at a size that two CPU cores train in minutes, on the corpus of data/embedded.py. Its own values
 # where the published ones assume thousands of steps: the average spans 6 % of the steps, the momentum ramp 30 %.
@@ -441,10 +460,12 @@ RETIRED: dict[str, str | None] = dict.fromkeys(
     PHASED_TTT_ENABLED QAT_THRESHOLD SMEAR_GATE_BOS_FIX TTT_GRAD_STEPS_CLEAN WITHIN_TAU WORD_NORMALIZE WORD_ORDER
     WORD_TAU""".split()
 ) | dict(
-    AGREE_ADD_BOOST="0", ATTN_OUT_GATE_SRC="proj", AWQ_LITE_ENABLED="0", EMBEDDING_DIM="512", EVAL_INCLUDE_TAIL="1",
+    AGREE_ADD_BOOST="0", ALIAS_PREV_SMEAR_SCALE="0", ATTN_OUT_GATE_SRC="proj", AWQ_LITE_ENABLED="0",
+    EMBEDDING_DIM="512", EVAL_INCLUDE_TAIL="1",
     GLOBAL_TTT_EPOCHS="1", GLOBAL_TTT_OPTIMIZER="sgd", GLOBAL_TTT_RESPECT_DOC_BOUNDARIES="1",
     GLOBAL_TTT_WARMUP_CHUNKS="0", LATE_QAT="0", LOGIT_RESCALE_MODE="tanh", LQER_ASYM_ENABLED="1",
-    MATRIX_CLIP_SIGMAS="12.85", MUON_HUBER_WD="0", NGRAM_HINT_PRECOMPUTE_OUTSIDE="0", OPTROT_ENABLED="0",
+    MARKER_PAIR_W_SPACE="0.4", MARKER_PAIR_W_TITLE="0.6", MATRIX_CLIP_SIGMAS="12.85", MUON_HUBER_WD="0",
+    NGRAM_HINT_PRECOMPUTE_OUTSIDE="0", OPTROT_ENABLED="0",
     PARALLEL_FINAL_LANE="mean", PREQUANT_ONLY="0", QK_GAIN_INIT_SCHEDULE="", ROPE_YARN="0", SMEAR_BOS_TOKEN_ID="1",
     SPARSE_ATTN_GATE_INIT_STD="0", TIE_EMBEDDINGS="1", TTT_EVAL_BATCHES="", TTT_EVAL_ONLY="0", TTT_FREEZE_BLOCKS="0",
     TTT_FREEZE_LAYERS="0", TTT_GRAD_STEPS="1", TTT_LORA_EMA_DECAY="0", TTT_MLP_LORA="1", TTT_O_LORA="1",
@@ -627,6 +648,12 @@ def validate_rows(c: Config) -> None:
     need(c.eval_stride <= c.eval_seq_len, f"EVAL_STRIDE={c.eval_stride}: larger than {context}; lower it")
     context = f"TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}"
     need(c.ttt_chunk_size <= c.ttt_eval_seq_len, f"TTT_CHUNK_SIZE={c.ttt_chunk_size}: larger than {context}; lower it")
+    steps, example = f"TTT_CHUNK_STEPS={c.ttt_chunk_steps}", "for example 256:12,1024:24"
+    try:
+        chunks = [chunk for _, chunk in c.chunk_steps]
+    except ValueError as error:
+        raise UserError(f"{steps}: {error}; {example}") from None
+    need(max(chunks, default=0) <= c.ttt_eval_seq_len, f"{steps}: a chunk larger than {context}; lower it")
 
 
 def validate_stages(c: Config) -> None:
@@ -1152,6 +1179,22 @@ def target_bytes(tokens: np.ndarray, table: ByteTable) -> np.ndarray:
     return counts.astype(np.int32)
 
 
+def check_fusion(tokens: np.ndarray, caseops: Any, config: Config) -> None:
+    """Raises UserError unless MARKER_PAIR_MODE says truly whether these ids (n,) are of MP3 data.
+
+    `caseops` is the tokenizer where it is one of CaseOps, else None.
+    """
+    key, markers = f"MARKER_PAIR_MODE={config.marker_pair_mode:d}", list(FUSED_MARKERS.values())
+    fits = caseops is not None and [caseops.piece_to_id(piece) for piece in "\u2581\ue001\ue002\ue003"]
+    if config.marker_pair_mode and fits != [SPACE_ID, *markers]:
+        raise UserError(f"{key}: {config.tokenizer_file} is not the CaseOps tokenizer; set TOKENIZER_PATH or unset it")
+    pairs = (tokens[:-1] == SPACE_ID) & np.isin(tokens[1:], markers)
+    if config.marker_pair_mode and pairs.any():
+        raise UserError(f"{key}: {config.dataset_dir} holds CaseOps shards as they are; fuse them with data/fuse.py")
+    if caseops is not None and not config.marker_pair_mode and np.isin(tokens, list(FUSED_MARKERS)).any():
+        raise UserError(f"{key}: {config.dataset_dir} holds fused shards; set MARKER_PAIR_MODE=1 or other data")
+
+
 class Validation(NamedTuple):
     """The validation split: N tokens, of which tokens 1..N-1 are targets."""
 
@@ -1184,6 +1227,7 @@ def load_validation(config: Config) -> Validation:
         raise UserError(f"{folder}: CaseOps tokenizer without fineweb_val_bytes_*.bin; fetch or export the side-car")
     else:
         counts = target_bytes(tokens, byte_table(tokenizer))
+    check_fusion(tokens, tokenizer if has_case_markers else None, config)
     starts = np.union1d([0], np.flatnonzero(tokens == BOS_ID))
     ends = np.append(starts[1:], len(tokens) - 1)
     documents = np.stack([starts, ends - starts], 1)
@@ -1587,6 +1631,7 @@ class GPT(nn.Module):
 
         | parameter                              | value                                                       |
         | attn_gate_w, tok_emb                   | normal, std of the gate, TIED_EMBED_INIT_STD                |
+        | tok_emb of fused markers               | .4 of the space's and .6 of the marker's, as long as this   |
         | q, k, v, mlp up                        | orthogonal, or uniform in +-1 / sqrt(fan_in): INIT_SCHEME   |
         | attention output, mlp down             | 0: every block starts as the identity                       |
         | bigram_bank                            | orthogonal / sqrt(2 L); bigram_emb is 0: one of two factors |
@@ -1609,7 +1654,10 @@ class GPT(nn.Module):
             block.resid_mix[0] = 1
             for scale in (block.attn_scale, block.mlp_scale):
                 scale.fill_(1 / math.sqrt(layer + 1) if c.resid_scale_depth_init else 1.0)
-        self.tok_emb.weight.normal_(0, c.tied_embed_init_std, generator=random)
+        table = self.tok_emb.weight.normal_(0, c.tied_embed_init_std, generator=random)
+        for fused, marker in FUSED_MARKERS.items() if c.marker_pair_mode else ():
+            both = 0.4 * table[SPACE_ID] + 0.6 * table[marker]
+            table[fused] = both * (table[marker].norm() / both.norm().clamp_min(1e-9))
         qkv = [m for layer in range(L) for m in (self.qo_bank[layer], self.kv_bank[layer], self.kv_bank[L + layer])]
         for matrix in [*qkv, *self.mlp_up_bank]:
             if c.init_scheme == "ortho":
@@ -1643,9 +1691,14 @@ class GPT(nn.Module):
         return e
 
     def smear(self, e: Tensor, inputs: Tensor, positions: Tensor) -> Tensor:
-        """Adds the embedding of the token before, as far as a gate on the own one says; not to a BOS (#1667, #1855)."""
+        """Adds the embedding of the token before, as far as a gate on the own one says; not to a BOS (#1667, #1855),
+        nor of a fused marker (#2109)."""
         window = F.linear(e[..., : self.config.gate_window], self.smear_gate_w.to(e.dtype)).float()
-        gate = torch.sigmoid(window) * self.smear_lambda * (inputs != BOS_ID).unsqueeze(-1)  # (B, T, 1)
+        looks = inputs != BOS_ID
+        if self.config.marker_pair_mode:
+            before = F.pad(inputs, (1, 0))[:, :-1]
+            looks = looks & ((before < min(FUSED_MARKERS)) | (before > max(FUSED_MARKERS)))
+        gate = torch.sigmoid(window) * self.smear_lambda * looks.unsqueeze(-1)  # (B, T, 1)
         return e + gate.to(e.dtype) * previous(e, positions)
 
     def forward(
@@ -3126,6 +3179,7 @@ def rans_decode(data: bytes, shapes: Sequence[tuple[int, int]]) -> list[np.ndarr
 ENTROPY_BITS_AT_ONE_SIGMA = 2.047  # log2 sqrt(2 pi e): entropy of a Gaussian row whose step is one std, in bits
 FIT_MARGIN_BYTES = 3000  # head-room of a refitted artifact; sizes of equal settings differ by a few kB
 FIT_TRIES, FIT_LARGEST_FACTOR = 6, 4.0  # give up then: what is missing is not for coarser steps to save
+FILL_SLACK_BYTES, FILL_SMALLEST_FACTOR = 12_000, 0.5  # full enough; below half the clips, rows would lose their tails
 
 
 def gptq(
@@ -3761,7 +3815,7 @@ def artifact_settings(config: Config) -> dict[str, Any]:
     skip = (*initial, "resid_scale_depth_init", "enable_looping_at", "rope_base", "rope_train_seq_len")
     layout = ("fp16_keep_name_patterns", "gated_attn_quant_gate", "lqer_rank", "lqer_asym_group", "compressor")
     names = [name for name in ["vocab_size", *list(FIELDS)[first : last + 1]] if name not in skip]
-    return {name: getattr(config, name) for name in (*names, "rotary_base", *layout)}
+    return {name: getattr(config, name) for name in (*names, "marker_pair_mode", "rotary_base", *layout)}
 
 
 PACKED_START = b"#coding:latin1\nimport brotli as B,linecache as C\n"
@@ -3858,15 +3912,18 @@ class Tally:
     """What has been scored so far, and a ledger of it: how often each token of the stream was a target."""
 
     def __init__(self, validation: Validation):
-        self.validation, self.nats = validation, 0.0
+        self.validation = validation
+        self.document_nats = np.zeros(len(validation.documents))
         self.times = np.zeros(len(validation.tokens), np.uint8)
         self.learned = 0  # targets that a weight update has used after their score
         self.learned_early = 0  # and before it, which only TTT_KIND=pre_eval_illegal does
 
     def add(self, nll: Tensor, positions: Tensor | np.ndarray) -> None:
         """Adds nats (n,) of the targets at these stream positions (n,); summed in float64."""
-        self.nats += float(nll.detach().double().sum())
-        np.add.at(self.times, np.asarray(positions), 1)
+        positions = np.asarray(positions)
+        document = np.searchsorted(self.validation.documents[:, 0], positions) - 1  # its first token is no target
+        np.add.at(self.document_nats, document, nll.detach().double().cpu().numpy())
+        np.add.at(self.times, positions, 1)
 
     def learn_from(self, positions: Tensor | np.ndarray, times: np.ndarray) -> None:
         """To be called before an update, with the targets that it uses: stops the run if `times` has one unscored."""
@@ -3878,10 +3935,15 @@ class Tally:
     def over_ranks(self, run: Run) -> "Tally":
         """The tally of all ranks together. Collective."""
         total = Tally(self.validation)
-        sums = torch.tensor([self.nats, self.learned, self.learned_early], dtype=torch.float64, device=run.device)
-        total.nats, total.learned, total.learned_early = run.sum_(sums).tolist()
+        sums = torch.tensor([*self.document_nats, self.learned, self.learned_early], dtype=torch.float64)
+        *nats, total.learned, total.learned_early = run.sum_(sums.to(run.device)).tolist()
+        total.document_nats = np.array(nats)
         total.times = run.sum_(torch.from_numpy(self.times).to(run.device, copy=True)).cpu().numpy()
         return total
+
+    @property
+    def nats(self) -> float:
+        return float(self.document_nats.sum())
 
     @property
     def tokens(self) -> int:
@@ -3900,6 +3962,18 @@ class Tally:
     def bpb(self) -> float:
         """Bits per byte of text."""
         return self.nats / math.log(2) / max(self.bytes, 1)
+
+
+def write_documents(path: Path, tallies: Mapping[str, Tally]) -> None:
+    """A line for each validation document, in stream order, so that scores can be compared document by document: its
+    first position in the stream, its targets, their bytes, and its nats in each kind of score."""
+    validation = next(iter(tallies.values())).validation
+    starts, counts = validation.documents.T
+    bytes_before = np.append(0, validation.bytes.numpy().cumsum())
+    sizes = bytes_before[starts + 1 + counts] - bytes_before[starts + 1]
+    rows = zip(starts, counts, sizes, *(tally.document_nats for tally in tallies.values()))
+    lines = ["position,tokens,bytes," + ",".join(tallies), *(",".join(map(str, row)) for row in rows)]
+    write_file(path, ("\n".join(lines) + "\n").encode())
 
 
 class Window(NamedTuple):
@@ -4043,10 +4117,19 @@ class Adapters:
         self.optimizer.step()
 
 
-def document_queue(documents: np.ndarray, batch: int) -> list[np.ndarray]:
-    """Documents (n, 2) in batches of similar length, longest first; inside a batch in order of falling length."""
+def chunk_of(count: int, config: Config) -> int:
+    """Targets between two updates for a document of `count` targets. Never a matter of its neighbours in a batch."""
+    return next((chunk for limit, chunk in config.chunk_steps if count <= limit), config.ttt_chunk_size)
+
+
+def document_queue(documents: np.ndarray, batch: int, limits: Sequence[int] = ()) -> list[np.ndarray]:
+    """Documents (n, 2) in batches of similar length, longest first; inside a batch in order of falling length.
+
+    No batch has documents on both sides of one of the `limits` (ascending, in targets).
+    """
     ascending = documents[np.argsort(documents[:, 1], kind="stable")]
-    return [ascending[begin : begin + batch][::-1] for begin in range(0, len(ascending), batch)][::-1]
+    alike = np.split(ascending, np.searchsorted(ascending[:, 1], limits, side="right"))
+    return [part[begin : begin + batch][::-1] for part in alike for begin in range(0, len(part), batch)][::-1]
 
 
 def phase_pauses(queue: list[np.ndarray], config: Config) -> list[int]:
@@ -4059,8 +4142,11 @@ def phase_pauses(queue: list[np.ndarray], config: Config) -> list[int]:
 
 def batch_work(batch: np.ndarray, config: Config) -> int:
     """Tokens that adapting to a batch of documents (n, 2) pushes through the model: much more than it scores."""
-    windows = plan_windows(int(batch[0, 1]), config.ttt_eval_seq_len, config.ttt_chunk_size, config.ttt_chunk_size)
-    return len(batch) * sum(first + config.ttt_chunk_size - begin for begin, first, _ in windows)
+    longest = int(batch[0, 1])
+    chunk = chunk_of(longest, config)
+    return len(batch) * sum(
+        first + chunk - begin for begin, first, _ in plan_windows(longest, config.ttt_eval_seq_len, chunk, chunk)
+    )
 
 
 class Governor:
@@ -4272,7 +4358,7 @@ def global_update(model: GPT, documents: np.ndarray, tally: Tally, config: Confi
 
 def adapt(model: GPT, validation: Validation, config: Config, run: Run, log: Log) -> Tally:
     """Scores the whole validation stream with test-time training; changes the model's weights on the way."""
-    queue = document_queue(validation.documents, config.ttt_batch_size)
+    queue = document_queue(validation.documents, config.ttt_batch_size, [limit for limit, _ in config.chunk_steps])
     pauses, tracks = phase_pauses(queue, config), range(run.rank, TTT_TRACKS, run.world_size)
     work = [batch_work(batch, config) for batch in queue]
     governor = Governor(config, [work[n] for n in range(len(queue)) if n % TTT_TRACKS in tracks])
@@ -4288,7 +4374,8 @@ def adapt(model: GPT, validation: Validation, config: Config, run: Run, log: Log
                 seed = ((config.seed * 1000 + phase) * TTT_TRACKS + track) * 2 + (owner == track)
                 adapters, owner = Adapters(config, model, len(queue[number]), seed), track
             adapters.forget()
-            chunk = min(governor.chunk_factor() * config.ttt_chunk_size, config.ttt_eval_seq_len)
+            chunk = governor.chunk_factor() * chunk_of(int(queue[number][0, 1]), config)
+            chunk = min(chunk, config.ttt_eval_seq_len)
             score_and_adapt(forward, adapters, queue[number], validation, config, run, tally, chunk, hints)
             governor.finished(work[number])
         model.requires_grad_(True)
@@ -4384,6 +4471,7 @@ def make_artifact(config: Config, device: torch.device, log: Log) -> dict[str, A
 
     With FIT_ARTIFACT, an artifact over the limit is quantised again with all clips raised (coarser steps, fewer bits)
     by what the rate model says is missing, until the file fits; the first try is kept to measure the cost in bpb.
+    With FIT_ARTIFACT=fill, one far below the limit is quantised again with lower clips: every byte is used.
     """
     folder, (code_bytes, packed) = run_dir(config), counted_code_bytes()
     source, target, oversize = folder / "trained.bin", folder / "artifact.bin", folder / "oversize.bin"
@@ -4403,13 +4491,15 @@ def make_artifact(config: Config, device: torch.device, log: Log) -> dict[str, A
         end = time.monotonic()
         log("artifact", bytes=size, clip_factor=factor, gptq_s=middle - start, compress_s=end - middle)
         excess = size + code_bytes - ARTIFACT_LIMIT_BYTES
-        coarser = factor * 2 ** min(8 * (excess + FIT_MARGIN_BYTES) / codes, 10)
-        fixed = not config.fit_artifact or config.quant_scheme != "gptq"  # the other schemes have no clips to raise
-        if excess <= 0 or fixed or coarser > FIT_LARGEST_FACTOR or number == FIT_TRIES:
+        wanted = factor * 2 ** min(max(8 * (excess + FIT_MARGIN_BYTES) / codes, -10), 10)
+        wanted = max(wanted, FILL_SMALLEST_FACTOR)
+        full = excess > -FILL_SLACK_BYTES or wanted == factor or config.fit_artifact != "fill"
+        fixed = config.fit_artifact == "0" or config.quant_scheme != "gptq"  # the other schemes have no clips to change
+        if excess <= 0 and full or fixed or wanted > FIT_LARGEST_FACTOR or number == FIT_TRIES:
             break
-        if number == 1:
+        if number == 1 and excess > 0:
             write_file(oversize, target.read_bytes())
-        factor = coarser
+        factor = wanted
     return {
         "artifact_bytes": size,
         "code_bytes": code_bytes,
@@ -4478,6 +4568,8 @@ def evaluate_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
             raise TrainingDiverged(f"the {kind} score is {tally.nats}; lower the learning rates and train again")
         result |= {f"{kind}_val_loss": tally.loss, f"{kind}_val_bpb": tally.bpb, f"{kind}_seconds": seconds}
         tallies[kind] = tally
+    if run.is_main:
+        write_documents(run_dir(config) / "documents.csv", tallies)
     if "oversize" in tallies:
         result["fit_cost_bpb"] = tallies["quantized"].bpb - tallies["oversize"].bpb
         log("fit", cost_bpb=result["fit_cost_bpb"])
