@@ -73,6 +73,7 @@ CHALLENGE_DOCUMENTS = 50_000  # validation is the first 50,000 documents of the 
 CHALLENGE_BYTES = (151_070_000, 151_090_000)  # their text, within the tails that loaders of published logs drop
 BOS_ID = 1  # begin-of-document token of every tokenizer of the challenge; there is no end token
 NORM_EPS = 2.0**-23  # explicit, because torch's default changed between releases and differs for bfloat16
+COUNTED_TOKENS = 2**22  # of the training stream, for the frequencies of tokens
 SEGMENT_BUCKET = 256  # segment tables are padded to a multiple of this, so that few shapes are compiled
 LARGEST_NUMBER = 10**9  # of settings without a limit of their own: no product of two overflows a float32
 SPACE_ID = 8133  # the piece of a lone space in the CaseOps tokenizer (#1729)
@@ -186,6 +187,7 @@ class Config:
     muon_backend_steps: int = setting(5, 1, 5)  # Newton-Schulz iterations
     polar_express_ns: bool = setting(True)  # their coefficients change from step to step (arXiv:2505.16932)
     muon_row_normalize: bool = setting(True)  # rows of an update get unit length first (MuonEq-R)
+    muon_per_head: bool = setting(False)  # each head of q, k and v is orthogonalised as a matrix of its own
     beta1: float = setting(0.9, 0, 0.9999)
     beta2: float = setting(0.95, 0, 0.99999)
     adam_eps: float = setting(1e-8, 0)
@@ -207,12 +209,17 @@ class Config:
     attn_clip_sigmas: float = setting(13.0, 1)  # row scale = clip * std(row) / (2^(bits-1) - 1)
     mlp_clip_sigmas: float = setting(12.0, 1)
     embed_clip_sigmas: float = setting(15.0, 1)
+    embed_damping: float = setting(
+        0.0, 0, 1
+    )  # added to the head's Hessian, in means of its diagonal: see weight_groups
+    embed_freq_power: float = setting(0.0, 0, 1)  # finer embedding rows for frequent tokens: step ~ frequency^-this
     gptq_calibration_batches: int = setting(16, 1, 100_000)  # training rows behind the Hessians, over all ranks
     mag_prune_frac: float = setting(0.0, 0, 0.99)  # smallest weights of each matrix that become 0 before quantisation
     fp16_keep_name_patterns: str = setting("")  # comma list; matrices with one of these in their name stay fp16
     gated_attn_quant_gate: bool = setting(True)  # attention gates as int8 rows instead of fp16
     lqer_rank: int = setting(0, 0, 64)  # rank of the correction of the worst quantised matrices (#1797); 0: none
     lqer_top_k: int = setting(3, 0, 1000)  # how many matrices are corrected
+    lqer_left_bits: int = setting(2, 2, 8)  # of a left factor
     lqer_asym_group: int = setting(64, 1)  # entries of a right factor that share a scale
     compressor: str = setting("brotli", choices=("brotli", "rans", "lzma", "zlib", "zstd", "pergroup"))
     fit_artifact: str = setting("1", choices=("0", "1", "fill"))  # clips rise until it fits; fill: or fall, until just
@@ -250,6 +257,7 @@ class Config:
     token_order: int = setting(16, 2, 64)  # length of such a repetition, the token itself included
     token_threshold: float = setting(0.8, 0, 1)  # share of earlier occurrences that it followed
     token_boost: float = setting(2.625, 0, 100)  # what is added to its logit
+    token_document_orders: str = setting("")  # comma list: hints from the own document too, and boosts that are learnt
 
     @property
     def head_dim(self) -> int:
@@ -287,6 +295,14 @@ class Config:
         """ROPE_BASE, raised by the NTK rule base (T / T0)^(r / (r - 2)) where training is longer than its reference."""
         ratio = self.train_seq_len / self.rope_train_seq_len if self.rope_train_seq_len else 1.0
         return self.rope_base * max(ratio, 1.0) ** (self.rope_dims / (self.rope_dims - 2) if self.rope_dims > 2 else 0)
+
+    @property
+    def document_orders(self) -> list[int]:
+        """TOKEN_DOCUMENT_ORDERS, the longest first; ValueError for anything but distinct orders from 2 to 64."""
+        orders = [int(order) for order in self.token_document_orders.replace(" ", "").split(",") if order]
+        if len(set(orders)) < len(orders) or not all(2 <= order <= 64 for order in orders):
+            raise ValueError("need distinct numbers from 2 to 64")
+        return sorted(orders, reverse=True)
 
     @property
     def chunk_steps(self) -> list[tuple[int, int]]:
@@ -373,7 +389,9 @@ PRESETS["pr2135"] = PRESETS["pr1855"] | dict(
 # Our own: the published levers that the rules allow and nobody has put together, as far as they won in
 # records/ablation.md.
 PRESETS["frontier"] = PRESETS["pr2135"] | dict(
-    marker_pair_mode=True, compressor="rans", fit_artifact="fill", ttt_chunk_steps="256:12,1024:24,2048:32",
+    marker_pair_mode=True, muon_per_head=True, attn_clip_sigmas=11.5, mlp_clip_sigmas=12.25, embed_clip_sigmas=25.0,
+    embed_bits=8, embed_damping=0.04, embed_freq_power=0.25, lqer_left_bits=4, compressor="rans", fit_artifact="fill",
+    ttt_chunk_steps="256:12,1024:24,2048:32", token_threshold=0.5, token_document_orders="16,8,6,4,3,2",
 )  # fmt: skip
 # The whole system at a size that two CPU cores train in minutes, on the corpus of data/embedded.py. Its own values
 # where the published ones assume thousands of steps: the average spans 6 % of the steps, the momentum ramp 30 %.
@@ -653,6 +671,10 @@ def validate_rows(c: Config) -> None:
         chunks = [chunk for _, chunk in c.chunk_steps]
     except ValueError as error:
         raise UserError(f"{steps}: {error}; {example}") from None
+    try:
+        c.document_orders
+    except ValueError as error:
+        raise UserError(f"TOKEN_DOCUMENT_ORDERS={c.token_document_orders}: {error}; for example 16,8,4") from None
     need(max(chunks, default=0) <= c.ttt_eval_seq_len, f"{steps}: a chunk larger than {context}; lower it")
 
 
@@ -2391,6 +2413,8 @@ class Stack(NamedTuple):
 
     names: list[str]
     tall: Tensor  # (n,) bool: which matrices of this rank's share lie on their side
+    by_head: Tensor  # (m,) numbers of those matrices of the share that are orthogonalised head by head
+    whole: Tensor  # (n - m,) numbers of the others
     share: int  # matrices per rank; the last shares are filled up with zero matrices
     momentum: Tensor  # (share, rows, cols) in the run's dtype
 
@@ -2414,13 +2438,32 @@ class Muon:
     def stack(self, names: list[str], shape: tuple[int, int]) -> Stack:
         device = self.banks[names[0]].device
         tall = torch.tensor([self.is_tall(name) for name in names for _ in self.banks[name]], device=device)
+        heads = torch.tensor([headed for name in names for headed in self.has_heads(name)], device=device)
         share = -(-len(tall) // self.run.world_size)
-        mine = slice(self.run.rank * share, (self.run.rank + 1) * share)
+        tall, heads = (self.padded(kind, share)[self.run.rank * share :][:share] for kind in (tall, heads))
         momentum = torch.zeros(share, *shape, dtype=self.run.dtype, device=device)
-        return Stack(names, self.padded(tall, share)[mine], share, momentum)
+        return Stack(names, tall, heads.nonzero()[:, 0], (~heads).nonzero()[:, 0], share, momentum)
 
     def is_tall(self, name: str) -> bool:
         return self.banks[name].size(1) > self.banks[name].size(2)
+
+    def has_heads(self, name: str) -> list[bool]:
+        """Of each matrix of a bank: whether its rows are heads, each to be orthogonalised alone (MUON_PER_HEAD)."""
+        kinds = [m.half for kind, m in MATRICES.items() if kind in ("attn.q", "attn.k", "attn.v") and m.bank == name]
+        wanted = kinds if self.config.muon_per_head else []
+        return [row // self.config.num_layers in wanted for row in range(len(self.banks[name]))]
+
+    def direction(self, update: Tensor, stack: Stack) -> Tensor:
+        """This rank's share of a stack (n, rows, cols), orthogonalised."""
+        if not len(stack.by_head):
+            return self.orthogonalize(update, stack.tall)
+        heads = update[stack.by_head].unflatten(1, (-1, self.config.head_dim))  # (m, heads, head_dim, cols)
+        turned = self.orthogonalize(heads.flatten(0, 1), stack.tall.new_zeros(heads.shape[:2].numel()))
+        result = torch.empty_like(update)
+        result[stack.by_head] = turned.unflatten(0, heads.shape[:2]).flatten(1, 2)
+        if len(stack.whole):
+            result[stack.whole] = self.orthogonalize(update[stack.whole], stack.tall[stack.whole])
+        return result
 
     def padded(self, full: Tensor, share: int) -> Tensor:
         missing = share * self.run.world_size - len(full)
@@ -2449,7 +2492,7 @@ class Muon:
         travelling = []
         for share, stack in zip(gradients, self.stacks):
             stack.momentum.mul_(momentum).add_(share)
-            update = self.orthogonalize(share.add(stack.momentum, alpha=momentum), stack.tall)
+            update = self.direction(share.add(stack.momentum, alpha=momentum), stack)
             travelling.append(self.run.gather_shards(update))  # while the next stack is orthogonalised
         for stack, shards in zip(self.stacks, travelling):
             for name, update in self.split(stack, arrived(*shards)).items():
@@ -2802,13 +2845,20 @@ class Trainer:
             self.model(row.inputs, row.targets, self.plans[True], row.docs, taps=taps)
         return {key: self.run.sum_(hessian) for key, hessian in taps.hessians.items()}
 
+    def token_counts(self) -> dict[str, np.ndarray]:
+        """How often each id occurs at the head of the training stream: float32 (V,). Only GPTQ wants it."""
+        if self.config.quant_scheme != "gptq":
+            return {}
+        tokens = self.stream.read(0, min(len(self.stream), COUNTED_TOKENS))
+        return {"token_counts": np.bincount(tokens, minlength=self.config.vocab_size).astype(np.float32)}
+
 
 def training_settings(config: Config) -> dict[str, Any]:
     """The settings that decide what the train stage computes; a resumed run must have the same."""
     later = ("run_id", "runs_dir", "stages", "compile", "attn_backend", "kernels", "checkpoint_seconds")
     later += ("preset", "data_dir")
     shown = ("train_log_every", "val_loss_every", "val_batch_tokens", "eval_seq_len", "eval_stride", "warmup_steps")
-    first, last = list(FIELDS).index("matrix_bits"), list(FIELDS).index("token_boost")
+    first, last = list(FIELDS).index("matrix_bits"), list(FIELDS).index("token_document_orders")
     stages = {*list(FIELDS)[first : last + 1]} - {"gptq_calibration_batches"}  # of quantize and evaluate
     values = dataclasses.asdict(config)
     skip = {name for name in values if name in later + shown} | stages
@@ -2824,7 +2874,8 @@ def differing(mine: dict[str, Any], theirs: Any) -> str:
 
 
 def train(config: Config, run: Run, log: Log) -> dict[str, Any]:
-    """The train stage: writes trained.bin (averaged weights, Hessians) and returns its part of the result."""
+    """The train stage: writes trained.bin (averaged weights and the statistics that GPTQ wants) and returns its part of
+    the result."""
     trainer = Trainer(config, run, log)
     log(
         "data",
@@ -2839,7 +2890,7 @@ def train(config: Config, run: Run, log: Log) -> dict[str, Any]:
     run.synchronize()
     trainer.use_average()
     start = time.monotonic()
-    hessians = trainer.hessians()
+    hessians, counts = trainer.hessians(), trainer.token_counts()
     run.synchronize()
     calibration_s = time.monotonic() - start
     train_s = trainer.elapsed + calibration_s
@@ -2851,7 +2902,7 @@ def train(config: Config, run: Run, log: Log) -> dict[str, Any]:
         )
     if run.is_main:
         arrays = trainer.model.arrays()
-        arrays |= {f"hessian.{name}.{layer}": h.cpu().numpy() for (name, layer), h in hessians.items()}
+        arrays |= {f"hessian.{name}.{layer}": h.cpu().numpy() for (name, layer), h in hessians.items()} | counts
         save_arrays(run_dir(config) / "trained.bin", {"settings": training_settings(config)}, arrays)
         plot_history(trainer.history, run_dir(config) / "loss_curve.png")
     del hessians
@@ -3183,12 +3234,13 @@ FILL_SLACK_BYTES, FILL_SMALLEST_FACTOR = 12_000, 0.5  # full enough; below half 
 
 
 def gptq(
-    W: Tensor, H: Tensor, clip_sigmas: float, bits: int, floor: float = 0.0, block: int = 128
+    W: Tensor, H: Tensor, clip_sigmas: float | Tensor, bits: int, floor: float = 0.0, block: int = 128
 ) -> tuple[Tensor, Tensor]:
     """Rounds matrices so that their outputs on the calibration inputs change little (GPTQ, arXiv:2210.17323).
 
     W (n, rows, cols) float32 and H (n, cols, cols), its summed X^T X -> codes Q (n, rows, cols) int8 within
-    +-(2^(bits-1) - 1), and row scales (n, rows) float16 = clip_sigmas * std(row) / (2^(bits-1) - 1) (SDClip).
+    +-(2^(bits-1) - 1), and row scales (n, rows) float16 = clip_sigmas * std(row) / (2^(bits-1) - 1) (SDClip), where
+    clip_sigmas is one number or one for each row (n, rows).
     Columns are rounded in order of falling H_jj; each rounding error is spread over the columns still to come,
     in proportion to the upper factor U of H^-1 = U^T U.
     """
@@ -3312,8 +3364,8 @@ QUANTIZERS: dict[str, Callable] = {
 
 
 # Low-rank correction of the worst matrices (LQER, arXiv:2402.02446, as in #1797): W - codes * scale is approximated by
-# A B with A in 2 bits and B in 4. The levels are asymmetric, -2..1 and -8..7, so the sign of a singular pair, which is
-# arbitrary, decides how well it is rounded.
+# A B with A in LQER_LEFT_BITS and B in 4 bits. The levels are asymmetric, -2..1 and -8..7, so the sign of a singular
+# pair, which is arbitrary, decides how well it is rounded.
 
 LQER_PARTS = ("lqer_a", "lqer_a_scale", "lqer_b", "lqer_b_scale")
 
@@ -3341,7 +3393,7 @@ def round_asymmetric(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(np.round(x / scale.astype(np.float32)[:, None]), -half, half - 1).astype(np.int8), scale
 
 
-def lqer_factors(E: Tensor, rank: int, group: int) -> dict[str, np.ndarray]:
+def lqer_factors(E: Tensor, rank: int, group: int, left_bits: int = 2) -> dict[str, np.ndarray]:
     """The residual E (rows, cols) -> arrays of `lqer_shapes`, whose product `lqer_product` is near E.
 
     Start: the truncated SVD with A = U S, B = V^T. Then one pair after the other takes the sign with which the
@@ -3353,7 +3405,7 @@ def lqer_factors(E: Tensor, rank: int, group: int) -> dict[str, np.ndarray]:
     A, B = (U[:, :rank] * S[:rank]).cpu().numpy(), Vt[:rank].cpu().numpy()
 
     def with_signs(signs: np.ndarray) -> dict[str, np.ndarray]:
-        a, a_scale = round_asymmetric((A * signs).reshape(1, -1), 2)
+        a, a_scale = round_asymmetric((A * signs).reshape(1, -1), left_bits)
         b, b_scale = round_asymmetric((B * signs[:, None]).reshape(groups, -1), 4)
         return {
             "lqer_a": a.reshape(A.shape),
@@ -3465,6 +3517,22 @@ class Weights(NamedTuple):
     parts: list[Tensor]  # for each place in these lists (n, rows, cols) float32
     hessian: Tensor | None  # (n, cols, cols)
     role: str
+    steps: Tensor | float = 1.0  # (n, rows) factors of the steps, or one for all
+
+
+MOST_FINER = 4.0  # times smaller or larger than their mean, at most, are the steps of embedding rows
+
+
+def frequency_steps(counts: Tensor, power: float) -> Tensor:
+    """Factors (V,) of the steps of embedding rows, from counts (V,): frequency^-power, with geometric mean 1.
+
+    A wrong logit costs as often as its token is expected, sum_v p_v (error of v)^2 / 2 nats. With a bit more for a row
+    halving its step, the least cost at equal bytes has steps ~ p_v^(-1/2).
+    """
+    steps = -power * torch.log(counts + 1)  # a token that was not seen is not impossible
+    bound = math.log(MOST_FINER)
+    steps = (steps - steps.mean()).clamp(-bound, bound)
+    return torch.exp(steps - steps.mean())
 
 
 def weight_groups(arrays: Mapping[str, np.ndarray], config: Config, device: torch.device) -> Iterator[Weights]:
@@ -3484,7 +3552,15 @@ def weight_groups(arrays: Mapping[str, np.ndarray], config: Config, device: torc
         parts = [tensor(arrays[MATRICES[name].bank][MATRICES[name].half * L :][:L]) for name in kinds]
         names = [[f"blocks.{layer}.{name}" for name in kinds] for layer in range(L)]
         yield Weights(names, parts, hessian(kind, L), MATRICES[kind].role)
-    yield Weights([["tok_emb.weight"]], [tensor(arrays["tok_emb.weight"])[None]], hessian("head", 1), "embed")
+    power, steps = config.embed_freq_power, 1.0
+    if power and config.quant_scheme == "gptq":
+        steps = frequency_steps(tensor(arrays["token_counts"]), power)[None]
+    # The tied table is the head and the lookup. As a lookup all of its columns count alike: the damping stands for that.
+    head = hessian("head", 1)
+    if head is not None:
+        diagonal = head.diagonal(dim1=-2, dim2=-1)
+        diagonal.add_(config.embed_damping * diagonal.mean(-1, keepdim=True))
+    yield Weights([["tok_emb.weight"]], [tensor(arrays["tok_emb.weight"])[None]], head, "embed", steps)
     if config.bigram_vocab_size:
         yield Weights([["bigram_emb.weight"]], [tensor(arrays["bigram_emb.weight"])[None]], None, "embed")
 
@@ -3502,18 +3578,19 @@ def quantize(arrays: Mapping[str, np.ndarray], config: Config, device: torch.dev
         if config.lqer_rank:
             residuals[name] = weight - codes * scale.float().unsqueeze(-1)
 
-    for names, parts, hessian, role in weight_groups(arrays, config, device):
+    for names, parts, hessian, role, steps in weight_groups(arrays, config, device):
         if config.mag_prune_frac:
             parts = [prune(part, config.mag_prune_frac) for part in parts]
         scheme = config.quant_scheme if hessian is not None or config.quant_scheme != "gptq" else "gptq_lite"
-        codes, scale = QUANTIZERS[scheme](torch.cat(parts, 1), hessian, *precision(role, config))
+        clip, bits, floor = precision(role, config)
+        codes, scale = QUANTIZERS[scheme](torch.cat(parts, 1), hessian, clip * steps, bits, floor)
         sizes = [part.size(1) for part in parts]
         for place, (part, q, s) in enumerate(zip(parts, codes.split(sizes, 1), scale.split(sizes, 1))):
             for number, below in enumerate(names):
                 keep(below[place], part[number], q[number], s[number])
     by_error = sorted(residuals, key=lambda name: -float(residuals[name].norm()))
     for name in by_error[: config.lqer_top_k]:
-        factors = lqer_factors(residuals[name], config.lqer_rank, config.lqer_asym_group)
+        factors = lqer_factors(residuals[name], config.lqer_rank, config.lqer_asym_group, config.lqer_left_bits)
         stored |= {f"{name}.{part}": array for part, array in factors.items()}
     for entry in artifact_table(config):
         name = entry.name.removesuffix(".codes")
@@ -4173,49 +4250,6 @@ class Governor:
         self.left, self.done = self.left - work, self.done + work
 
 
-def score_and_adapt(
-    forward: Callable,
-    adapters: Adapters,
-    batch: np.ndarray,
-    validation: Validation,
-    config: Config,
-    run: Run,
-    tally: Tally,
-    chunk: int,
-    hints: Tensor | None = None,
-) -> None:
-    """Scores a batch of documents in chunks of `chunk` targets; after each chunk its documents' adapters learn from it.
-
-    One forward pass serves both: its losses are tallied first, and only then differentiated. With `hints`, one id per
-    stream position or -1, what is tallied is the loss under the tilted distribution (`tilt`). A chunk's window
-    begins and ends at the same distance into every document, so the chunk is the last columns of the batch;
-    documents that have ended, and the rest of a last chunk, are padding behind the real tokens.
-    """
-    plan = layer_plan(config, looping=True)
-    starts, counts = torch.from_numpy(batch[:, :1].copy()), torch.from_numpy(batch[:, 1].copy())
-    last = len(validation.tokens) - 1
-    for begin, first, end in plan_windows(int(counts.max()), config.ttt_eval_seq_len, chunk, first=chunk):
-        columns = torch.arange(begin, first + chunk)
-        inputs = (starts + columns).clamp(max=last)  # (B, T) stream positions
-        targets = (starts + columns[-chunk:] + 1).clamp(max=last)  # (B, chunk)
-        real = columns[-chunk:] < counts[:, None]
-        learns = counts > first + chunk  # a document's last chunk teaches nobody
-        inside = columns < counts[:, None]
-        tokens = torch.where(inside, validation.tokens[inputs], 0).to(run.device)
-        wanted = validation.tokens[targets]
-        if hints is not None:
-            wanted = torch.stack([wanted, hints[targets].long()], -1)  # (B, chunk, 2)
-        with torch.set_grad_enabled(bool(learns.any())):
-            nll = forward(tokens, wanted.clamp(min=0).to(run.device), plan, None, adapters.lora(run.dtype))
-        scored = nll.detach().cpu()
-        if hints is not None:
-            scored, nll = tilt(scored, wanted, config.token_boost), nll[..., 0]
-        tally.add(scored[real], targets[real])
-        if learns.any():
-            tally.learn_from(targets[learns], tally.times)
-            adapters.update((nll.mean(1) * learns.to(run.device)).sum())
-
-
 def window_names(tokens: np.ndarray, length: int) -> np.ndarray:
     """Numbers (n - length + 1,) int32 of all windows of `length` tokens, equal just where the windows are; -1 marks
     windows that occur once, except at length 1.
@@ -4277,29 +4311,145 @@ def token_hints(tokens: np.ndarray, order: int, threshold: float) -> tuple[np.nd
     return positions[ascending], hints[ascending]
 
 
+def hint_sources(config: Config) -> list[tuple[bool, int]]:
+    """(inside the document only, order) of each kind of hint, the most telling first: long contexts before short ones,
+    the own document before the whole stream."""
+    sources = [(True, order) for order in config.document_orders] + [(False, config.token_order)]
+    return sorted(sources, key=lambda source: (-source[1], not source[0]))
+
+
 def stream_hints(validation: Validation, config: Config, run: Run, log: Log) -> Tensor | None:
-    """The hint of each stream position (N,) int32 or -1, made on the main rank; None where NGRAM_TILT_ENABLED=0."""
+    """For each stream position the hinted id or -1, and its source as a number of hint_sources: (N, 2) int32.
+
+    Made on the main rank; None where NGRAM_TILT_ENABLED=0. Raises UserError for more documents than ids can tell apart.
+    """
     if not config.ngram_tilt_enabled:
         return None
-    start = time.monotonic()
-    made = functools.partial(token_hints, validation.tokens.numpy(), config.token_order, config.token_threshold)
-    positions, hints = run.on_main(made)
-    log("hints", positions=len(positions), seconds=time.monotonic() - start)
-    table = torch.full((len(validation.tokens),), -1, dtype=torch.int32)
-    table[torch.from_numpy(positions)] = torch.from_numpy(hints).int()
+    start, V, tokens = time.monotonic(), config.vocab_size, validation.tokens.numpy()
+    documents = np.cumsum(tokens == BOS_ID)
+    most = V * (int(documents[-1]) + 1)
+    key = f"TOKEN_DOCUMENT_ORDERS={config.token_document_orders}"
+    need(not config.document_orders or most < 2**31, f"{key}: {most} pairs of document and token, 2^31 fit; unset it")
+    streams = {False: tokens, True: tokens + V * documents}  # ids of different documents never match
+
+    def make() -> list[tuple[np.ndarray, np.ndarray]]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            hints = functools.partial(token_hints, threshold=config.token_threshold)
+            return list(pool.map(lambda source: hints(streams[source[0]], source[1]), hint_sources(config)))
+
+    table = torch.full((len(tokens), 2), -1, dtype=torch.int32)
+    for source, (positions, hints) in reversed(list(enumerate(run.on_main(make)))):
+        table[torch.from_numpy(positions)] = torch.from_numpy(
+            np.stack([hints % V, np.full_like(hints, source)], 1)
+        ).int()
+    log("hints", positions=int((table[:, 0] >= 0).sum()), seconds=time.monotonic() - start)
     return table
 
 
-def tilt(nll: Tensor, ids: Tensor, boost: float) -> Tensor:
-    """Nats of a target when the hinted token's logit is raised by `boost` (#1145).
+def tilt(nll: Tensor, ids: Tensor, boost: float | Tensor) -> Tensor:
+    """Nats of a target when the hinted token's logit is raised by `boost` (#1145), one number or one for each target.
 
     nll, ids (..., 2): of the target and of the hint (id -1: none). p'(v) = p(v) e^(boost [v = hint]) / Z with
-    Z = 1 + q (e^boost - 1) and q = p(hint): a distribution again, whatever the target turns out to be.
+    Z = 1 + q (e^boost - 1) and q = p(hint): a distribution again, whatever the target turns out to be, as long as the
+    boost does not depend on it.
     """
     target, hint = ids.unbind(-1)
     nats, q = nll[..., 0].double(), torch.exp(-nll[..., 1].double()).clamp(max=1)
-    tilted = nats - boost * (target == hint) + torch.log1p(q * math.expm1(boost))
+    boost = torch.as_tensor(boost, dtype=torch.float64)
+    tilted = nats - boost * (target == hint) + torch.log1p(q * torch.expm1(boost))
     return torch.where(hint >= 0, tilted, nats)
+
+
+class Boosts:
+    """How much each source of hints is believed.
+
+    By default TOKEN_BOOST, whatever the hint (#2135). With TOKEN_DOCUMENT_ORDERS the boost is w0 + w1 logit(q), q being
+    the hint's own probability, and each source's weights are learnt from the hints that have been scored, from 0 on: a
+    model that knows how to copy gets no boost where it needs none. A hint's new probability is then the logistic
+    function of logit(q) + boost, so each source is a logistic regression, fitted by one Newton step after each chunk,
+    with the curvature of all chunks so far.
+    """
+
+    PRIOR, LARGEST = 10.0, 8.0  # curvature to begin with, in hints; most that is added to a logit, either way
+
+    def __init__(self, config: Config):
+        sources = len(hint_sources(config))
+        self.learn = bool(config.document_orders)
+        self.weights = torch.zeros(sources, 2, dtype=torch.float64)
+        self.weights[:, 0] = 0.0 if self.learn else config.token_boost
+        self.curvature = self.PRIOR * torch.eye(2, dtype=torch.float64).repeat(sources, 1, 1)
+
+    def features(self, nll: Tensor) -> Tensor:
+        """Nats of hints (...) -> (..., 2) float64: 1 and the logit of their probability."""
+        logq = -nll.double().clamp(1e-6, 40)
+        return torch.stack([torch.ones_like(logq), logq - torch.log(-torch.expm1(logq))], -1)
+
+    def boost(self, nll: Tensor, sources: Tensor) -> Tensor:
+        """Nats of hints (...) and their sources -> what is added to their logits (...)."""
+        if not self.learn:
+            return self.weights[sources.long(), 0]
+        raised = (self.features(nll) * self.weights[sources.long()]).sum(-1)
+        return raised.clamp(-self.LARGEST, self.LARGEST)
+
+    def update(self, nll: Tensor, sources: Tensor, hit: Tensor) -> None:
+        """One step on hints that have been scored: their nats, sources, and whether they came true, each (n,)."""
+        x, boost = self.features(nll), self.boost(nll, sources)
+        p = torch.sigmoid(x[:, 1] + boost)
+        for source in sources.unique().tolist():
+            mine = sources == source
+            here, error, spread = x[mine], (p - hit.double())[mine], (p * (1 - p))[mine]
+            self.curvature[source] += here.T @ (spread[:, None] * here)
+            self.weights[source] -= torch.linalg.solve(self.curvature[source], here.T @ error)
+
+
+def score_and_adapt(
+    forward: Callable,
+    adapters: Adapters,
+    batch: np.ndarray,
+    validation: Validation,
+    config: Config,
+    run: Run,
+    tally: Tally,
+    chunk: int,
+    hints: Tensor | None = None,
+    boosts: Boosts | None = None,
+) -> None:
+    """Scores a batch of documents in chunks of `chunk` targets; after each chunk its documents' adapters learn from it.
+
+    One forward pass serves both: its losses are tallied first, and only then differentiated. With `hints`, as from
+    stream_hints, what is tallied is the loss under the tilted distribution (`tilt`). A chunk's window
+    begins and ends at the same distance into every document, so the chunk is the last columns of the batch;
+    documents that have ended, and the rest of a last chunk, are padding behind the real tokens.
+    """
+    plan = layer_plan(config, looping=True)
+    starts, counts = torch.from_numpy(batch[:, :1].copy()), torch.from_numpy(batch[:, 1].copy())
+    last = len(validation.tokens) - 1
+    for begin, first, end in plan_windows(int(counts.max()), config.ttt_eval_seq_len, chunk, first=chunk):
+        columns = torch.arange(begin, first + chunk)
+        inputs = (starts + columns).clamp(max=last)  # (B, T) stream positions
+        targets = (starts + columns[-chunk:] + 1).clamp(max=last)  # (B, chunk)
+        real = columns[-chunk:] < counts[:, None]
+        learns = counts > first + chunk  # a document's last chunk teaches nobody
+        inside = columns < counts[:, None]
+        tokens = torch.where(inside, validation.tokens[inputs], 0).to(run.device)
+        wanted = validation.tokens[targets]
+        if hints is not None:
+            hinted, sources = hints[targets].long().unbind(-1)
+            wanted = torch.stack([wanted, hinted], -1)  # (B, chunk, 2)
+        with torch.set_grad_enabled(bool(learns.any())):
+            nll = forward(tokens, wanted.clamp(min=0).to(run.device), plan, None, adapters.lora(run.dtype))
+        scored = nll.detach().cpu()
+        if hints is not None:
+            raw, nll = scored, nll[..., 0]
+            scored = tilt(raw, wanted, boosts.boost(raw[..., 1], sources))
+        tally.add(scored[real], targets[real])
+        if hints is not None and boosts.learn:
+            known = real & (hinted >= 0)
+            tally.learn_from(targets[known], tally.times)
+            boosts.update(raw[..., 1][known], sources[known], (wanted[..., 0] == hinted)[known])
+        if learns.any():
+            tally.learn_from(targets[learns], tally.times)
+            adapters.update((nll.mean(1) * learns.to(run.device)).sum())
 
 
 def update_weights(
@@ -4363,7 +4513,7 @@ def adapt(model: GPT, validation: Validation, config: Config, run: Run, log: Log
     work = [batch_work(batch, config) for batch in queue]
     governor = Governor(config, [work[n] for n in range(len(queue)) if n % TTT_TRACKS in tracks])
     forward, tally = maybe_compile(model, config, run, dynamic=True), Tally(validation)
-    hints = stream_hints(validation, config, run, log)
+    hints, boosts = stream_hints(validation, config, run, log), {track: Boosts(config) for track in tracks}
     log("ttt", documents=len(validation.documents), batches=len(queue), pauses=pauses)
     for phase, (begin, end) in enumerate(zip([0, *pauses], [*pauses, len(queue)])):
         model.requires_grad_(False)
@@ -4376,7 +4526,8 @@ def adapt(model: GPT, validation: Validation, config: Config, run: Run, log: Log
             adapters.forget()
             chunk = governor.chunk_factor() * chunk_of(int(queue[number][0, 1]), config)
             chunk = min(chunk, config.ttt_eval_seq_len)
-            score_and_adapt(forward, adapters, queue[number], validation, config, run, tally, chunk, hints)
+            batch = queue[number]
+            score_and_adapt(forward, adapters, batch, validation, config, run, tally, chunk, hints, boosts[track])
             governor.finished(work[number])
         model.requires_grad_(True)
         if end < len(queue):
@@ -4410,7 +4561,7 @@ def learn_chunk(
     begins, ends = np.maximum(documents[:, 0], span[0]), np.minimum(documents.sum(1), span[1])
     inside = np.stack([begins, ends - begins], 1)[ends > begins]
     windows = windows_inside(inside, config.eval_seq_len, config.eval_seq_len)
-    count = 8 * config.ttt_batch_seqs
+    count = TTT_TRACKS * config.ttt_batch_seqs
     for _ in range(config.ttt_epochs):
         for begin in range(0, len(windows), count):
             update_weights(model, optimizer, windows[begin : begin + count], lr, tally, scored, run)
@@ -4444,9 +4595,10 @@ def train_before_scoring(model: GPT, validation: Validation, config: Config, run
     the result is called invalid everywhere."""
     tally, optimizer = Tally(validation), chunk_optimizer(model, config)
     learn_chunk(model, optimizer, (0, len(validation.tokens) - 1), config.ttt_lr, tally, None, run)
-    log("ttt", learned_before_score=tally.learned_early)
+    learned = tally.over_ranks(run).learned_early
+    log("ttt", learned_before_score=learned)
     result = score(model, validation, config, run, log, config.eval_stride)
-    result.learned_early = tally.over_ranks(run).learned_early
+    result.learned_early = learned
     return result
 
 
@@ -4513,11 +4665,11 @@ def make_artifact(config: Config, device: torch.device, log: Log) -> dict[str, A
 
 
 def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """The arrays of trained.bin: every parameter and, for GPTQ, one Hessian per layer for each kind of input."""
+    """The arrays of trained.bin: parameters and, for GPTQ, token counts and one Hessian per layer and kind of input."""
     shapes = {name: tuple(p.shape) for name, p in GPT(config, Run(), "meta").named_parameters()}
     widths = {kind: shapes[matrix.bank][-1] for kind, matrix in MATRICES.items() if matrix.hessian == kind}
     if config.quant_scheme == "gptq":
-        shapes["hessian.head.0"] = (config.model_dim,) * 2
+        shapes |= {"hessian.head.0": (config.model_dim,) * 2, "token_counts": (config.vocab_size,)}
         for kind, width in widths.items():
             shapes |= {f"hessian.{kind}.{layer}": (width,) * 2 for layer in range(config.num_layers)}
     return shapes

@@ -3,17 +3,22 @@
 
     python records/ladder.py prepare --docs TRAIN.jsonl.xz --val-docs VAL.jsonl.xz --tokenizers DIR --out DATA
     python records/ladder.py run --data DATA --out RUNS --presets baseline,pr1941 --seeds 1,2,3 --seconds 90 --jobs 2
-    python records/ladder.py report --runs RUNS --table ladder.md --picture ladder.png
+    python records/ladder.py rescore --runs RUNS --data DATA2 --out RUNS2
+    python records/ladder.py report --runs RUNS --table ladder.md --picture ladder.png --against pr1941
 
 prepare exports the same documents with every tokenizer that a preset needs. run starts train_gpt.py once per preset and
-seed, with the preset's own settings made small by `scaled`; a run that is there already is skipped. report reads what
-the runs have written. It shows how the published designs order themselves where everything is small, not what they
-reach on eight H100s: their learning rates, for one, were tuned at four times the width and are used as they are.
+seed, with the preset's own settings made small by `scaled`; a run that is there already is skipped. A variation of a
+preset, such as pr1941+MLP_GATE_OUT=0+EMBED_WD=0.06, runs like a preset; its values are meant at full size. rescore
+scores the artifacts of finished runs on the validation text of another folder. report reads what the runs have written,
+with --against as differences from one of the rows, by seed and by document. It shows how the published designs order
+themselves where everything is small, not what they reach on eight H100s: their learning rates, for one, were tuned at
+four times the width and are used as they are.
 
 Exit status: 0 done, 1 a run failed, 2 a mistake in the arguments or files, 130 interrupted.
 """
 
 import argparse
+import csv
 import dataclasses
 import functools
 import hashlib
@@ -22,6 +27,8 @@ import json
 import math
 import os
 import platform
+import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -50,10 +57,15 @@ BATCH_TOKENS, ROW_TOKENS = 1024, 512  # targets of a step; a row holds the longe
 MOST_CALIBRATION_ROWS = 32
 CHALLENGE_DOCUMENTS = variants.VAL_DOCUMENTS
 FEWEST_CHUNKS = 4  # of chunked test-time training: the last one teaches nobody
-DATA_VARIANTS = ("sp1024", "sp8192", "caseops")  # rows of variants.VARIANTS; each becomes a folder of this name
+DATA_VARIANTS = ("sp1024", "sp8192", "caseops", "mp3")  # rows of variants.VARIANTS; each becomes a folder of its name
 DATA_FILE, RUN_FILE, RESULT_FILE = "ladder.json", "run.json", "result.json"
-DOCUMENTS_FILE = "documents.jsonl"
+DOCUMENTS_FILE = "documents.jsonl"  # of the data
+ARTIFACT_FILE, SCORES_FILE = "artifact.bin", "documents.csv"  # of a run
+SCRIPT_FILE = "train_gpt.py"
+LABEL = re.compile(r"\w+(\+[A-Z][A-Z0-9_]*=[\w.,:{}-]*)*", re.ASCII)  # of a preset or variation; names a folder too
+OWN_SETTINGS = {"PRESET", "SEED", "RUN_ID", "RUNS_DIR", "STAGES", "DATA_PATH", "TOKENIZER_PATH"}  # of the ladder
 NOTHING = "\u2013"  # in a cell of a table
+ROUNDING_BPB = 1e-6  # by how much the documents of a score may miss its bits per byte
 SPEEDS_FILE = "speeds.json"
 BUDGETS = {"seconds": "s by the clock", "processor_seconds": "s of processor time, as steps", "steps": "steps"}
 PILOT_RESERVE_S = 60.0  # for the calibration of a pilot, whose length is not known yet
@@ -88,6 +100,7 @@ PUBLISHED = {
     "default": Published(4_826, None, "PR #1941 with one gate more; steps of PR #1941"),
     "pr1855": Published(4_931, 1.0611),
     "pr2135": Published(4_994, 1.0565),
+    "frontier": Published(4_994, None, "never run at full size; steps as for pr2135"),
 }
 
 
@@ -107,7 +120,8 @@ def scaled(preset: tg.Config, scale: Scale) -> dict[str, str]:
 
     Every value follows by a rule from the preset's own, so that what differs between presets differs here. Not named,
     hence as published: layers, loops, gates, skips, MLP multiplier, initial values, learning rates, momenta, weight
-    decays, bits, clips, codec, passes over a chunk, n-gram tilt. Raises LadderError for a preset of unknown length.
+    decays, bits, clips, codec, passes over a chunk, n-gram tilt. What a variation changes takes the same rules, or
+    stays as it is where there is none. Raises LadderError for a preset of unknown length.
     """
     settings = schedule(preset, scale) | averaging(preset, scale)
     if preset.model_dim > SMALL_DIM:
@@ -115,15 +129,27 @@ def scaled(preset: tg.Config, scale: Scale) -> dict[str, str]:
         if preset.ttt_enabled:
             chunked = getattr(preset, "ttt_kind", "lora_phased") != "lora_phased"
             settings |= chunk_learning(preset, scale) if chunked else document_learning(preset, scale)
-    return {name: as_text(value) for name, value in settings.items() if hasattr(preset, name.lower())}
+    small = {name: as_text(value) for name, value in settings.items() if hasattr(preset, name.lower())}
+    return changes(preset) | small
 
 
-def as_text(value: bool | int | float) -> str:
+def as_text(value: bool | int | float | str) -> str:
+    if isinstance(value, str):
+        return value
     return f"{value:.6g}" if isinstance(value, float) else str(int(value))
+
+
+def changes(preset: tg.Config) -> dict[str, str]:
+    """The settings, at full size, in which `preset` is not the published one of its name; none for that one itself."""
+    published = tg.Config(preset=preset.preset, **tg.PRESETS[preset.preset])
+    values = {name: getattr(preset, name) for name in tg.FIELDS if getattr(preset, name) != getattr(published, name)}
+    return {name.upper(): repr(value) if isinstance(value, float) else as_text(value) for name, value in values.items()}
 
 
 def variant_of(preset: tg.Config) -> str:
     """The row of variants.VARIANTS with the tokenizer that the preset was published with."""
+    if getattr(preset, "marker_pair_mode", False):
+        return "mp3"
     return "caseops" if getattr(preset, "caseops_enabled", False) else f"sp{preset.vocab_size}"
 
 
@@ -136,9 +162,9 @@ def published_steps(preset: tg.Config) -> int:
     return preset.iterations
 
 
-def widths(preset: tg.Config) -> dict[str, int]:
+def widths(preset: tg.Config) -> dict[str, int | str]:
     """A quarter of the width, as half the heads of half the size; what is measured in channels follows."""
-    sizes = {
+    sizes: dict[str, int | str] = {
         "MODEL_DIM": preset.model_dim // WIDTH,
         "NUM_HEADS": preset.num_heads // 2,
         "NUM_KV_HEADS": preset.num_kv_heads // 2,
@@ -148,6 +174,8 @@ def widths(preset: tg.Config) -> dict[str, int]:
         sizes |= {"BIGRAM_VOCAB_SIZE": rows // WIDTH, "BIGRAM_DIM": preset.bigram_dim // WIDTH}
     if rank := getattr(preset, "lqer_rank", 0):  # the same share of a matrix, and as many scales for a row
         sizes |= {"LQER_RANK": math.ceil(rank / WIDTH), "LQER_ASYM_GROUP": preset.lqer_asym_group // WIDTH}
+    if getattr(preset, "fit_artifact", "") == "fill":  # 15 MB would be left to fill: the clips would halve
+        sizes |= {"FIT_ARTIFACT": "1"}
     return sizes
 
 
@@ -196,8 +224,9 @@ def document_learning(preset: tg.Config, scale: Scale) -> dict[str, Any]:
     batch = preset.ttt_batch_size // 8
     # The share of the documents that precedes the last phase, times 8: each of three phases then follows one batch.
     prefix = round(preset.phased_ttt_prefix_docs * 8 * scale.val_documents / CHALLENGE_DOCUMENTS)
-    return {
-        "TTT_CHUNK_SIZE": preset.ttt_chunk_size * 4 // 3,  # 48 -> 64
+    steps = small_chunks(getattr(preset, "ttt_chunk_steps", ""))
+    return ({"TTT_CHUNK_STEPS": steps} if steps else {}) | {
+        "TTT_CHUNK_SIZE": small_chunk(preset.ttt_chunk_size),
         "TTT_BATCH_SIZE": batch,
         "TTT_LORA_RANK": preset.ttt_lora_rank // 8,
         "TTT_LORA_ALPHA": preset.ttt_lora_alpha / 8,  # alpha / rank stays
@@ -206,6 +235,16 @@ def document_learning(preset: tg.Config, scale: Scale) -> dict[str, Any]:
         "GLOBAL_TTT_LR": preset.global_ttt_lr * 10,
         "GLOBAL_TTT_CHUNK_TOKENS": preset.global_ttt_chunk_tokens // 16,
     }
+
+
+def small_chunk(targets: int) -> int:
+    return round(targets * 4 / 3)  # 48 -> 64
+
+
+def small_chunks(steps: str) -> str:
+    """The same for `longest document:chunk,...`; documents are as long as ever."""
+    pairs = [step.split(":") for step in steps.replace(" ", "").split(",") if step]
+    return ",".join(f"{limit}:{small_chunk(int(chunk))}" for limit, chunk in pairs)
 
 
 def chunk_learning(preset: tg.Config, scale: Scale) -> dict[str, int]:
@@ -300,10 +339,10 @@ def described(part: Take, path: Path) -> dict[str, Any]:
 
 def export_variant(name: str, path: Path, out: Path, model: Path, val_documents: int) -> dict[str, Any]:
     """Shards of one variant, and its sizes as train_gpt.py counts them."""
-    with_caseops = variants.VARIANTS[name].caseops
-    manifest = export.export(export.Options([path], out, val_documents, tokenizer=model, caseops=with_caseops))
-    env = {"DATA_PATH": str(out), "TOKENIZER_PATH": str(out / export.TOKENIZER_FILE)}
-    validation = tg.load_validation(tg.load_config(env | {"VOCAB_SIZE": str(manifest["vocab_size"])})[0])
+    kind = {"caseops": variants.VARIANTS[name].caseops, "mp3": variants.VARIANTS[name].mp3}
+    manifest = export.export(export.Options([path], out, val_documents, tokenizer=model, **kind))
+    sizes = {"VOCAB_SIZE": str(manifest["vocab_size"]), "MARKER_PAIR_MODE": str(int(kind["mp3"]))}
+    validation = tg.load_validation(tg.load_config(data_paths(out) | sizes)[0])
     return {
         "tokenizer": model.name,
         "tokenizer_sha256": manifest["tokenizer_sha256"],
@@ -312,6 +351,11 @@ def export_variant(name: str, path: Path, out: Path, model: Path, val_documents:
         "val_documents": len(validation.documents),
         "val_bytes": int(validation.bytes.sum()),
     }
+
+
+def data_paths(folder: Path) -> dict[str, str]:
+    """The settings that make the script read the variant in `folder`."""
+    return {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(folder / export.TOKENIZER_FILE)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,12 +369,21 @@ class Job(NamedTuple):
     settings: dict[str, str]  # PRESET, SEED and what `scaled` says
     places: dict[str, str]  # where data and results are
     about: dict[str, Any]  # what RUN_FILE says besides the settings
+    artifact: Path | None = None  # of an earlier run, which is to be scored
 
 
 class Outcome(NamedTuple):
     job: Job
     result: dict[str, Any] | None  # None: failed
     message: str
+
+
+class Finished(NamedTuple):
+    """A run with all of its results."""
+
+    about: dict[str, Any]  # RUN_FILE
+    result: dict[str, Any]  # RESULT_FILE
+    folder: Path
 
 
 def run(options: argparse.Namespace, command: Sequence[str] = ()) -> list[Outcome]:
@@ -342,8 +395,10 @@ def run(options: argparse.Namespace, command: Sequence[str] = ()) -> list[Outcom
     `command` replaces the script in tests. Raises LadderError for unknown presets or data.
     """
     data = read_json(options.data / DATA_FILE, "make it with `ladder.py prepare`")
-    configs = {name: load_preset(name) for name in options.presets}
+    configs = {label: load_preset(label) for label in options.presets}
     scales = {name: by_steps(config, data, options.steps) for name, config in configs.items()}
+    for label in configs:
+        check_changes(label, scales[label])
     script = kept_script(options.out)
     command, common = command or [sys.executable, str(script)], circumstances(options, data, script)
     failed = []
@@ -354,18 +409,59 @@ def run(options: argparse.Namespace, command: Sequence[str] = ()) -> list[Outcom
             for name, config in configs.items()
         }
     if options.seconds:
-        pilots = [make_job(configs[name], pilot_scale(scales[name], options), None, common, options) for name in scales]
+        short = {name: pilot_scale(scale, options) for name, scale in scales.items()}
+        pilots = [make_job(name, configs[name], short[name], None, common, options) for name in scales]
         outcomes = run_all(pilots, options, command)
         failed = [outcome for outcome in outcomes if not outcome.result]
         speeds = {outcome.job.about["preset"]: outcome.result for outcome in outcomes if outcome.result}
         scales = {name: measured(scales[name], speeds[name], options.seconds) for name in scales if name in speeds}
-    jobs = [make_job(configs[name], scales[name], seed, common, options) for seed in options.seeds for name in scales]
+    jobs = [
+        make_job(name, configs[name], scales[name], seed, common, options) for seed in options.seeds for name in scales
+    ]
     return failed + run_all(jobs, options, command)
+
+
+def rescore(options: argparse.Namespace, command: Sequence[str] = ()) -> list[Outcome]:
+    """Scores the artifacts of all finished runs of a folder on the validation text of another prepared folder.
+
+    Every artifact is copied into a folder of the same name under `--out`, where the script that made it runs with the
+    same settings and nothing but its evaluate stage. Results of training stay behind: bits per byte before quantisation
+    are of the other text. `command` replaces the script in tests. Raises LadderError for unusable folders.
+    """
+    if options.out.resolve() == options.runs.resolve():
+        raise LadderError(f"--out {options.out}: holds the runs themselves; choose another folder")
+    data = read_json(options.data / DATA_FILE, "make it with `ladder.py prepare`")
+    runs, unfinished = read_runs(options.runs)
+    if lacking := {run.about["variant"] for run in runs} - data["variants"].keys():
+        raise LadderError(
+            f"--data: no {', '.join(sorted(lacking))}, which these runs need; there is {[*data['variants']]}"
+        )
+    script = options.runs.resolve() / SCRIPT_FILE
+    if not script.exists():
+        raise LadderError(f"{script}: missing, the script that made the runs; copy it there")
+    for name in unfinished:
+        print(f"{name}: not finished, left out")
+    now = {"threads": options.threads, "jobs": options.jobs, "machine": machine()}
+    now |= {"script_sha256": shards.file_sha256(script), "rescored_from": options.runs.resolve().name}
+    jobs = [rescore_job(run, data, now, options) for run in runs]
+    return run_all(jobs, options, command or [sys.executable, str(script)])
+
+
+def rescore_job(run: Finished, data: dict[str, Any], now: dict[str, Any], options: argparse.Namespace) -> Job:
+    """What RUN_FILE says of the training stays true: its text, its settings, its budget."""
+    about = {key: value for key, value in run.about.items() if key not in ("settings", "processor_share")}
+    about |= now | {"data": data | {"train": about["data"]["train"]}}
+    places = data_paths((options.data / about["variant"]).resolve()) | {
+        "RUNS_DIR": str(options.out.resolve()),
+        "RUN_ID": run.folder.name,
+        "STAGES": "evaluate",
+    }
+    return Job(run.folder.name, run.about["settings"], places, about, run.folder / ARTIFACT_FILE)
 
 
 def kept_script(out: Path) -> Path:
     """The copy of train_gpt.py that all runs in a folder use, whatever happens to the original between two starts."""
-    source, copy = ROOT / "train_gpt.py", out.resolve() / "train_gpt.py"
+    source, copy = ROOT / SCRIPT_FILE, out.resolve() / SCRIPT_FILE
     if not copy.exists():
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(source.read_bytes())
@@ -381,9 +477,8 @@ def step_seconds(
     path = options.out / SPEEDS_FILE
     known = read_json(path, "delete it") if path.exists() else {}
     for name in configs.keys() - known.keys():
-        folder = options.data / variant_of(configs[name])
-        places = {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(folder / export.TOKENIZER_FILE)}
-        config = tg.load_config({"PRESET": name} | scaled(configs[name], scales[name]) | places)[0]
+        places = data_paths(options.data / variant_of(configs[name]))
+        config = tg.load_config({"PRESET": configs[name].preset} | scaled(configs[name], scales[name]) | places)[0]
         trainer, times = tg.Trainer(config, tg.Run(), tg.Log(None)), {}
         for looping in (False, True):
             spent = []
@@ -399,11 +494,43 @@ def step_seconds(
     return known
 
 
-def load_preset(name: str) -> tg.Config:
+def load_preset(label: str) -> tg.Config:
+    """The full-size configuration of a preset, or of a variation `NAME+KEY=VALUE+...` with values as at full size.
+
+    Raises LadderError for anything else, a setting given twice, and one that is the ladder's own or none.
+    """
+    where = f"--presets {label}"
+    if not LABEL.fullmatch(label):
+        raise LadderError(f"{where}: must be NAME or NAME+KEY=VALUE+..., values of letters, digits and _ . , : {{ }} -")
+    name, *parts = label.split("+")
+    given = dict(part.split("=") for part in parts)
+    if len(given) < len(parts):
+        raise LadderError(f"{where}: gives a setting twice; leave one out")
     try:
-        return tg.load_config({"PRESET": name})[0]
+        config = tg.load_config(given | {"PRESET": name})[0]
     except tg.UserError as error:
-        raise LadderError(f"--presets: {error}") from None
+        raise LadderError(f"{where}: {error}") from None
+    usable = ({key.upper() for key in tg.FIELDS} | tg.SWITCHES.keys() | tg.ALIASES.keys()) - OWN_SETTINGS
+    if odd := given.keys() - usable:
+        raise LadderError(f"{where}: {', '.join(sorted(odd))} cannot be varied: set by the ladder, or of no effect")
+    return config
+
+
+def check_changes(label: str, scale: Scale) -> None:
+    """Raises LadderError for a change that the small scale does not show, such as one of a size that is equal for all.
+
+    A change is compared with its absence at the published number of steps, where rounding hides the least.
+    """
+    name, *parts = label.split("+")
+    config = load_preset(label)
+    scale = dataclasses.replace(scale, steps=published_steps(config))
+    for number, part in enumerate(parts):
+        try:
+            without = load_preset("+".join([name, *parts[:number], *parts[number + 1 :]]))
+        except LadderError:
+            continue  # the others need this one
+        if scaled(without, scale) == scaled(config, scale):
+            raise LadderError(f"--presets {label}: {part} changes nothing at this scale; leave it out")
 
 
 def by_steps(config: tg.Config, data: dict[str, Any], steps: int) -> Scale:
@@ -434,22 +561,24 @@ def pilot_scale(scale: Scale, options: argparse.Namespace) -> Scale:
 
 
 def make_job(
-    config: tg.Config, scale: Scale, seed: int | None, common: dict[str, Any], options: argparse.Namespace
+    label: str,
+    config: tg.Config,
+    scale: Scale,
+    seed: int | None,
+    common: dict[str, Any],
+    options: argparse.Namespace,
 ) -> Job:
-    """One run with all stages; without a seed, the pilot of its preset, which only trains."""
+    """One run with all stages; without a seed, the pilot of its preset or variation, which only trains."""
     pilot = seed is None
-    name = f"{config.preset}-pilot" if pilot else f"{config.preset}-seed{seed}"
+    name = f"{label}-pilot" if pilot else f"{label}-seed{seed}"
     settings = {"PRESET": config.preset, "SEED": str(seed or 0)} | scaled(config, scale)
-    folder = (options.data / variant_of(config)).resolve()
-    places = {
-        "DATA_PATH": str(folder),
-        "TOKENIZER_PATH": str(folder / export.TOKENIZER_FILE),
+    places = data_paths((options.data / variant_of(config)).resolve()) | {
         "RUNS_DIR": str(options.out.resolve()),
         "RUN_ID": name,
         "STAGES": "train" if pilot else "train,quantize,evaluate",
     }
-    about = {"preset": config.preset, "seed": seed, "variant": variant_of(config), "expected_steps": scale.steps}
-    return Job(name, settings, places, common | about)
+    about = {"preset": label, "seed": seed, "variant": variant_of(config), "expected_steps": scale.steps}
+    return Job(name, settings, places, common | about | {"parameters": parameters(settings | places)})
 
 
 def circumstances(options: argparse.Namespace, data: dict[str, Any], script: Path) -> dict[str, Any]:
@@ -503,7 +632,9 @@ def run_one(job: Job, options: argparse.Namespace, command: Sequence[str], runni
         if earlier := finished(folder, job):
             return Outcome(job, earlier, f"{headline(earlier)} (already there)")
         folder.mkdir(parents=True, exist_ok=True)
-        about = job.about | {"settings": job.settings, "parameters": parameters(job)}
+        if job.artifact:
+            shutil.copyfile(job.artifact, folder / ARTIFACT_FILE)
+        about = job.about | {"settings": job.settings}
         shards.write_json(folder / RUN_FILE, about)
         status, said, share = start_script(job, options, command, running)
         shards.write_json(folder / RUN_FILE, about | {"processor_share": share})
@@ -537,9 +668,9 @@ def start_script(
     return process.returncode, said, share
 
 
-def parameters(job: Job) -> int:
-    """Number of parameters of the small model."""
-    config = tg.load_config(job.settings | job.places)[0]
+def parameters(env: dict[str, str]) -> int:
+    """Number of parameters of the model of these settings."""
+    config = tg.load_config(env)[0]
     return sum(parameter.numel() for parameter in tg.GPT(config, tg.Run(), "meta").parameters())
 
 
@@ -548,7 +679,8 @@ def finished(folder: Path, job: Job) -> dict[str, Any] | None:
     if not (folder / RUN_FILE).exists():
         return None
     earlier = read_json(folder / RUN_FILE, "delete the folder")
-    for key, mine in (("settings", job.settings), ("data", job.about["data"]), ("threads", job.about["threads"])):
+    compared = {"settings": job.settings} | {key: job.about.get(key) for key in ("data", "threads", "rescored_from")}
+    for key, mine in compared.items():
         theirs = earlier.get(key)
         if theirs != mine:
             odd = [name for name in mine if mine[name] != theirs.get(name)] if isinstance(mine, dict) else [key]
@@ -586,30 +718,41 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
 # Report
 
 
-class Finished(NamedTuple):
-    """A run with all of its results."""
-
-    about: dict[str, Any]  # RUN_FILE
-    result: dict[str, Any]  # RESULT_FILE
-
-
 class Difference(NamedTuple):
-    """Mean of the differences between runs of equal seeds, and its standard error; None for fewer than two pairs."""
+    """Mean of differences, and its standard error; None for fewer than two."""
 
     mean: float
     error: float | None
-    pairs: int
+    number: int  # of differences: pairs of runs with equal seeds, or documents
+
+
+class Documents(NamedTuple):
+    """The validation documents in the order of the stream, as a run's submitted score sees them."""
+
+    bytes: np.ndarray  # (n,) int64
+    nats: np.ndarray  # (n,) float64
+
+
+class ByDocument(NamedTuple):
+    """A difference in bits per byte, seen by document."""
+
+    difference: Difference
+    better: int  # documents with fewer nats
 
 
 def report(options: argparse.Namespace) -> str:
     """Writes the table and the picture of the runs in a folder; returns the table.
 
-    Raises LadderError where there is no finished run, or where runs differ in data, budget or threads.
+    Raises LadderError where there is no finished run, where runs differ in data, budget or threads, and where the row
+    of `--against` is not there or other documents were scored in it.
     """
     runs, unfinished = read_runs(options.runs)
     presets = ladder_order({run.about["preset"] for run in runs})
+    if options.against and options.against not in presets:
+        raise LadderError(f"--against {options.against}: no such row; there is {', '.join(presets)}")
     groups = {name: [run for run in runs if run.about["preset"] == name] for name in presets}
-    text = "\n".join([*facts(runs, unfinished), "", *table(groups), "", *remarks(groups)]) + "\n"
+    lines = [introduction(presets, options.against), *facts(runs, unfinished), ""]
+    text = "\n".join([*lines, *table(groups, options.against), "", *remarks(groups)]) + "\n"
     options.table.parent.mkdir(parents=True, exist_ok=True)
     options.table.write_text(text)
     draw(groups, options.picture)
@@ -625,7 +768,7 @@ def read_runs(folder: Path) -> tuple[list[Finished], list[str]]:
             continue
         result = read_json(result_path, "delete the folder") if result_path.exists() else {}
         if "val_bpb" in result:
-            runs.append(Finished(about, result))
+            runs.append(Finished(about, result, path.parent))
         else:
             unfinished.append(path.parent.name)
     if not runs:
@@ -637,8 +780,9 @@ def read_runs(folder: Path) -> tuple[list[Finished], list[str]]:
 
 
 def ladder_order(presets: set[str]) -> list[str]:
-    """As in PUBLISHED, then the others by name."""
-    return [name for name in PUBLISHED if name in presets] + sorted(presets - PUBLISHED.keys())
+    """As in PUBLISHED, then the others by name; the variations of a preset after it, by their text."""
+    rank = {name: place for place, name in enumerate(PUBLISHED)}
+    return sorted(presets, key=lambda label: (rank.get(label.split("+")[0], len(rank)), label.split("+")))
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
@@ -659,24 +803,96 @@ def by_seed(runs: list[Finished], key: str) -> dict[int, float]:
     return {run.about["seed"]: run.result[key] for run in runs if run.result.get(key) is not None}
 
 
-def table(groups: dict[str, list[Finished]]) -> list[str]:
-    """Two tables in Markdown: scores and costs."""
-    scores = [("preset", "seeds", "final bpb", "minus row above", "before quantisation", "quantised", "sliding",
-               "final is", "claimed at full size")]  # fmt: skip
-    costs = [("preset", "steps", "tokens/s", "train s", "eval s", "artifact bytes", "parameters", "tokenizer")]
-    above: dict[int, float] = {}
+def read_documents(run: Finished) -> Documents | None:
+    """None for a run from before SCORES_FILE. Raises LadderError for one that is not of the run's result."""
+    path, kind = run.folder / SCORES_FILE, run.result["submitted"]
+    if not path.exists():
+        return None
+    try:
+        with path.open() as file:
+            rows = [(int(row["bytes"]), float(row[kind])) for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LadderError(f"{path}: cannot be read ({error!r}); delete the folder") from None
+    found = Documents(np.array([row[0] for row in rows], np.int64), np.array([row[1] for row in rows]))
+    bpb = found.nats.sum() / max(found.bytes.sum(), 1) / math.log(2)
+    if not abs(bpb - run.result["val_bpb"]) <= ROUNDING_BPB:
+        raise LadderError(f"{path}: its {kind} is {bpb:.6f} bpb, not {run.result['val_bpb']:.6f}; delete the folder")
+    return found
+
+
+def document_differences(mine: list[Finished], theirs: list[Finished]) -> ByDocument | None:
+    """Of two rows, over the seeds that both have; None without such seeds, or where a run has no SCORES_FILE.
+
+    Raises LadderError where the documents of two runs have other bytes.
+    """
+    ours, others = ({run.about["seed"]: run for run in runs} for runs in (mine, theirs))
+    pairs = [(ours[seed], others[seed]) for seed in sorted(ours.keys() & others.keys())]
+    scores = {run.folder: read_documents(run) for pair in pairs for run in pair}
+    if not scores or any(score is None for score in scores.values()):
+        return None
+    first, sizes = next((folder, score.bytes) for folder, score in scores.items())
+    for folder, score in scores.items():
+        if not np.array_equal(score.bytes, sizes):
+            raise LadderError(f"{folder}: its documents have other bytes than those of {first}; score them again")
+    nats = np.mean([scores[a.folder].nats - scores[b.folder].nats for a, b in pairs], axis=0)
+    return ByDocument(ratio(nats, sizes), int((nats < 0).sum()))
+
+
+def ratio(nats: np.ndarray, sizes: np.ndarray) -> Difference:
+    """Sum of `nats` (n,) over sum of `sizes` (n,) bytes, in bits per byte, of n documents taken as drawn at random.
+
+    Error of the ratio r = sum(d) / sum(b): sqrt(n / (n - 1) * sum((d - r b)^2)) / sum(b).
+    """
+    count, size = len(nats), sizes.sum() * math.log(2)
+    left = nats - nats.sum() / sizes.sum() * sizes
+    error = math.sqrt(count / (count - 1) * (left**2).sum()) / size if count > 1 else None
+    return Difference(float(nats.sum() / size), error, count)
+
+
+def total_seconds(runs: list[Finished]) -> dict[int, float]:
+    """Training and scoring, by seed, of the runs that have done both."""
+    train, score = by_seed(runs, "train_seconds"), by_seed(runs, "eval_seconds")
+    return {seed: train[seed] + score[seed] for seed in train.keys() & score.keys()}
+
+
+def table(groups: dict[str, list[Finished]], against: str | None) -> list[str]:
+    """Two tables in Markdown: scores and costs. `against` is the row with which the others are compared."""
+    by_document, more = (("over documents", "better"), ("time", "bytes")) if against else ((), ())
+    scores = [("preset", "seeds", "final bpb", f"minus {against or 'row above'}", *by_document, "before quantisation",
+               "quantised", "sliding", "final is", "claimed at full size")]  # fmt: skip
+    costs = [("preset", "steps", "tokens/s", "train s", "eval s", "artifact bytes", *more, "parameters", "tokenizer")]
+    above: list[Finished] = []
     for name, runs in groups.items():
         final, published = by_seed(runs, "val_bpb"), PUBLISHED.get(name)
+        base = [] if name == against else groups[against] if against else above
         kinds = (with_deviation(by_seed(runs, f"{kind}_val_bpb")) for kind in ("prequant", "quantized", "sliding"))
         submitted = "/".join(sorted({run.result["submitted"] for run in runs}))
         claim = f"{published.val_bpb:.4f}" if published and published.val_bpb else NOTHING
-        difference = signed(paired_difference(final, above))
-        scores.append((name, str(len(runs)), f"**{with_deviation(final)}**", difference, *kinds, submitted, claim))
+        difference = [signed(paired_difference(final, by_seed(base, "val_bpb")))]
+        if against:
+            difference += document_cells(document_differences(runs, base))
+        scores.append((name, str(len(runs)), f"**{with_deviation(final)}**", *difference, *kinds, submitted, claim))
         keys = ("steps", "tokens_per_s", "train_seconds", "eval_seconds", "total_bytes")
         size, variant = f"{runs[0].about['parameters']:,}", runs[0].about["variant"]
-        costs.append((name, *(rounded(by_seed(runs, key)) for key in keys), size, variant))
-        above = final
+        extra = cost_cells(runs, base) if against else []
+        costs.append((name, *(rounded(by_seed(runs, key)) for key in keys), *extra, size, variant))
+        above = runs
     return [*as_markdown(scores), "", *as_markdown(costs)]
+
+
+def document_cells(found: ByDocument | None) -> list[str]:
+    if found is None:
+        return [NOTHING, NOTHING]
+    return [signed(found.difference), f"{found.better} of {found.difference.number}"]
+
+
+def cost_cells(mine: list[Finished], theirs: list[Finished]) -> list[str]:
+    """Time in percent and bytes, each the mean over equal seeds minus the mean of the other row."""
+    ours, others = total_seconds(mine), total_seconds(theirs)
+    longer, base = paired_difference(ours, others), [others[seed] for seed in ours.keys() & others.keys()]
+    larger = paired_difference(by_seed(mine, "total_bytes"), by_seed(theirs, "total_bytes"))
+    percent = f"{100 * longer.mean / statistics.fmean(base):+.1f} %" if longer else NOTHING
+    return [percent, f"{larger.mean:+,.0f}" if larger else NOTHING]
 
 
 def as_markdown(rows: list[tuple[str, ...]]) -> list[str]:
@@ -699,17 +915,34 @@ def signed(difference: Difference | None) -> str:
 
 
 def rounded(values: dict[int, float]) -> str:
-    return f"{statistics.fmean(values.values()):,.0f}" if values else "\u2013"
+    return f"{statistics.fmean(values.values()):,.0f}" if values else NOTHING
 
 
 INTRODUCTION = f"""# Presets at a small common scale
 
 Every system with width {SMALL_DIM} instead of 512, sequences divided by {LENGTH}, {BATCH_TOKENS} tokens a step, its own
 tokenizer and its own learning rates: see `scaled` in `records/ladder.py`. Bits per byte compare inside these tables
-only. \u00b1 is the sample standard deviation over seeds; in *minus row above*, the standard error of the mean
+only. \u00b1 is the sample standard deviation over seeds; in *minus {{base}}*, the standard error of the mean
 difference between equal seeds. Seeds differ in initial weights and adapters, not in the order of the data. Neither
-figure covers the choice of the validation text.
+figure covers the choice of the validation text{{but}}.
 """
+BY_DOCUMENT = """
+*over documents* is the same difference with another error: of the documents of the validation text, each with its mean
+difference over the seeds, taken as drawn at random (ratio estimator). It says what other documents of this kind would
+change, the first error what other seeds would. *better* counts the documents that take fewer bits than in {base}.
+*time*, of training and scoring together, and *bytes* of the artifact are differences from {base} too.
+"""
+VARIATIONS = """
+`NAME+KEY=VALUE` is the preset with other settings: values of the full size, made small by the same rules.
+"""
+
+
+def introduction(presets: list[str], against: str | None) -> str:
+    """What the columns are."""
+    text = INTRODUCTION.format(base=against or "row above", but=", but the next one does" if against else "")
+    if against:
+        text += BY_DOCUMENT.format(base=against)
+    return text + (VARIATIONS if any("+" in label for label in presets) else "")
 
 
 def facts(runs: list[Finished], unfinished: list[str]) -> list[str]:
@@ -720,7 +953,8 @@ def facts(runs: list[Finished], unfinished: list[str]) -> list[str]:
     shares = [run.about.get("processor_share", math.nan) for run in runs]
     given = ", ".join(f"{value:g} {BUDGETS[kind]}" for kind, value in budget.items())
     lines = [
-        f"* budget: {given}, for the training of each run, {about['threads']} thread(s), {about['jobs']} run(s) side by side",
+        f"* budget: {given}, for the training of each run, {about['threads']} thread(s), "
+        f"{about['jobs']} run(s) side by side",
         f"* training text: {text_of(about['data']['train'])}",
         f"* validation text: {text_of(about['data']['val'])}; the same bytes with every tokenizer",
         f"* machine: {machines}; used as {various(run.result['hardware'] for run in runs)}",
@@ -730,7 +964,11 @@ def facts(runs: list[Finished], unfinished: list[str]) -> list[str]:
     if not math.isnan(sum(shares)):
         had = f"{min(shares):.2f} to {max(shares):.2f}"
         lines.append(f"* share of the time in which a run's threads had a processor: {had}")
-    return [INTRODUCTION, *lines, *([f"* not finished: {', '.join(unfinished)}"] if unfinished else [])]
+    if source := about.get("rescored_from"):
+        lines.append(
+            f"* artifacts of the runs in {source}, scored again on this validation text; their times are of that"
+        )
+    return [*lines, *([f"* not finished: {', '.join(unfinished)}"] if unfinished else [])]
 
 
 def various(values: Iterable[str]) -> str:
@@ -770,7 +1008,7 @@ def draw(groups: dict[str, list[Finished]], path: Path) -> None:
         axes.plot([place] * len(final), final, "o", color="black", markersize=4, label=labels[2])
         axes.annotate(f"{mean:.3f}", (right + 0.03, mean), va="center", fontsize=8)
         labels = (None, None, None)  # once in the legend
-    axes.set_xticks(range(len(groups)), groups, rotation=20)
+    axes.set_xticks(range(len(groups)), [name.replace("+", "\n+") for name in groups], rotation=20)
     axes.set(ylabel="bits per byte", title="Presets at a small common scale", xlim=(-0.5, len(groups) - 0.1))
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8)
@@ -790,6 +1028,11 @@ def words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
 
+def split_labels(text: str) -> list[str]:
+    """Presets and variations of a comma list; a comma before a digit belongs to a value, as in 256:12,1024:24."""
+    return [label.strip(",") for label in re.split(r",(?=[A-Za-z])", text) if label.strip(",")]
+
+
 def numbers(text: str) -> list[int]:
     return [int(word) for word in words(text)]
 
@@ -807,19 +1050,32 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     runs = commands.add_parser("run", help="train and score every preset with every seed")
     runs.add_argument("--data", type=Path, required=True, help="folder that prepare made")
     runs.add_argument("--out", type=Path, required=True, help="folder for the runs; the same again continues")
-    runs.add_argument("--presets", type=words, default=words("baseline,pr489,fork5,pr1880,pr1941,pr1855,pr2135"))
+    runs.add_argument(
+        "--presets",
+        type=split_labels,
+        default=words("baseline,pr489,fork5,pr1880,pr1941,pr1855,pr2135"),
+        help="comma list; NAME+KEY=VALUE+... is a variation of NAME, with values as at full size",
+    )
     runs.add_argument("--seeds", type=numbers, default=[1, 2, 3], help="comma list (default 1,2,3)")
     budget = runs.add_mutually_exclusive_group(required=True)
     budget.add_argument("--seconds", type=float, default=0, help="training budget of a run by the clock")
     budget.add_argument("--processor-seconds", type=float, default=0, help="the same as steps that take so long")
     budget.add_argument("--steps", type=int, default=0, help="the same in optimizer steps")
-    runs.add_argument("--jobs", type=int, default=2, help="runs side by side (default 2)")
-    runs.add_argument("--threads", type=int, default=1, help="threads of each run (default 1)")
     runs.add_argument("--pilot-seconds", type=float, default=10, help="length of a speed measurement (default 10)")
+    again = commands.add_parser("rescore", help="score the artifacts of finished runs on another validation text")
+    again.add_argument("--runs", type=Path, required=True, help="folder of the runs")
+    again.add_argument("--data", type=Path, required=True, help="folder that prepare made, with the other text")
+    again.add_argument("--out", type=Path, required=True, help="folder for the scores; the same again continues")
+    for starting in (runs, again):
+        starting.add_argument("--jobs", type=int, default=2, help="runs side by side (default 2)")
+        starting.add_argument("--threads", type=int, default=1, help="threads of each run (default 1)")
     tables = commands.add_parser("report", help="table and picture of the finished runs")
     tables.add_argument("--runs", type=Path, required=True)
     tables.add_argument("--table", type=Path, required=True, help="Markdown file to write")
     tables.add_argument("--picture", type=Path, required=True, help="PNG file to write")
+    tables.add_argument(
+        "--against", metavar="LABEL", help="row to compare the others with (default: each the one above)"
+    )
     options = parser.parse_args(arguments)
     for name, value in vars(options).items():
         unused = value == 0 and name in BUDGETS  # one of them is given
@@ -837,7 +1093,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(report(options))
         else:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that run_all ends its processes
-            return 1 if any(outcome.result is None for outcome in run(options)) else 0
+            outcomes = rescore(options) if options.command == "rescore" else run(options)
+            return 1 if any(outcome.result is None for outcome in outcomes) else 0
         return 0
     except (LadderError, shards.DataError, tg.UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

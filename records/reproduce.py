@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs a published system again and sets the measured figures beside those of its authors.
+"""Runs the system of a record folder, and sets the measured figures beside those of its authors.
 
     ./run.sh records/2026-04-29_MLPGateOut 42                       seed 42; without a seed, the first published one
     PRESET=fork5_twin ./run.sh records/2026-03-20_11L_MLP3x_int6    another preset of the same folder
@@ -7,7 +7,8 @@
 
 The folder holds settings.env (what the run sets; variables of the caller win) and published.json (what the authors
 wrote). The job itself is started by ./run.sh without words. Its figures and the published ones are printed as a table
-and written to runs/<RUN_ID>/comparison.json. Records of this repository, made by pack.py, hold no published.json.
+and written to runs/<RUN_ID>/comparison.json. Where a folder has no published.json, as for a system of our own, the job
+runs all the same and there is nothing to compare.
 
 Exit status: that of the run, or 2 for a mistake in the words, the folder, the settings or the data.
 """
@@ -26,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-from variants import VAL_DOCUMENTS, find_variant
+from variants import VAL_DOCUMENTS, VARIANTS, find_variant
 
 from train_gpt import FIELDS, Config, TokenStream, UserError, load_config, load_validation
 
@@ -59,13 +60,14 @@ def read_settings(path: Path) -> dict[str, str]:
     return settings
 
 
-def read_folder(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """(settings, published figures) of a reproduction's folder. Raises UserError when it is none."""
+def read_folder(folder: Path) -> tuple[dict[str, str], dict[str, Any] | None]:
+    """(settings, published figures or None) of a folder. Raises UserError when it has no settings."""
     try:
-        return read_settings(folder / "settings.env"), json.loads((folder / "published.json").read_text())
+        settings, path = read_settings(folder / "settings.env"), folder / "published.json"
+        return settings, json.loads(path.read_text()) if path.exists() else None
     except OSError as error:
-        known = ", ".join(sorted(path.parent.name for path in ROOT.glob("records/*/published.json")))
-        raise UserError(f"{error.filename}: no such file; give the folder of a published system: {known}") from None
+        known = ", ".join(sorted(path.parent.name for path in ROOT.glob("records/*/settings.env")))
+        raise UserError(f"{error.filename}: no such file; give one of these folders: {known}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{folder}/published.json: {error}; correct it") from None
 
@@ -89,11 +91,8 @@ def check_data(config: Config, name: str) -> str:
     splits = ["val", "train"] if "train" in stages else ["val"]
     missing = [folder / f"fineweb_{s}_*.bin" for s in splits if not any(folder.glob(f"fineweb_{s}_[0-9]*.bin"))]
     if missing := [*missing, *([] if config.tokenizer_file.is_file() else [config.tokenizer_file])]:
-        root = "" if Path(config.data_dir) == Path("data") else f" --root {config.data_dir}"
-        raise UserError(
-            f"{missing[0]}: not there; fetch it with: python data/download.py {name}{root}"
-            " (or set DATA_PATH and TOKENIZER_PATH)"
-        )
+        how = how_to_get(name, Path(config.data_dir))
+        raise UserError(f"{missing[0]}: not there; get it with: {how} (or set DATA_PATH and TOKENIZER_PATH)")
     if "train" in stages:
         TokenStream(folder, "train", config.vocab_size)
     validation, (_, variant) = load_validation(config), find_variant(name)
@@ -104,6 +103,24 @@ def check_data(config: Config, name: str) -> str:
     if as_published and abs(num_bytes - variant.val_bytes) <= variant.val_bytes_tolerance + 3:
         return ""
     return f"data is not {name} as published ({documents:,} documents, {targets:,} targets, {num_bytes:,} bytes)"
+
+
+def data_variant(config: Config) -> str:
+    """The row of variants.VARIANTS that a configuration reads. Raises UserError where there is none."""
+    name = "mp3" if config.marker_pair_mode else "caseops" if config.caseops_enabled else f"sp{config.vocab_size}"
+    if name not in VARIANTS:
+        raise UserError(f"VOCAB_SIZE={config.vocab_size}: the known data are {', '.join(VARIANTS)}; set one of these")
+    return name
+
+
+def how_to_get(name: str, root: Path) -> str:
+    """The command that fetches a variant of the data, or makes it where nobody has published it."""
+    place = "" if root == Path("data") else f" --root {root}"
+    variant, source = find_variant(name)[1], find_variant("caseops")[1]
+    if variant.repository:
+        return f"python data/download.py {name}{place}"
+    fuse = f"python data/fuse.py {root}/datasets/{source.dataset} --out {root}/datasets/{variant.dataset}"
+    return f"python data/download.py caseops{place} && {fuse}"
 
 
 def launch(command: list[str], env: Mapping[str, str]) -> int:
@@ -170,12 +187,15 @@ def reproduce(folder: Path, seed: str | None, caller: Mapping[str, str]) -> int:
     """Checks, runs and compares; returns the exit status of the run. Raises UserError before it has started."""
     settings, published = read_folder(folder)
     env = settings | dict(caller)
-    table = find_table(published, env.get("PRESET", "default"))
-    env["SEED"] = seed or env.get("SEED") or next(iter(table["seeds"]))
+    table = find_table(published, env.get("PRESET", "default")) if published else {"seeds": {}}
+    env["SEED"] = seed or env.get("SEED") or next(iter(table["seeds"]), str(Config().seed))
     config = load_config(env)[0]
     env["RUN_ID"] = config.run_id or f"{config.preset}-seed{config.seed}"
-    other_data = check_data(config, published["data"])
+    other_data = check_data(config, published["data"] if published else data_variant(config))
     print(f"{folder.name}: RUN_ID={env['RUN_ID']} PRESET={config.preset} SEED={config.seed}", flush=True)
+    if not published:
+        print(f"nothing is published of it{f'; {other_data}' if other_data else ''}", flush=True)
+        return launch(COMMAND, env)
     path = ROOT / config.runs_dir / env["RUN_ID"] / "result.json"
     before = path.stat().st_mtime_ns if path.exists() else None
     status = launch(COMMAND, env)

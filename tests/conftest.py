@@ -83,9 +83,12 @@ SMALL = dict(
 def preset_env(preset: str, **changes: Any) -> dict[str, str]:
     """A preset at toy size, as environment variables: its own mechanisms, the sizes of SMALL."""
     own = tg.load_config({"PRESET": preset})[0]
+    steps = [f"{limit // 32}:{chunk // 4}" for limit, chunk in own.chunk_steps]
     sizes = dict(
         SMALL,
         PRESET=preset,
+        MARKER_PAIR_MODE=0,  # a vocabulary of 64 has no room for the ids that it is about; see marker_pairs
+        TTT_CHUNK_STEPS=",".join(steps),
         ROPE_DIMS=8 if own.rope_dims == own.head_dim else 4,
         ROPE_TRAIN_SEQ_LEN=own.rope_train_seq_len // 64,
         BIGRAM_VOCAB_SIZE=own.bigram_vocab_size // 64,
@@ -184,6 +187,13 @@ def replace_plain(patch: pytest.MonkeyPatch, **functions: Callable) -> None:
     plain = tg.PLAIN._replace(**functions)
     patch.setattr(tg, "PLAIN", plain)
     patch.setattr(tg, "choose_kernels", lambda wanted, device: ("plain", plain))
+
+
+@pytest.fixture
+def marker_pairs(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Makes MARKER_PAIR_MODE possible at toy size: the space is this id."""
+    monkeypatch.setattr(tg, "SPACE_ID", 60)
+    return tg.SPACE_ID
 
 
 class OneOf(tg.Run):

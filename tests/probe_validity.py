@@ -115,12 +115,12 @@ def trace(kind: str, subject: Subject, validation: tg.Validation, price: tuple[i
                 last_call.update(nll=nats.detach(), targets=own, all=forward(model, inputs, everything, *more, **named))
         return nll
 
-    def watched_tilt(nll: torch.Tensor, ids: torch.Tensor, boost: float) -> torch.Tensor:
+    def watched_tilt(nll: torch.Tensor, ids: torch.Tensor, boost: torch.Tensor) -> torch.Tensor:
         tilted = tilt(nll, ids, boost)
         if price:
             hint = ids[..., 1:]
             logits = -last_call["all"].double()
-            logits = logits.scatter_add(-1, hint.clamp(min=0), boost * (hint >= 0).double())
+            logits = logits.scatter_add(-1, hint.clamp(min=0), boost.unsqueeze(-1) * (hint >= 0))
             last_call.update(nll=tilted, all=-torch.log_softmax(logits, -1))
         return tilted
 

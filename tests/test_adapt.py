@@ -123,6 +123,55 @@ def test_whole_pass_scores_every_target_once() -> None:
     assert tg.adapt(random_model(phased), validation, phased, RUN, QUIET).learned == taught + again
 
 
+def mixed_config(**changes: Any) -> tg.Config:
+    """Chunks of 1, 3, 5 and 8 targets for documents of up to 4, 12, 30 and more; one batch each, each its own track."""
+    steps = dict(TTT_CHUNK_STEPS="4:1,12:3,30:5", TTT_BATCH_SIZE=64, PHASED_TTT_PREFIX_DOCS=0)
+    return toy_config(**steps | changes)
+
+
+def mixed_chunk(count: int) -> int:
+    return 1 if count <= 4 else 3 if count <= 12 else 5 if count <= 30 else 8
+
+
+def test_chunks_of_several_sizes_score_every_target_once_before_learning_from_it() -> None:
+    """TTT_CHUNK_STEPS: each target once; all but the last chunk of each document teach; in every document the tokens
+    from some place on change no score before it, and those from the next chunk on."""
+    config, validation = mixed_config(), validation_of_lengths(LENGTHS)
+    tallies = []
+    scorer = lambda v: tallies.append(tg.adapt(random_model(config), v, config, RUN, QUIET))
+    before = nll_per_target(validation, scorer)
+    taught = [(length - 1) // mixed_chunk(length) * mixed_chunk(length) for length in LENGTHS]
+    assert tallies[0].tokens == sum(LENGTHS) and tallies[0].learned == sum(taught)
+    changes, places = {}, []
+    for number, (start, count) in enumerate(validation.documents.tolist()):
+        p = start + 1 + (number * 7) % count  # of the first changed target, somewhere in the document
+        changes |= {q: another(validation.tokens[q]) for q in range(p, start + count)}
+        places.append((start, count, p))
+    after = nll_per_target(with_tokens(validation, changes), scorer)
+    seen = 0
+    for start, count, p in places:
+        np.testing.assert_allclose(after[start + 1 : p], before[start + 1 : p], atol=1e-6)
+        chunk = mixed_chunk(count)
+        following = start + 1 + ((p - start - 1) // chunk + 1) * chunk  # the first target of the chunk behind p's
+        if p < start + count and following <= start + count:
+            seen += 1
+            assert np.abs(after[following : start + count + 1] - before[following : start + count + 1]).max() > 1e-4
+    assert seen > 8
+
+
+def test_learning_behind_short_documents_is_as_fine_as_asked() -> None:
+    """With TTT_CHUNK_STEPS a document's first `chunk` targets are scored bare, and the rest is not."""
+    validation = validation_of_lengths(LENGTHS)
+    adapted, bare = (
+        nll_per_target(validation, lambda v: tg.adapt(random_model(c), v, c, RUN, QUIET))
+        for c in (mixed_config(TTT_LORA_LR=0.03), mixed_config(TTT_LORA_LR=0))
+    )
+    for start, count in validation.documents.tolist():
+        own, chunk = slice(start + 1, start + count + 1), mixed_chunk(count)
+        np.testing.assert_allclose(adapted[own][:chunk], bare[own][:chunk], atol=1e-6)
+        assert count <= chunk or (np.abs(adapted[own][chunk:] - bare[own][chunk:]) > 1e-6).all()
+
+
 @pytest.mark.parametrize("lengths", [[1], [50], [2, 1]])
 def test_tiny_streams_terminate(lengths: list[int]) -> None:
     """One document, or fewer documents than the prefix and than there are tracks."""
@@ -289,6 +338,48 @@ def test_a_document_does_not_depend_on_its_batch_mates() -> None:
         np.testing.assert_allclose([rows[p] for p in sorted(rows)], together[start + 1 : start + count + 1], atol=1e-3)
 
 
+def test_chunk_of_a_document_is_that_of_the_first_limit_it_does_not_exceed() -> None:
+    """At the limits themselves, beside them, and beyond the last one; without steps it is TTT_CHUNK_SIZE."""
+    config = mixed_config()
+    assert [tg.chunk_of(count, config) for count in (1, 4, 5, 12, 13, 30, 31, 900)] == [1, 1, 3, 3, 5, 5, 8, 8]
+    assert all(tg.chunk_of(count, config) == mixed_chunk(count) for count in range(1, 100))
+    assert {tg.chunk_of(count, toy_config()) for count in range(1, 100)} == {8}
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[np.ndarray, int]]:
+    """(batch, chunk) of each pass of adapters over a batch of documents, which then tally 0 without a model."""
+    seen: list[tuple[np.ndarray, int]] = []
+
+    def score_and_adapt(_: Any, adapters: tg.Adapters, batch: np.ndarray, *rest: Any) -> None:
+        tally, chunk = rest[3:5]
+        assert adapters.size == len(batch)
+        seen.append((batch, chunk))
+        for start, count in batch.tolist():
+            tally.add(torch.zeros(count), torch.arange(start + 1, start + count + 1))
+
+    monkeypatch.setattr(tg, "score_and_adapt", score_and_adapt)
+    return seen
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 64])
+def test_chunk_of_a_document_does_not_depend_on_its_neighbours(
+    factor: int, passes: list[tuple[np.ndarray, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any grouping each document is adapted in chunks that its own length decides, times what the governor asks for,
+    at most the context."""
+    monkeypatch.setattr(tg.Governor, "chunk_factor", lambda self: factor)
+    validation = validation_of_lengths(LENGTHS)
+    for batch_size in (1, 3, 64):
+        config = mixed_config(TTT_BATCH_SIZE=batch_size)
+        passes.clear()
+        nll_per_target(validation, lambda v: tg.adapt(random_model(config), v, config, RUN, QUIET))
+        chunks = {int(start): (int(count), chunk) for batch, chunk in passes for start, count in batch}
+        assert len(chunks) == len(LENGTHS)
+        assert all(chunk == min(factor * mixed_chunk(count), 32) for count, chunk in chunks.values())
+        assert len(passes) == {1: 20, 3: 7, 64: 4}[batch_size]
+
+
 def test_forgetting_leaves_nothing_of_earlier_documents_but_a() -> None:
     """After forget() a batch scores exactly as with fresh adapters that start from the same A."""
     config = toy_config()
@@ -420,17 +511,19 @@ def test_without_a_clock_nothing_depends_on_time(clock: list[float]) -> None:
         assert governor.chunk_factor() == 1 and governor.slowed == 0
 
 
-def test_work_is_the_number_of_tokens_that_go_through_the_model() -> None:
+@pytest.mark.parametrize("config", [toy_config(), mixed_config()], ids=["one chunk", "chunks by length"])
+def test_work_is_the_number_of_tokens_that_go_through_the_model(config: tg.Config) -> None:
     """batch_work() equals what score_and_adapt() passes forward, for several batches."""
-    config, validation = toy_config(), validation_of_lengths(LENGTHS)
-    for batch in tg.document_queue(validation.documents, 3):
+    validation, limits = validation_of_lengths(LENGTHS), [4, 12, 30] if config.ttt_chunk_steps else []
+    for batch in tg.document_queue(validation.documents, 3, limits):
         passed = []
 
         def forward(tokens: Tensor, wanted: Tensor, *_: Any) -> Tensor:
             passed.append(tokens.numel())
             return torch.zeros(wanted.shape, requires_grad=torch.is_grad_enabled())
 
-        tg.score_and_adapt(forward, NoAdapters(), batch, validation, config, RUN, tg.Tally(validation), 8)
+        chunk = mixed_chunk(batch[0, 1]) if limits else 8
+        tg.score_and_adapt(forward, NoAdapters(), batch, validation, config, RUN, tg.Tally(validation), chunk)
         assert tg.batch_work(batch, config) == sum(passed)
 
 
@@ -471,6 +564,24 @@ def test_queue_is_longest_first_in_groups_of_similar_length(lengths: list[int], 
     flat = [row[1] for part in queue for row in part.tolist()]
     assert flat == sorted(flat, reverse=True)
     assert all(len(part) == batch for part in queue[1:])  # only the group of the longest may be short
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=40),
+    st.integers(1, 7),
+    st.sets(st.integers(1, 11), max_size=4).map(sorted),
+)
+def test_limits_cut_the_queue(lengths: list[int], batch: int, limits: list[int]) -> None:
+    """The queue with limits is the queues of the documents between them, the longest documents first."""
+    documents = np.array([[10 * i, length] for i, length in enumerate(lengths)])
+    slow = []
+    for low, high in reversed(list(zip([0, *limits], [*limits, 10**9]))):
+        alike = documents[(low < documents[:, 1]) & (documents[:, 1] <= high)]
+        slow += [part.tolist() for part in tg.document_queue(alike, batch)]
+    queue = tg.document_queue(documents, batch, limits)
+    assert [part.tolist() for part in queue] == slow and all(len(part) for part in queue)
+    assert sorted(row for part in queue for row in part.tolist()) == sorted(documents.tolist())
 
 
 @settings(deadline=None, max_examples=200)

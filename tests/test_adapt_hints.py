@@ -186,7 +186,8 @@ def test_stream_hints_follow_the_settings() -> None:
         wanted = np.full(len(tokens), -1)
         for position, hint in slow_hints(tokens, order, threshold):
             wanted[position] = hint
-        assert found.tolist() == wanted.tolist() and (wanted >= 0).sum() > 10
+        assert found[:, 0].tolist() == wanted.tolist() and (wanted >= 0).sum() > 10
+        assert found[:, 1].tolist() == np.where(wanted >= 0, 0, -1).tolist()  # the only source
     assert tg.stream_hints(validation, toy_config(), RUN, QUIET) is None
 
 

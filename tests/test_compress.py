@@ -12,7 +12,7 @@ import brotli
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, ToyData, random_model, random_tokens, toy_config
+from conftest import QUIET, ROOT, ToyData, random_model, random_tokens, toy_config
 
 import train_gpt as tg
 
@@ -297,7 +297,7 @@ def test_artifact_of_another_configuration_is_refused_naming_the_settings(toy: Q
         NUM_LOOPS=2, LOGIT_SOFTCAP=20, SMEAR_GATE_ENABLED=0, MLP_MULT=3, XSA_LAST_N=1, LEAKY_RELU_SQ_SLOPE=0,
         LN_SCALE=0, SKIP_GATES_ENABLED=0, ATTN_GATE="sparse", SMEAR_GATE_POS="post_norm", BIGRAM_VOCAB_SIZE=9,
         MLP_GATE_OUT=0, SMEAR_PERDIM_ENABLED=1, COMPRESSOR="zlib", LQER_RANK=2, GATED_ATTN_QUANT_GATE=0,
-        FP16_KEEP_NAME_PATTERNS="attn.k",
+        FP16_KEEP_NAME_PATTERNS="attn.k", MARKER_PAIR_MODE=1,
     ).items():  # fmt: skip
         with pytest.raises(tg.UserError, match=key):
             tg.load_artifact(toy.path, toy_config(**{key: value}))
@@ -312,6 +312,15 @@ def test_artifact_of_another_configuration_is_refused_naming_the_settings(toy: Q
     tg.load_artifact(toy.path, others)
 
 
+def test_artifact_with_marker_pairs_is_refused_without_them(toy: Quantised, tmp_path: Path) -> None:
+    """The same weights mean another model without MARKER_PAIR_MODE, so the file knows."""
+    config, path = dataclasses.replace(toy.config, marker_pair_mode=True), tmp_path / "fused.bin"
+    tg.save_artifact(path, toy.stored, config)
+    assert tg.load_artifact(path, config).keys() == tg.load_artifact(toy.path, toy.config).keys()
+    with pytest.raises(tg.UserError, match="MARKER_PAIR_MODE=True .*now False"):
+        tg.load_artifact(path, toy.config)
+
+
 BASES = [  # toy settings under which a change may show, and the wiring that they exclude
     (dict(ROPE_TRAIN_SEQ_LEN=16, BIGRAM_VOCAB_SIZE=9), "PARALLEL_RESIDUAL_START"),
     (dict(PARALLEL_START_LAYER=0, PARALLEL_RESIDUAL_START=2, ATTN_GATE="sparse"), "PARALLEL_START_LAYER"),
@@ -321,6 +330,7 @@ FORWARD = dict(
     NUM_LOOPS=2, LOOP_START=0, LOOP_END=1, PARALLEL_START_LAYER=4, PARALLEL_RESIDUAL_START=1, LEAKY_RELU_SQ_SLOPE=0.3,
     LN_SCALE=0, ATTN_GATE="two_sigma", SPARSE_ATTN_GATE_SCALE=0.5, MLP_GATE_OUT=0, SMEAR_GATE_ENABLED=0,
     SMEAR_GATE_POS="post_norm", SMEAR_PERDIM_ENABLED=1, BIGRAM_VOCAB_SIZE=8, BIGRAM_DIM=16, SKIP_GATES_ENABLED=0,
+    MARKER_PAIR_MODE=1,
 )  # fmt: skip
 NOT_FORWARD = dict(
     EVAL_SEQ_LEN=16, QK_GAIN_INIT=1, MLP_GATE_BIAS=0, INIT_SCHEME="default", RESID_SCALE_DEPTH_INIT=1,
@@ -328,7 +338,7 @@ NOT_FORWARD = dict(
 )  # fmt: skip
 
 
-def test_forward_settings_all_travel_in_the_artifact() -> None:
+def test_forward_settings_all_travel_in_the_artifact(marker_pairs: int) -> None:
     """Every setting that changes the loss of given weights is among those that the artifact is checked against."""
     tokens = torch.from_numpy(random_tokens(50, 64, bos_every=20))[None]
     seen = set()
@@ -530,6 +540,78 @@ def test_artifact_over_the_limit_is_refitted_by_coarser_steps(
     again = tg.quantize(weights, tg.scaled_clips(config, fitted["clip_factor"]), CPU)
     expected = tg.dequantize(again, config)
     assert all(np.array_equal(coarse[name], expected[name]) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def trained(toy_data: ToyData, tmp_path_factory: pytest.TempPathFactory) -> tuple[tg.Config, dict[str, Any]]:
+    """A trained toy run and the sizes of its artifact as the clips are set."""
+    env = toy_data.env(RUNS_DIR=tmp_path_factory.mktemp("fill"), RUN_ID="fill", ITERATIONS=2, STAGES="train,quantize")
+    config = tg.load_config(env)[0]
+    return config, tg.main(config, RUN)
+
+
+@pytest.fixture
+def small_slack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tg, "FIT_MARGIN_BYTES", 60)
+    monkeypatch.setattr(tg, "FILL_SLACK_BYTES", 240)
+
+
+def fitted(config: tg.Config, limit: int, how: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(tg, "ARTIFACT_LIMIT_BYTES", limit)
+    return tg.make_artifact(dataclasses.replace(config, fit_artifact=how), CPU, QUIET)
+
+
+@pytest.mark.parametrize("spare", [1800, -1500, 100, 239])
+def test_artifact_fills_the_limit_from_below_and_from_above(
+    spare: int, trained: tuple, small_slack: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FIT_ARTIFACT=fill ends within the slack of the limit: by lower clips and a smaller quantisation error where there
+    was room, by higher ones where there was none, by none where it is full as it is."""
+    config, first = trained
+    folder = tg.run_dir(config)
+    weights = tg.load_arrays(folder / "trained.bin")[1]
+    plain = tg.dequantize(tg.quantize(weights, config, CPU), config)
+    limit = first["total_bytes"] + spare
+    result = fitted(config, limit, "fill", monkeypatch)
+    assert limit - 240 < result["total_bytes"] <= limit
+    stored = tg.load_artifact(folder / "artifact.bin", config)
+    expected = tg.dequantize(tg.quantize(weights, tg.scaled_clips(config, result["clip_factor"]), CPU), config)
+    assert all(np.array_equal(stored[name], expected[name]) for name in expected)
+    assert (folder / "oversize.bin").exists() == (spare < 0)  # kept only where something did not fit
+    changed = [name for name in stored if not np.array_equal(stored[name], plain[name])]
+    if abs(spare) < 240:
+        assert result["clip_factor"] == 1 and not changed
+        return
+    assert (result["clip_factor"] < 1) == (spare > 0)
+    error = lambda arrays, name: np.square(arrays[name] - weights[name]).sum()
+    assert set(changed) >= {"tok_emb.weight", *tg.BANKS}
+    for name in ("tok_emb.weight", *tg.BANKS):
+        assert (error(stored, name) < error(plain, name)) == (spare > 0), name
+
+
+@pytest.mark.parametrize("how, spare", [("0", 1800), ("0", -1500), ("1", 1800), ("1", 10**6)])
+def test_only_fill_lowers_clips(
+    how: str, spare: int, trained: tuple, small_slack: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FIT_ARTIFACT=0 never changes a clip, FIT_ARTIFACT=1 not where the file fits, however much room is left."""
+    config, first = trained
+    result = fitted(config, first["total_bytes"] + spare, how, monkeypatch)
+    assert result["clip_factor"] == 1 and result["artifact_sha256"] == first["artifact_sha256"]
+
+
+def test_filling_stops_at_half_the_clips(trained: tuple, small_slack: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With far more room than codes can use the clips end at FILL_SMALLEST_FACTOR, in two tries."""
+    config, first = trained
+    tries, real = [], tg.quantize
+
+    def quantize(arrays: Any, changed: tg.Config, *rest: Any) -> Any:
+        tries.append(changed.mlp_clip_sigmas / config.mlp_clip_sigmas)
+        return real(arrays, changed, *rest)
+
+    monkeypatch.setattr(tg, "quantize", quantize)
+    result = fitted(config, first["total_bytes"] + 10**6, "fill", monkeypatch)
+    assert result["clip_factor"] == tg.FILL_SMALLEST_FACTOR == 0.5 and tries == [1, 0.5]
+    assert result["total_bytes"] > first["total_bytes"]
 
 
 def test_artifact_that_cannot_fit_stays_usable_and_is_reported(

@@ -34,7 +34,7 @@ PUBLISHED_KNOBS = {
     "adam_eps", "beta1", "bigram_dim", "enable_looping_at", "gate_window", "gated_attn_init_std",
     "global_ttt_grad_clip", "global_ttt_momentum", "loop_end", "loop_start", "lqer_top_k", "mlp_gate_bias",
     "muon_backend_steps", "rope_base", "swa_every", "swa_start_frac", "tied_embed_init_std", "token_boost",
-    "token_order", "token_threshold", "ttt_beta1", "ttt_momentum",
+    "token_order", "ttt_beta1", "ttt_momentum",
 }  # fmt: skip
 
 
@@ -102,6 +102,17 @@ def test_config_is_immutable() -> None:
         ("TRAIN_SEQ_LEN", "65", "ROW_TOKENS=64"),
         ("EVAL_STRIDE", "33", "EVAL_SEQ_LEN=32"),
         ("TTT_CHUNK_SIZE", "33", "TTT_EVAL_SEQ_LEN=32"),
+        ("TTT_CHUNK_STEPS", "8:4,16:33", "TTT_EVAL_SEQ_LEN=32"),
+        ("TTT_CHUNK_STEPS", "8:4,16:0", "positive"),
+        ("TTT_CHUNK_STEPS", "8:-4", "positive"),
+        ("TTT_CHUNK_STEPS", "16:4,8:2", "must rise"),
+        ("TTT_CHUNK_STEPS", "8:2,8:4", "must rise"),
+        ("TTT_CHUNK_STEPS", "8", "for example 256:12,1024:24"),
+        ("TTT_CHUNK_STEPS", "8:2:1", "for example 256:12,1024:24"),
+        ("TTT_CHUNK_STEPS", "short:2", "for example 256:12,1024:24"),
+        ("TTT_CHUNK_STEPS", "8:2.5", "for example 256:12,1024:24"),
+        ("TTT_CHUNK_STEPS", "8:", "for example 256:12,1024:24"),
+        ("FIT_ARTIFACT", "2", "0, 1, fill"),
         ("LOOP_END", "4", "NUM_LAYERS=4"),
         ("LOOP_START", "3", "LOOP_END=2"),
         ("PARALLEL_START_LAYER", "2", "must come last"),
@@ -121,6 +132,14 @@ def test_bad_values_are_named_with_their_fix(key: str, value: str, needed: str) 
         tg.load_config(toy_env() | {key: value})
     message = str(caught.value)
     assert f"{key}={value}" in message and needed in message and "\n" not in message
+
+
+def test_chunk_steps_are_read_as_pairs() -> None:
+    """TTT_CHUNK_STEPS: pairs of limit and chunk, blanks allowed; the example in the message is one; empty is none."""
+    for text, steps in (("", []), ("8:2", [(8, 2)]), (" 8:2, 16 : 32 ", [(8, 2), (16, 32)])):
+        assert toy_config(TTT_CHUNK_STEPS=text).chunk_steps == steps
+    published = tg.load_config({"TTT_CHUNK_STEPS": "256:12,1024:24"})[0]
+    assert published.chunk_steps == [(256, 12), (1024, 24)]
 
 
 def test_settings_that_only_fit_together_are_checked_together() -> None:

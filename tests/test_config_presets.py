@@ -189,6 +189,19 @@ def test_deliberate_differences_from_the_published_runs() -> None:
     assert (stated.adam_wd, stated.embed_wd, twin.embed_wd) == (0, 0, twin.adam_wd)  # not published
 
 
+def test_frontier_is_the_last_published_system_with_more() -> None:
+    """What keeps pr2135 inside the rules, and its SmearGate, stay; the data are the fused ones."""
+    ours, base = (tg.load_config({"PRESET": name})[0] for name in ("frontier", "pr2135"))
+    assert tg.PRESETS["frontier"].keys() >= tg.PRESETS["pr2135"].keys()
+    for name in (
+        "vocab_size", "smear_gate_enabled", "caseops_enabled", "ttt_enabled", "ttt_kind", "varlen_attn",
+        "gptq_reserve_seconds", "max_wallclock_seconds", "eval_max_seconds",
+    ):  # fmt: skip
+        assert getattr(ours, name) == getattr(base, name), name
+    assert ours.ttt_kind == "lora_phased" and ours.smear_gate_enabled and ours.caseops_enabled
+    assert ours.vocab_size > tg.SPACE_ID and ours.marker_pair_mode and not base.marker_pair_mode
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Other names
 # ------------------------------------------------------------------------------------------------------------

@@ -4,12 +4,16 @@ import re
 
 import numpy as np
 import pytest
+from conftest import toy_config, write_shard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_data_helpers import AWKWARD, load, sample_texts, toy_model
 
+import train_gpt as tg
+
 import caseops  # isort: skip
 import shards  # isort: skip
+import variants  # isort: skip
 
 T, A, N, E = caseops.OPERATORS
 # Arbitrary Unicode, and texts in which the interesting characters are frequent.
@@ -186,3 +190,93 @@ def test_aliases_in_use_and_tokenizers_without_operators_are_refused(tokenizer):
         caseops.require_operators(plain, "toy.model")
     with pytest.raises(shards.DataError, match="the pieces that --mp3 fuses"):
         caseops.MarkerPairs.of(plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MP3 as the script reads it: MARKER_PAIR_MODE
+
+
+class PublishedPieces:
+    """The ids of the published CaseOps tokenizer that matter here (#1729, #2109)."""
+
+    ids = {"▁": 8133, T: 4, A: 5, N: 6, E: 7, "<0x00>": 8, "<0x01>": 9, "<0x02>": 10}
+
+    def piece_to_id(self, piece):
+        return self.ids.get(piece, self.unk_id())
+
+    def unk_id(self):
+        return 3
+
+
+def test_fused_ids_of_the_script_are_those_of_the_data(tokenizer):
+    pairs = caseops.MarkerPairs.of(PublishedPieces())
+    assert tg.SPACE_ID == pairs.space and tg.FUSED_MARKERS == dict(zip(pairs.aliases, pairs.markers, strict=True))
+    trained = caseops.MarkerPairs.of(tokenizer)  # a tokenizer of the same settings has them at the same places
+    assert tg.FUSED_MARKERS == dict(zip(trained.aliases, trained.markers, strict=True))
+
+
+@pytest.mark.parametrize("env", [{"PRESET": "frontier"}, {"CASEOPS_ENABLED": "1", "MARKER_PAIR_MODE": "1"}])
+def test_fused_data_have_the_name_under_which_they_are_made(env):
+    config, mp3 = tg.load_config(env)[0], variants.VARIANTS["mp3"]
+    assert (config.dataset_dir.name, config.tokenizer_file.name) == (mp3.dataset, mp3.tokenizer)
+    assert config.vocab_size == mp3.vocab_size > tg.SPACE_ID
+    own = tg.load_config(env | {"DATA_PATH": "x"})[0]
+    assert str(own.dataset_dir) == "x"
+
+
+def caseops_config(folder, tokens, sidecar, model=None, **changes):
+    """Validation shards, their side-car and a tokenizer on disk, as settings."""
+    model = model or toy_model(with_operators=True)
+    write_shard(folder / "fineweb_val_000000.bin", tokens)
+    write_shard(folder / "fineweb_val_bytes_000000.bin", sidecar)
+    (folder / "toy.model").write_bytes(model)
+    paths = dict(DATA_PATH=folder, TOKENIZER_PATH=folder / "toy.model", VOCAB_SIZE=load(model).vocab_size())
+    return toy_config(**paths, **changes)
+
+
+@pytest.fixture
+def streams(tokenizer, monkeypatch):
+    """{fused or not: (ids, side-car)} of a few documents, with the script's space where this tokenizer has it."""
+    pairs = caseops.MarkerPairs.of(tokenizer)
+    monkeypatch.setattr(tg, "SPACE_ID", pairs.space)
+    ids, sidecar = [], []
+    for text in ["The USA sent eBooks to PhDs.", " I", "it is", "Red Cat"]:
+        found, counts = caseops.encode_with_sidecar(tokenizer, caseops.encode(text).encode())
+        ids += [tg.BOS_ID, *found.tolist()]
+        sidecar += [0, *counts.tolist()]
+    plain = np.array(ids, np.uint16), np.array(sidecar, np.uint16)
+    return {0: plain, 1: pairs.fuse(*plain)}
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_marker_pair_mode_and_data_must_agree(mode, streams, tmp_path):
+    """The right shards load and hold the bytes of the text; the others are refused in one line that names the setting."""
+    assert len(streams[1][0]) < len(streams[0][0])
+    config = caseops_config(tmp_path, *streams[mode], MARKER_PAIR_MODE=mode)
+    validation = tg.load_validation(config)
+    assert validation.tokens.tolist() == streams[mode][0].tolist() and len(validation.documents) == 4
+    assert int(validation.bytes.sum()) == streams[0][1].sum() == len("The USA sent eBooks to PhDs.Iit isRed Cat")
+    config = caseops_config(tmp_path, *streams[1 - mode], MARKER_PAIR_MODE=mode)
+    with pytest.raises(tg.UserError) as caught:
+        tg.load_validation(config)
+    message = str(caught.value)
+    assert message.startswith(f"MARKER_PAIR_MODE={mode}: {tmp_path} holds ") and "\n" not in message
+    assert ("data/fuse.py" if mode else "set MARKER_PAIR_MODE=1") in message
+
+
+def test_marker_pair_mode_wants_the_tokenizer_of_its_data(streams, tmp_path, monkeypatch):
+    """Neither a tokenizer without case markers nor one with its space elsewhere will do."""
+    config = caseops_config(tmp_path, [1, 20, 30], [0, 1, 1], toy_model(), MARKER_PAIR_MODE=1)
+    refused = "^MARKER_PAIR_MODE=1: .*toy.model is not the CaseOps tokenizer; set TOKENIZER_PATH"
+    with pytest.raises(tg.UserError, match=refused):
+        tg.load_validation(config)
+    config = caseops_config(tmp_path, *streams[1], MARKER_PAIR_MODE=1)
+    monkeypatch.setattr(tg, "SPACE_ID", tg.SPACE_ID + 1)
+    with pytest.raises(tg.UserError, match=refused):
+        tg.load_validation(config)
+
+
+def test_without_marker_pairs_ordinary_tokenizers_may_use_every_id(tmp_path):
+    """Ids 8, 9 and 10 mean something else without case markers: nothing is refused."""
+    config = caseops_config(tmp_path, [1, 8, 9, 10, 4, 20], [0, 1, 1, 1, 1, 1], toy_model())
+    assert tg.load_validation(config).tokens.tolist() == [1, 8, 9, 10, 4, 20]

@@ -32,6 +32,12 @@ def parse_log(text: str) -> list[tuple[str, dict[str, str]]]:
     return events
 
 
+def documents(folder: Path) -> dict[str, list[float]]:
+    """The columns of documents.csv."""
+    head, *rows = [line.split(",") for line in (folder / "documents.csv").read_text().splitlines()]
+    return {name: [float(row[i]) for row in rows] for i, name in enumerate(head)}
+
+
 @dataclasses.dataclass
 class Finished:
     config: tg.Config
@@ -97,12 +103,23 @@ def test_scores_move_the_right_way(finished: Finished) -> None:
 def test_run_folder_holds_log_weights_artifact_result_and_picture(finished: Finished) -> None:
     """The files of a run, no partial ones among them, and the result twice: as a file and as the log's last line."""
     names = {path.name for path in finished.folder.iterdir()}
-    assert {"log.txt", "trained.bin", "artifact.bin", "result.json", "loss_curve.png"} <= names
+    assert {"log.txt", "trained.bin", "artifact.bin", "result.json", "loss_curve.png", "documents.csv"} <= names
     assert not any(name.endswith(".part") for name in names)
     assert json.loads((finished.folder / "result.json").read_text()) == json.loads(json.dumps(finished.result))
     last = (finished.folder / "log.txt").read_text().rstrip("\n").splitlines()[-1]
     assert json.loads(last.removeprefix("result ")) == json.loads(json.dumps(finished.result))
     assert (finished.folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_documents_add_up_to_the_scores(finished: Finished) -> None:
+    """documents.csv has a column for each score on the artifact; its sums are the result's."""
+    columns = documents(finished.folder)
+    assert list(columns) == ["position", "tokens", "bytes", "quantized", "sliding", "ttt"]
+    result = finished.result
+    assert len(columns["tokens"]) == result["val_documents"] == 26 and columns["position"][0] == 0
+    assert (sum(columns["tokens"]), sum(columns["bytes"])) == (result["scored_tokens"], result["scored_bytes"])
+    for kind in ("quantized", "sliding", "ttt"):
+        assert sum(columns[kind]) / result["scored_tokens"] == pytest.approx(result[f"{kind}_val_loss"])
 
 
 def test_log_is_read_by_a_ten_line_parser(finished: Finished) -> None:
@@ -270,7 +287,7 @@ def test_two_processes_run_all_stages_like_one(toy_data: ToyData, tmp_path: Path
     assert "result {" in outputs[0][0] and outputs[1][0] == ""
     two = json.loads((tmp_path / "two" / "result.json").read_text())
     assert two["ranks"] == 2 and two["valid"]
-    config = tg.load_config(env)[0]
+    config, per_document = tg.load_config(env)[0], documents(tmp_path / "two")
     scored = tg.main(dataclasses.replace(config, stages="evaluate"), RUN)
     trained = tg.main(dataclasses.replace(config, run_id="one", stages="train"), RUN)
     assert trained["prequant_val_loss"] == pytest.approx(two["prequant_val_loss"], abs=1e-4)
@@ -278,6 +295,7 @@ def test_two_processes_run_all_stages_like_one(toy_data: ToyData, tmp_path: Path
         assert scored[key] == two[key]
     for kind in ("quantized", "sliding", "ttt"):
         assert scored[f"{kind}_val_loss"] == pytest.approx(two[f"{kind}_val_loss"], rel=1e-5)
+        assert documents(tmp_path / "two")[kind] == pytest.approx(per_document[kind], rel=1e-5)
 
 
 def test_run_gets_a_name_of_its_own(toy_data: ToyData, tmp_path: Path) -> None:

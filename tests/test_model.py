@@ -1,5 +1,6 @@
 """MODEL: the one forward pass against a slow reference written from the published equations."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -133,7 +134,7 @@ class SlowModel:
     def smear(self, raw: np.ndarray, ids: np.ndarray) -> np.ndarray:
         e = raw.copy()
         for t in range(1, len(ids)):
-            if ids[t] != 1:
+            if ids[t] != 1 and not (self.c.marker_pair_mode and ids[t - 1] in (8, 9, 10)):
                 gate = sigmoid(self.p["smear_gate_w"][0] @ raw[t, : self.c.gate_window])
                 e[t] = raw[t] + self.p["smear_lambda"][0] * gate * raw[t - 1]
         return e
@@ -214,6 +215,10 @@ def pair(config: tg.Config, T: int, seed: int = 1, bos_every: int = 9) -> tuple[
     """Random inputs and targets (1, T) of one stream with BOS inside."""
     tokens = torch.from_numpy(random_tokens(T + 1, config.vocab_size, seed, bos_every))
     return tokens[None, :-1], tokens[None, 1:]
+
+
+def random_ids(shape: tuple[int, ...], seed: int = 1) -> Tensor:
+    return torch.from_numpy(random_tokens(math.prod(shape), 64, seed)).view(*shape)
 
 
 def random_lora(config: tg.Config, B: int, seed: int = 5, zero_b: bool = False) -> tg.Lora:
@@ -312,6 +317,33 @@ def test_packed_row_equals_each_segment_alone(looping: bool) -> None:
         slow = SlowModel(model, config, looping).nll(inputs[0, part].numpy(), targets[0, part].numpy())
         np.testing.assert_allclose(fast[part], slow, atol=1e-4)
         begin += length
+
+
+@pytest.mark.parametrize("place", ["pre_norm", "post_norm"])
+def test_forward_with_marker_pairs_equals_the_reference(place: str, marker_pairs: int) -> None:
+    """MARKER_PAIR_MODE in a packed row, with fused markers at both ends of segments, and in a batch of plain rows;
+    without the mode just the tokens from a fused marker on score otherwise."""
+    config = toy_config(**DEEP, MARKER_PAIR_MODE=1, SMEAR_GATE_POS=place)
+    off = dataclasses.replace(config, marker_pair_mode=False)
+    model, plan = random_model(config, seed=3), tg.layer_plan(config, True)
+    ids = torch.tensor([[7, 8, 20, 11, 10, 9, 12, 1, 8, 9, 30, 10, 1, 5, 10, 40]])
+    targets = random_ids(ids.shape)
+    segments = [(0, 4), (4, 6), (6, 10), (10, 16)]
+    lengths = [end - begin for begin, end in segments]
+    with torch.no_grad():
+        row = model(ids, targets, plan, packed(lengths, 16))[0].numpy()
+        batch = model(ids.view(2, 8), targets.view(2, 8), plan).numpy()
+        model.config = off
+        row_off = model(ids, targets, plan, packed(lengths, 16))[0].numpy()
+    slow_model, both = SlowModel(model, config, True), (ids[0].numpy(), targets[0].numpy())
+    slow = lambda begin, end: slow_model.nll(*(array[begin:end] for array in both))
+    for begin, end in segments:
+        np.testing.assert_allclose(row[begin:end], slow(begin, end), atol=1e-4)
+    for number in range(2):
+        np.testing.assert_allclose(batch[number], slow(8 * number, 8 * number + 8), atol=1e-4)
+    differs = np.abs(row - row_off) > 1e-4
+    # Tokens behind a marker and what attends to them; behind those at 5 and 9 begins a segment, at 12 a document.
+    assert np.flatnonzero(differs).tolist() == [2, 3, 5, 9, 15]
 
 
 def test_lora_equals_a_slow_computation_per_row_and_visit() -> None:
@@ -622,6 +654,22 @@ def test_residual_scales_start_at_one_or_at_their_depth(preset: str) -> None:
             torch.testing.assert_close(scale.detach(), torch.full((32,), wanted))
 
 
+def test_fused_markers_start_between_the_space_and_their_marker(marker_pairs: int) -> None:
+    """MARKER_PAIR_MODE: rows 8, 9, 10 point along 0.4 E[space] + 0.6 E[marker], as long as the marker's row (#2109);
+    all else is as without the mode, the random numbers of later tensors included."""
+    plain = tg.GPT(toy_config(SEED=5), tg.Run()).arrays()
+    mode = tg.GPT(toy_config(SEED=5, MARKER_PAIR_MODE=1), tg.Run()).arrays()
+    table = plain["tok_emb.weight"].astype(np.float64)
+    wanted = table.copy()
+    for fused, marker in ((8, 4), (9, 5), (10, 6)):
+        both = 0.4 * table[marker_pairs] + 0.6 * table[marker]
+        wanted[fused] = both / np.linalg.norm(both) * np.linalg.norm(table[marker])
+    np.testing.assert_allclose(mode["tok_emb.weight"], wanted, rtol=1e-5, atol=1e-9)
+    others = [row for row in range(64) if row not in (8, 9, 10)]
+    assert np.array_equal(mode["tok_emb.weight"][others], plain["tok_emb.weight"][others])
+    assert all(np.array_equal(mode[name], plain[name]) for name in plain if name != "tok_emb.weight")
+
+
 def test_initial_weights_depend_on_the_seed_alone() -> None:
     """The same SEED draws the same weights whatever torch's global generator did; another SEED other ones."""
     torch.manual_seed(1)
@@ -799,6 +847,36 @@ def test_smear_gate_adds_the_raw_previous_embedding_inside_a_document() -> None:
             gate = torch.sigmoid((model.smear_gate_w[0] * table[ids[0, t], :12]).sum())
             e += (model.smear_lambda * gate * table[ids[0, t - 1]]).detach()
         torch.testing.assert_close(out[t], e / (e.square().mean() + 2.0**-23).sqrt())
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_smear_gate_does_not_read_a_fused_marker(mode: int, marker_pairs: int) -> None:
+    """With MARKER_PAIR_MODE the smear term right after an id of 8, 9, 10 is exactly 0, and so are its gradients; at all
+    other places, and without the mode, it is there."""
+    model = random_model(toy_config(MARKER_PAIR_MODE=mode))
+    ids = torch.tensor([[20, 8, 30, 31, 9, 10, 12, 7], [11, 10, 1, 9, 5, 8, 8, 21]])
+    plain = torch.arange(8).expand(2, 8)
+    packed_row = torch.tensor([[0, 1, 2, 0, 1, 2, 0, 1], [0, 1, 2, 3, 0, 1, 2, 3]])
+    read = [(0, t) for t in (2, 5, 6)] + [(1, t) for t in (2, 4, 6, 7)]  # (row, place) with a fused marker before it
+    for positions in (plain, packed_row):
+        table = model.tok_emb.weight
+        fast = model.smear(table[ids], ids, positions)
+        slow = []
+        for row, place in np.ndindex(2, 8):
+            e = table[ids[row, place]]
+            smears = positions[row, place] and ids[row, place] != tg.BOS_ID and not (mode and (row, place) in read)
+            if smears:
+                gate = torch.sigmoid((model.smear_gate_w[0] * e[:12]).sum())
+                e = e + model.smear_lambda * gate * table[ids[row, place - 1]]
+            else:
+                assert torch.equal(fast[row, place], e)
+            slow.append(e)
+        slow = torch.stack(slow).view_as(fast)
+        torch.testing.assert_close(fast, slow)
+        cotangent = torch.randn(fast.shape, generator=torch.Generator().manual_seed(1))
+        weights = [table, model.smear_gate_w, model.smear_lambda]
+        found, wanted = (torch.autograd.grad((out * cotangent).sum(), weights) for out in (fast, slow))
+        torch.testing.assert_close(found, wanted)
 
 
 def test_bigram_branch_is_added_to_the_embedding_before_its_norm() -> None:

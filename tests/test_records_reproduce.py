@@ -77,9 +77,9 @@ def written(toy: Path, run_id: str = "default-seed7", name: str = "comparison.js
 
 
 def test_every_published_system_has_one_table() -> None:
-    """Each preset but our own two is in exactly one table of one folder."""
+    """Each preset but our own three is in exactly one table of one folder."""
     names = [name for table in tables() for name in table.values[1]["presets"]]
-    assert sorted(names) == sorted(tg.PRESETS.keys() - {"default", "tiny"})
+    assert sorted(names) == sorted(tg.PRESETS.keys() - {"default", "frontier", "tiny"})
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
@@ -205,7 +205,7 @@ def test_missing_data_is_named_with_the_command_that_fetches_it(
         monkeypatch.setenv("TOKENIZER_PATH", str(data / "none.model"))
     message = refused([str(toy)], capsys)
     named = {"folder": "fineweb_val_*.bin", "tokenizer": "none.model"}.get(lost, lost.split("0")[0].rstrip("*"))
-    assert f"{data}/{named}" in message and "fetch it with: python data/download.py sp8192" in message
+    assert f"{data}/{named}" in message and "get it with: python data/download.py sp8192" in message
     assert not (toy.parent / "runs").exists()
 
 
@@ -237,6 +237,29 @@ def test_bad_words_are_refused(toy: Path, monkeypatch: pytest.MonkeyPatch, capsy
     with pytest.raises(SystemExit) as caught:
         reproduce.main([str(toy), "1", "2"])
     assert caught.value.code == 2 and not (toy.parent / "runs").exists()
+
+
+def test_our_own_folder_runs_without_a_comparison(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without published.json: the same job, its exit status, and a word that there is nothing to compare."""
+    (toy / "published.json").unlink()
+    assert "the known data are sp1024" in refused([str(toy)], capsys)  # toy data have a vocabulary of their own
+    monkeypatch.setattr(reproduce, "data_variant", lambda config: "sp8192")
+    assert reproduce.main([str(toy), "7"]) == 0
+    assert "nothing is published of it; data is not sp8192 as published" in capsys.readouterr().out
+    assert written(toy, name="result.json")["seed"] == 7
+    assert not (toy.parent / "runs/default-seed7/comparison.json").exists()
+
+
+def test_the_frontier_folder_asks_for_fused_data(tmp_path: Path) -> None:
+    """Its settings are the preset's, and its data are made from published ones in two commands."""
+    settings, published = reproduce.read_folder(ROOT / "records/2026-11-22_Frontier")
+    config = tg.load_config(settings)[0]
+    assert settings == {"PRESET": "frontier"} and published is None and reproduce.data_variant(config) == "mp3"
+    how = reproduce.how_to_get("mp3", tmp_path)
+    assert "download.py caseops" in how and how.endswith(str(tmp_path / "datasets" / config.dataset_dir.name))
+    assert reproduce.how_to_get("sp8192", Path("data")) == "python data/download.py sp8192"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """SCORE: every target once, with the right context, and the sums that make bits per byte."""
 
+import csv
 import dataclasses
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,6 +139,7 @@ def test_score_does_not_depend_on_the_row_size_or_the_ranks(stride: int) -> None
         assert sum(part.tokens for part in parts) == whole.tokens
         assert sum(part.bytes for part in parts) == whole.bytes
         assert sum(part.nats for part in parts) == pytest.approx(whole.nats, rel=1e-9)
+        np.testing.assert_allclose(sum(part.document_nats for part in parts), whole.document_nats, rtol=1e-9)
 
 
 @pytest.mark.parametrize("stride", [32, 8])
@@ -222,6 +225,73 @@ def test_ledger_counts_repeated_targets_and_refuses_learning_before_the_score() 
     tally.learn_from(np.array([4, 5]), tally.times)
     assert tally.learned == 6 == tally.over_ranks(tg.Run()).learned
     assert tally.over_ranks(tg.Run()).times.tolist() == tally.times.tolist()
+
+
+@pytest.mark.parametrize("varlen", [0, 1])
+def test_nats_of_documents_equal_a_slow_loop_over_targets(varlen: int) -> None:
+    """A target belongs to the last document that began before it, whatever windows it was scored in: a BOS is the last
+    target of the document before. Streams that begin mid-document, hold empty documents or end in BOS too."""
+    config = toy_config(VARLEN_ATTN=varlen)
+    model, words = random_model(config), list(random_tokens(70, 64))
+    long = [1, *words[:20], 1, *words[20:60], 1, 1, 1, *words[60:]]
+    for tokens in (long, [*words[:5], 1, *words[5:50], 1], [1, 1, 7]):
+        validation = make_validation(np.array(tokens))
+        tallies = []
+        scorer = lambda v: tallies.append(tg.score(model, v, config, tg.Run(), QUIET, 8))
+        nll = nll_per_target(validation, scorer)
+        slow = [0.0]  # a document begins at the start of the stream
+        for target in range(1, len(tokens)):
+            slow[-1] += nll[target]
+            if tokens[target] == tg.BOS_ID and target < len(tokens) - 1:
+                slow.append(0.0)
+        np.testing.assert_allclose(tallies[0].document_nats, slow, rtol=1e-6)
+        assert tallies[0].nats == pytest.approx(sum(slow)) and min(slow) > 0
+
+
+def test_tally_books_each_target_on_its_document_by_hand() -> None:
+    """Documents of 3, 1 and 2 targets; a target may come in any order and twice."""
+    tally = tg.Tally(make_validation(np.array([1, 5, 6, 1, 1, 7, 8])))
+    assert tally.validation.documents.tolist() == [[0, 3], [3, 1], [4, 2]]
+    tally.add(torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.bfloat16), torch.tensor([3, 4, 1, 5]))
+    assert tally.document_nats.tolist() == [5, 2, 8] and tally.nats == 15
+    tally.add(torch.tensor([16.0, 32.0]), np.array([6, 3]))
+    assert tally.document_nats.tolist() == [37, 2, 24] and tally.times.tolist() == [0, 1, 0, 2, 1, 1, 1]
+
+
+def test_tally_of_all_ranks_adds_up_every_count() -> None:
+    """over_ranks() sums nats per document, both learning counts and the ledger, each in its own place."""
+
+    class Threefold(tg.Run):
+        def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.mul_(3)
+
+    tally = tg.Tally(validation_of_lengths([3, 4]))
+    tally.add(torch.tensor([1.0, 2.0, 4.5]), np.array([1, 3, 4]))
+    tally.learned, tally.learned_early = 5, 7
+    total = tally.over_ranks(Threefold())
+    assert total.document_nats.tolist() == [9, 13.5] and total.nats == 22.5 and total.document_nats.dtype == np.float64
+    assert (total.learned, total.learned_early, total.times.tolist()) == (15, 21, [0, 3, 0, 3, 3, 0, 0, 0])
+    assert tally.document_nats.tolist() == [3, 4.5] and tally.tokens == 3  # its own sums stay
+
+
+def test_table_of_documents_adds_up(tmp_path: Path) -> None:
+    """A line per document in stream order: position, targets and bytes of the validation, nats of the tallies."""
+    config, validation = toy_config(), validation_of_lengths([7, 1, 33, 2, 64])
+    model = random_model(config)
+    strides = {"plain": 32, "fine": 8}
+    tallies = {kind: tg.score(model, validation, config, tg.Run(), QUIET, s) for kind, s in strides.items()}
+    tg.write_documents(tmp_path / "documents.csv", tallies)
+    with open(tmp_path / "documents.csv", newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["position", "tokens", "bytes", "plain", "fine"]
+    assert [[int(x) for x in row[:2]] for row in rows] == validation.documents.tolist()
+    slow = [int(validation.bytes[begin + 1 : begin + n + 1].sum()) for begin, n in validation.documents.tolist()]
+    assert [int(row[2]) for row in rows] == slow
+    assert sum(int(row[1]) for row in rows) == tallies["plain"].tokens and sum(slow) == tallies["plain"].bytes
+    for column, tally in enumerate(tallies.values(), 3):
+        assert [float(row[column]) for row in rows] == tally.document_nats.tolist()  # no digit is lost
+        assert sum(float(row[column]) for row in rows) == pytest.approx(tally.nats)
+    assert float(rows[2][3]) != pytest.approx(float(rows[2][4]))  # the columns are not the same
 
 
 @settings(deadline=None, max_examples=60)
