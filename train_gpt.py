@@ -391,7 +391,8 @@ PRESETS["pr2135"] = PRESETS["pr1855"] | dict(
 PRESETS["frontier"] = PRESETS["pr2135"] | dict(
     marker_pair_mode=True, muon_per_head=True, attn_clip_sigmas=11.5, mlp_clip_sigmas=12.25, embed_clip_sigmas=25.0,
     embed_bits=8, embed_damping=0.04, embed_freq_power=0.25, lqer_left_bits=4, compressor="rans", fit_artifact="fill",
-    ttt_chunk_steps="256:12,1024:24,2048:32", token_threshold=0.5, token_document_orders="16,8,6,4,3,2",
+    ttt_chunk_steps="256:12,1024:24,2048:32", ttt_lora_lr=1e-4, token_threshold=0.5,
+    token_document_orders="16,8,6,4,3,2",
 )  # fmt: skip
 # The whole system at a size that two CPU cores train in minutes, on the corpus of data/embedded.py. Its own values
 # where the published ones assume thousands of steps: the average spans 6 % of the steps, the momentum ramp 30 %.
