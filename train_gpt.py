@@ -4754,7 +4754,9 @@ def warm_up_adapt(model: GPT, config: Config, run: Run, log: Log) -> None:
     forward = maybe_compile(model, config, run, dynamic=True)
     model.requires_grad_(False)
     adapters = Adapters(config, model, config.ttt_batch_size, 0)
-    score_and_adapt(forward, adapters, documents, synthetic, config, run, Tally(synthetic), config.ttt_chunk_size)
+    hints = torch.full((len(random), 2), -1, dtype=torch.int32) if config.ngram_tilt_enabled else None
+    tally, boosts, chunk = Tally(synthetic), Boosts(config), config.ttt_chunk_size
+    score_and_adapt(forward, adapters, documents, synthetic, config, run, tally, chunk, hints, boosts)
     model.requires_grad_(True)
     log("ttt_warm_up", seconds=time.monotonic() - start)
 
