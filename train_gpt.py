@@ -209,9 +209,7 @@ class Config:
     attn_clip_sigmas: float = setting(13.0, 1)  # row scale = clip * std(row) / (2^(bits-1) - 1)
     mlp_clip_sigmas: float = setting(12.0, 1)
     embed_clip_sigmas: float = setting(15.0, 1)
-    embed_damping: float = setting(
-        0.0, 0, 1
-    )  # added to the head's Hessian, in means of its diagonal: see weight_groups
+    embed_damping: float = setting(0.0, 0, 1)  # more damping of the embedding's Hessian, in means of its diagonal
     embed_freq_power: float = setting(0.0, 0, 1)  # finer embedding rows for frequent tokens: step ~ frequency^-this
     gptq_calibration_batches: int = setting(16, 1, 100_000)  # training rows behind the Hessians, over all ranks
     mag_prune_frac: float = setting(0.0, 0, 0.99)  # smallest weights of each matrix that become 0 before quantisation
@@ -3527,8 +3525,8 @@ MOST_FINER = 4.0  # times smaller or larger than their mean, at most, are the st
 def frequency_steps(counts: Tensor, power: float) -> Tensor:
     """Factors (V,) of the steps of embedding rows, from counts (V,): frequency^-power, with geometric mean 1.
 
-    A wrong logit costs as often as its token is expected, sum_v p_v (error of v)^2 / 2 nats. With a bit more for a row
-    halving its step, the least cost at equal bytes has steps ~ p_v^(-1/2).
+    A wrong logit costs as often as its token is expected, sum_v p_v (error of v)^2 / 2 nats. If one more bit halved every
+    step, the least cost at equal bytes would have steps ~ p_v^(-1/2); coarse rows save less than that, and 1/4 is better.
     """
     steps = -power * torch.log(counts + 1)  # a token that was not seen is not impossible
     bound = math.log(MOST_FINER)
@@ -4340,9 +4338,8 @@ def stream_hints(validation: Validation, config: Config, run: Run, log: Log) -> 
 
     table = torch.full((len(tokens), 2), -1, dtype=torch.int32)
     for source, (positions, hints) in reversed(list(enumerate(run.on_main(make)))):
-        table[torch.from_numpy(positions)] = torch.from_numpy(
-            np.stack([hints % V, np.full_like(hints, source)], 1)
-        ).int()
+        entries = np.stack([hints % V, np.full_like(hints, source)], 1)
+        table[torch.from_numpy(positions)] = torch.from_numpy(entries).int()
     log("hints", positions=int((table[:, 0] >= 0).sum()), seconds=time.monotonic() - start)
     return table
 
