@@ -3525,8 +3525,8 @@ MOST_FINER = 4.0  # times smaller or larger than their mean, at most, are the st
 def frequency_steps(counts: Tensor, power: float) -> Tensor:
     """Factors (V,) of the steps of embedding rows, from counts (V,): frequency^-power, with geometric mean 1.
 
-    A wrong logit costs as often as its token is expected, sum_v p_v (error of v)^2 / 2 nats. If one more bit halved every
-    step, the least cost at equal bytes would have steps ~ p_v^(-1/2); coarse rows save less than that, and 1/4 is better.
+    A wrong logit costs as often as its token is expected, sum_v p_v (error of v)^2 / 2 nats. If one more bit halved
+    every step, the least cost at equal bytes would have steps ~ p_v^(-1/2). Coarse rows save less: 1/4 is better.
     """
     steps = -power * torch.log(counts + 1)  # a token that was not seen is not impossible
     bound = math.log(MOST_FINER)
@@ -3554,7 +3554,7 @@ def weight_groups(arrays: Mapping[str, np.ndarray], config: Config, device: torc
     power, steps = config.embed_freq_power, 1.0
     if power and config.quant_scheme == "gptq":
         steps = frequency_steps(tensor(arrays["token_counts"]), power)[None]
-    # The tied table is the head and the lookup. As a lookup all of its columns count alike: the damping stands for that.
+    # The tied table is head and lookup. As a lookup all of its columns count alike: the damping stands for that.
     head = hessian("head", 1)
     if head is not None:
         diagonal = head.diagonal(dim1=-2, dim2=-1)
