@@ -307,8 +307,8 @@ class Config:
         """(longest document, its chunk), both in targets; ValueError for anything else in TTT_CHUNK_STEPS."""
         steps = [tuple(map(int, step.split(":"))) for step in self.ttt_chunk_steps.replace(" ", "").split(",") if step]
         limits = [limit for limit, _ in steps]
-        if limits != sorted({*limits}) or min((chunk for _, chunk in steps), default=1) < 1:
-            raise ValueError("limits must rise and chunks be positive")
+        if limits != sorted({*limits}) or min((number for step in steps for number in step), default=1) < 1:
+            raise ValueError("limits must rise, and all numbers be positive")
         return steps
 
     @property
@@ -624,6 +624,12 @@ def validate_model(c: Config) -> None:
         f"ROPE_DIMS={c.rope_dims}: must be even and at most MODEL_DIM / NUM_HEADS = {c.head_dim}",
     )
     need(c.gate_window <= c.model_dim, f"GATE_WINDOW={c.gate_window}: larger than MODEL_DIM={c.model_dim}; lower it")
+    if c.marker_pair_mode:
+        mode = "MARKER_PAIR_MODE=1"
+        need(c.vocab_size > SPACE_ID, f"{mode}: VOCAB_SIZE={c.vocab_size} is not that of CaseOps; set VOCAB_SIZE=8192")
+        need(
+            c.caseops_enabled or c.tokenizer_path, f"{mode}: CASEOPS_ENABLED=0 reads other data; set CASEOPS_ENABLED=1"
+        )
     need(
         c.bigram_vocab_size != 1 and c.bigram_vocab_size * c.bigram_dim <= LARGEST_NUMBER // 4,
         f"BIGRAM_VOCAB_SIZE={c.bigram_vocab_size}: need 0, or 2 and more rows, and fewer than {LARGEST_NUMBER // 4}"
@@ -1212,7 +1218,8 @@ def check_fusion(tokens: np.ndarray, caseops: Any, config: Config) -> None:
     pairs = (tokens[:-1] == SPACE_ID) & np.isin(tokens[1:], markers)
     if config.marker_pair_mode and pairs.any():
         raise UserError(f"{key}: {config.dataset_dir} holds CaseOps shards as they are; fuse them with data/fuse.py")
-    if caseops is not None and not config.marker_pair_mode and np.isin(tokens, list(FUSED_MARKERS)).any():
+    fused = fits == [SPACE_ID, *markers] and not pairs.any() and np.isin(tokens, list(FUSED_MARKERS)).any()
+    if fused and not config.marker_pair_mode:
         raise UserError(f"{key}: {config.dataset_dir} holds fused shards; set MARKER_PAIR_MODE=1 or other data")
 
 
@@ -4311,10 +4318,9 @@ def token_hints(tokens: np.ndarray, order: int, threshold: float) -> tuple[np.nd
 
 
 def hint_sources(config: Config) -> list[tuple[bool, int]]:
-    """(inside the document only, order) of each kind of hint, the most telling first: long contexts before short ones,
-    the own document before the whole stream."""
-    sources = [(True, order) for order in config.document_orders] + [(False, config.token_order)]
-    return sorted(sources, key=lambda source: (-source[1], not source[0]))
+    """(inside the document only, order) of each kind of hint. The first one wins: the own document's longest context,
+    then shorter ones, then the whole stream."""
+    return [(True, order) for order in config.document_orders] + [(False, config.token_order)]
 
 
 def stream_hints(validation: Validation, config: Config, run: Run, log: Log) -> Tensor | None:
@@ -4361,21 +4367,25 @@ def tilt(nll: Tensor, ids: Tensor, boost: float | Tensor) -> Tensor:
 class Boosts:
     """How much each source of hints is believed.
 
-    By default TOKEN_BOOST, whatever the hint (#2135). With TOKEN_DOCUMENT_ORDERS the boost is w0 + w1 logit(q), q being
-    the hint's own probability, and each source's weights are learnt from the hints that have been scored, from 0 on: a
-    model that knows how to copy gets no boost where it needs none. A hint's new probability is then the logistic
-    function of logit(q) + boost, so each source is a logistic regression, fitted by one Newton step after each chunk,
-    with the curvature of all chunks so far.
+    Hints of the stream get TOKEN_BOOST, whatever the model thinks of them (#2135). For hints of the own document the
+    boost is w0 + w1 logit(q), q being the hint's own probability, and each source's weights are learnt from hints that
+    have been scored, from 0 on: a model that knows how to copy gets no boost where it needs none. A hint's new
+    probability is the logistic function of logit(q) + boost, so each source is a logistic regression, fitted by one
+    Newton step after each chunk, with the curvature of all chunks so far. Hints of the stream, which may come from
+    documents whose turn to be scored is yet to come, teach nothing.
     """
 
-    PRIOR, LARGEST = 10.0, 8.0  # curvature to begin with, in hints; most that is added to a logit, either way
+    PRIOR, LARGEST = 10.0, 8.0  # curvature to begin with, in hints; most that is learnt, either way
 
     def __init__(self, config: Config):
         sources = len(hint_sources(config))
-        self.learn = bool(config.document_orders)
         self.weights = torch.zeros(sources, 2, dtype=torch.float64)
-        self.weights[:, 0] = 0.0 if self.learn else config.token_boost
+        self.weights[-1, 0] = config.token_boost
         self.curvature = self.PRIOR * torch.eye(2, dtype=torch.float64).repeat(sources, 1, 1)
+
+    def learnt(self, sources: Tensor) -> Tensor:
+        """Which of these sources (any shape; -1: no hint) have weights that are learnt."""
+        return (sources >= 0) & (sources < len(self.weights) - 1)
 
     def features(self, nll: Tensor) -> Tensor:
         """Nats of hints (...) -> (..., 2) float64: 1 and the logit of their probability."""
@@ -4384,10 +4394,8 @@ class Boosts:
 
     def boost(self, nll: Tensor, sources: Tensor) -> Tensor:
         """Nats of hints (...) and their sources -> what is added to their logits (...)."""
-        if not self.learn:
-            return self.weights[sources.long(), 0]
         raised = (self.features(nll) * self.weights[sources.long()]).sum(-1)
-        return raised.clamp(-self.LARGEST, self.LARGEST)
+        return torch.where(self.learnt(sources), raised.clamp(-self.LARGEST, self.LARGEST), raised)
 
     def update(self, nll: Tensor, sources: Tensor, hit: Tensor) -> None:
         """One step on hints that have been scored: their nats, sources, and whether they came true, each (n,)."""
@@ -4441,8 +4449,8 @@ def score_and_adapt(
             raw, nll = scored, nll[..., 0]
             scored = tilt(raw, wanted, boosts.boost(raw[..., 1], sources))
         tally.add(scored[real], targets[real])
-        if hints is not None and boosts.learn:
-            known = real & (hinted >= 0)
+        known = real & boosts.learnt(sources) if hints is not None else torch.zeros_like(real)
+        if known.any():
             tally.learn_from(targets[known], tally.times)
             boosts.update(raw[..., 1][known], sources[known], (wanted[..., 0] == hinted)[known])
         if learns.any():
@@ -4632,7 +4640,7 @@ def make_artifact(config: Config, device: torch.device, log: Log) -> dict[str, A
     check_arrays(source, arrays, shapes)
     oversize.unlink(missing_ok=True)
     codes = sum(math.prod(entry.shape) for entry in artifact_table(config) if entry.dtype == "i1")
-    factor = 1.0
+    factor, fitting = 1.0, None
     for number in range(1, FIT_TRIES + 1):
         start = time.monotonic()
         stored = quantize(arrays, scaled_clips(config, factor), device)
@@ -4645,11 +4653,16 @@ def make_artifact(config: Config, device: torch.device, log: Log) -> dict[str, A
         wanted = max(wanted, FILL_SMALLEST_FACTOR)
         full = excess > -FILL_SLACK_BYTES or wanted == factor or config.fit_artifact != "fill"
         fixed = config.fit_artifact == "0" or config.quant_scheme != "gptq"  # the other schemes have no clips to change
+        if excess <= 0:
+            fitting = factor, size, target.read_bytes()
         if excess <= 0 and full or fixed or wanted > FIT_LARGEST_FACTOR or number == FIT_TRIES:
             break
         if number == 1 and excess > 0:
             write_file(oversize, target.read_bytes())
         factor = wanted
+    if excess > 0 and fitting:  # the last try was bolder than an earlier one that fits
+        factor, size, data = fitting
+        write_file(target, data)
     return {
         "artifact_bytes": size,
         "code_bytes": code_bytes,
@@ -4718,8 +4731,7 @@ def evaluate_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
             raise TrainingDiverged(f"the {kind} score is {tally.nats}; lower the learning rates and train again")
         result |= {f"{kind}_val_loss": tally.loss, f"{kind}_val_bpb": tally.bpb, f"{kind}_seconds": seconds}
         tallies[kind] = tally
-    if run.is_main:
-        write_documents(run_dir(config) / "documents.csv", tallies)
+    run.on_main(lambda: write_documents(run_dir(config) / "documents.csv", tallies))
     if "oversize" in tallies:
         result["fit_cost_bpb"] = tallies["quantized"].bpb - tallies["oversize"].bpb
         log("fit", cost_bpb=result["fit_cost_bpb"])

@@ -190,9 +190,11 @@ def unique_stream(lengths: list[int], vocab_size: int, seed: int = 0) -> np.ndar
     return tokens
 
 
-def repeating_stream(lengths: list[int], vocab_size: int, order: int, seed: int = 0) -> np.ndarray:
+def repeating_stream(
+    lengths: list[int], vocab_size: int, order: int, seed: int = 0, inside: bool = False
+) -> np.ndarray:
     """The same with one phrase of up to `order` + 5 tokens at three places of the stream, where there is room for it,
-    so that n-gram hints of that order occur."""
+    so that n-gram hints of that order occur; with `inside` it stands there twice, for hints from the own document."""
     tokens = unique_stream(lengths, vocab_size, seed)
     begins = np.cumsum([0, *lengths])
     longest = np.argsort(-np.array(lengths), kind="stable")[:3]
@@ -200,6 +202,8 @@ def repeating_stream(lengths: list[int], vocab_size: int, order: int, seed: int 
     first = int(begins[min(longest)]) + 1
     for number in longest:
         tokens[begins[number] + 1 :][:size] = tokens[first : first + size]
+        if inside and lengths[number] > 2 * size:
+            tokens[begins[number] + 1 + size :][:size] = tokens[first : first + size]
     return tokens
 
 
@@ -229,9 +233,10 @@ def causality(kind: str, subject: Subject, tokens: np.ndarray, places: tuple[int
     """At each of `places`: nothing that is known there or was scored before depends on the token or on later ones.
 
     Later means further on in the stream; in test-time training, which takes documents by length, scored by a later call
-    or further on in the same document. So shared state may flow from what was scored earlier to what is scored later
-    (issue #1017), and in no other direction; but for the hints of the n-gram tilt, which come from all that stands
-    earlier in the stream (#1514): with it, later means later in the stream, too.
+    or further on in the same document. So shared state (weights behind a global phase, adapters' warm starts, learnt
+    boosts) may flow from what was scored earlier to what is scored later (issue #1017), and in no other direction; but
+    for the hints of the n-gram tilt, which come from all that stands earlier in the stream (#1514): with it, later
+    means later in the stream, too, and earlier means earlier in both senses.
     """
     name = f"causality, {kind}"
     validation = as_validation(tokens)
@@ -255,7 +260,7 @@ def causality(kind: str, subject: Subject, tokens: np.ndarray, places: tuple[int
         if not torch.equal(base.priced[t], other.priced[t]):
             difference = (base.priced[t] - other.priced[t]).abs().max().item()
             return Outcome(name, False, f"the distribution at token {t} moved by {difference:.3g} nats with that token")
-        before = [p for p in call_of.keys() - set(later) if p < t or not tilted]
+        before = [p for p in call_of.keys() - set(later) if not tilted or (p < t and not scored_later(p))]
         moved = [p for p in before if base.scores[p] != other.scores.get(p)]
         if moved:
             return Outcome(name, False, f"changing tokens from {t} on moved the earlier score of token {min(moved)}")
@@ -419,7 +424,9 @@ def all_probes(subject: Subject) -> Iterator[Outcome]:
     tokens = unique_stream(LENGTHS, size)
     places = (5, 40, 71, 120, 210)  # in chunks with and without learned adapters, before and after the global phases
     if subject.config.ngram_tilt_enabled:
-        tokens, places = repeating_stream(LENGTHS, size, subject.config.token_order), (*places, 150, 238)  # with hints
+        order, inside = subject.config.token_order, bool(subject.config.document_orders)
+        tokens = repeating_stream(LENGTHS, size, order, inside=inside)
+        places = (*places, 150, 238)  # with hints
     few = np.random.default_rng(3).integers(4, 10, 61)
     few[32:61] = few[2:31]  # what comes back is hinted at
     few[[0, 31]] = tg.BOS_ID

@@ -1,11 +1,23 @@
-"""ADAPT, the n-gram tilt: hints against tables, and a distribution that stays one."""
+"""ADAPT, the n-gram tilt: hints against tables, boosts that are learnt, and a distribution that stays one."""
 
+import dataclasses
+import functools
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET, nll_per_target, random_model, toy_config, validation_of_lengths
+from conftest import (
+    QUIET,
+    OneOf,
+    make_validation,
+    nll_per_target,
+    random_model,
+    recorded_nll,
+    toy_config,
+    validation_of_lengths,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -230,3 +242,356 @@ def test_a_missed_hint_costs_what_its_probability_says() -> None:
                 assert scored[position] == pytest.approx(wanted, abs=1e-4)
                 checked += 1
     assert checked > 20
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Hints from the own document: TOKEN_DOCUMENT_ORDERS
+# ---------------------------------------------------------------------------------------------------------------
+
+SOURCES = {  # TOKEN_DOCUMENT_ORDERS and TOKEN_ORDER -> sources, the first one that has a hint wins
+    ("", 4): [(False, 4)],
+    ("2", 4): [(False, 4), (True, 2)],
+    ("2,4", 4): [(True, 4), (False, 4), (True, 2)],
+    ("3, 6,2", 3): [(True, 6), (True, 3), (False, 3), (True, 2)],
+    ("5,3,2", 64): [(False, 64), (True, 5), (True, 3), (True, 2)],
+}
+
+
+@functools.cache
+def document_config(orders: str, order: int, threshold: float = 0.5, **changes: Any) -> tg.Config:
+    return toy_config(**TILT | dict(TOKEN_DOCUMENT_ORDERS=orders, TOKEN_ORDER=order, TOKEN_THRESHOLD=threshold) | changes)
+
+
+@pytest.mark.parametrize("case", SOURCES, ids=str)
+def test_sources_stand_in_their_order(case: tuple[str, int]) -> None:
+    """The longest first; at equal order the document before the stream."""
+    assert tg.hint_sources(document_config(*case)) == SOURCES[case]
+
+
+@pytest.mark.parametrize("text", ["x", "4,x", "2.5", "4,4", "8,1", "65", "-3", "0"])
+def test_orders_that_make_no_sense_are_refused_in_one_line(text: str) -> None:
+    with pytest.raises(tg.UserError) as caught:
+        document_config(text, 16)
+    message = str(caught.value)
+    assert message.startswith(f"TOKEN_DOCUMENT_ORDERS={text}: ") and "\n" not in message
+    assert document_config(" 2 ,64,", 16).document_orders == [64, 2] and document_config("", 16).document_orders == []
+
+
+def slow_document_hints(validation: tg.Validation, case: tuple[str, int], threshold: float) -> list[list[int]]:
+    """(hint, source) of each position: tables per document and over the stream, asked one after the other."""
+    tokens = validation.tokens.tolist()
+    table = [[-1, -1] for _ in tokens]
+    starts = [0, *(i for i in range(1, len(tokens)) if tokens[i] == tg.BOS_ID), len(tokens)]
+    for number, (inside, order) in enumerate(SOURCES[case]):
+        if inside:  # the token behind a document, the next BOS, is its last target
+            spans = [(begin, tokens[begin : end + 1]) for begin, end in zip(starts, starts[1:])]
+        else:
+            spans = [(0, tokens)]
+        for begin, part in spans:
+            for position, hint in slow_hints(part, order, threshold):
+                if table[begin + position][0] < 0:
+                    table[begin + position] = [hint, number]
+    return table
+
+
+few_ids = st.integers(3, 6).flatmap(lambda top: st.lists(st.integers(1, top), min_size=1, max_size=90))
+
+
+@settings(max_examples=80, deadline=None)
+@given(few_ids, st.sampled_from(list(SOURCES)), st.sampled_from([0.3, 0.5, 0.8]))
+def test_document_hints_equal_tables(tokens: list[int], case: tuple[str, int], threshold: float) -> None:
+    """Streams over few ids, one of them BOS: documents of all lengths, the first with and without a BOS."""
+    validation = make_validation(np.array(tokens))
+    found = tg.stream_hints(validation, document_config(*case, threshold), RUN, QUIET)
+    assert found.tolist() == slow_document_hints(validation, case, threshold)
+
+
+def test_every_source_gives_hints_on_a_long_stream() -> None:
+    """The same on 3,000 tokens, where each of four sources is asked often, and documents and stream disagree."""
+    generator = np.random.default_rng(0)
+    tokens = np.concatenate([np.append(tg.BOS_ID, generator.integers(4, 9, generator.integers(1, 80))) for _ in range(75)])
+    validation, case = make_validation(tokens), ("3, 6,2", 3)
+    found = tg.stream_hints(validation, document_config(*case), RUN, QUIET)
+    assert found.dtype == torch.int32 and found.tolist() == slow_document_hints(validation, case, 0.5)
+    assert (torch.bincount(found[found[:, 1] >= 0, 1], minlength=4) > 20).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(few_ids, st.sampled_from(list(SOURCES)), st.data())
+def test_document_hints_read_nothing_from_their_target_on(
+    tokens: list[int], case: tuple[str, int], data: st.DataObject
+) -> None:
+    """Other tokens from i on, BOS among them, leave hints and sources up to that of i as they were."""
+    i = data.draw(st.integers(0, len(tokens) - 1))
+    tail = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=20))
+    before, after = (
+        tg.stream_hints(make_validation(np.array(ids)), document_config(*case), RUN, QUIET)[: i + 1]
+        for ids in (tokens, tokens[:i] + tail)
+    )
+    assert torch.equal(before, after)
+
+
+def test_hints_of_a_document_are_its_own() -> None:
+    """Without hints from the stream, which no window of 63 gives here, other texts around a document change nothing; a
+    document that stands there twice gets the same hints twice, and none at first sight."""
+    config = document_config("5,3,2", 64)
+    generator, parts = np.random.default_rng(1), []
+    make = lambda: np.append(tg.BOS_ID, generator.integers(4, 8, 50))
+    mine, seen = make(), []
+    for _ in range(3):
+        parts = [make(), mine, make(), mine, [4]]
+        validation = make_validation(np.concatenate(parts))
+        hints = tg.stream_hints(validation, config, RUN, QUIET)
+        seen += [hints[52:102], hints[154:204]]  # the targets of both copies
+    assert all(torch.equal(table, seen[0]) for table in seen) and (seen[0][:, 0] >= 0).sum() > 20
+    shared = tg.stream_hints(validation, document_config("5,3,2", 4), RUN, QUIET)
+    assert not torch.equal(shared[154:204, 0], seen[0][:, 0])  # the stream would have known
+
+
+def test_more_documents_than_ids_can_tell_apart_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """V times documents must stay below 2^31; one line names the setting, and without it there is no limit."""
+    validation = repetitive_validation()
+    large = dataclasses.replace(document_config("2", 4), vocab_size=2**28)
+    with pytest.raises(tg.UserError, match="^TOKEN_DOCUMENT_ORDERS=2: .*unset it$"):
+        tg.stream_hints(validation, large, RUN, QUIET)
+    plain = tg.stream_hints(validation, dataclasses.replace(large, token_document_orders=""), RUN, QUIET)
+    assert (plain[:, 0] >= 0).any()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Boosts
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def logit(q: torch.Tensor) -> torch.Tensor:
+    return torch.log(q / (1 - q))
+
+
+def synthetic_hints(count: int, seed: int, truth: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats of hints, and whether they come true: with logit w0 + (1 + w1) logit(q) for `truth` (w0, w1)."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.sigmoid(torch.rand(count, generator=generator, dtype=torch.float64) * 6 - 4)
+    p = torch.sigmoid(truth[0] + (1 + truth[1]) * logit(q))
+    return -torch.log(q), torch.rand(count, generator=generator, dtype=torch.float64) < p
+
+
+def test_without_document_orders_the_boost_is_the_setting() -> None:
+    """TOKEN_BOOST for every hint and every place without one, before, during and after a pass; nothing is learnt."""
+    boosts = tg.Boosts(document_config("", 4))
+    nll, sources = torch.rand(5, 7) * 9, torch.randint(-1, 1, (5, 7))
+    assert torch.equal(boosts.boost(nll, sources), torch.full((5, 7), 1.5, dtype=torch.float64)) and not boosts.learn
+
+
+def test_boosts_start_at_zero() -> None:
+    """For every source, and a tilt by nothing is none."""
+    boosts, nll = tg.Boosts(document_config("2,4", 4)), torch.rand(50, 2) * 9
+    sources, ids = torch.arange(50) % 3, torch.randint(0, 2, (50, 2))
+    assert boosts.learn and not boosts.boost(nll[:, 1], sources).any()
+    assert torch.equal(tg.tilt(nll, ids, boosts.boost(nll[:, 1], sources)), nll[:, 0].double())
+
+
+def test_an_update_is_one_newton_step() -> None:
+    """Weights - (curvature so far)^-1 gradient of the summed tilted nats, both by differentiating tilt() itself; twice,
+    with the curvatures added up over a prior of 10 hints; a source without hints stays as it is."""
+    boosts = tg.Boosts(document_config("2,4", 4))
+    curvature = {source: 10 * torch.eye(2, dtype=torch.float64) for source in range(3)}
+    for seed in (1, 2):
+        nll, hit = synthetic_hints(90, seed, (1.0, -0.3))
+        sources = torch.arange(90) % 2 * 2
+        before = boosts.weights.clone()
+        boosts.update(nll.float(), sources, hit)
+        for source in (0, 2):
+            mine = sources == source
+            nats, came = nll.float()[mine].double(), hit[mine]
+            pairs = torch.stack([torch.where(came, nats, torch.full_like(nats, 3.0)), nats], -1)
+            ids = torch.stack([torch.where(came, 7, 5), torch.full_like(came, 7, dtype=torch.int64)], -1)
+            total = lambda w: tg.tilt(pairs, ids, w[0] + w[1] * logit(torch.exp(-nats))).sum()
+            gradient = torch.autograd.functional.jacobian(total, before[source])
+            curvature[source] = curvature[source] + torch.autograd.functional.hessian(total, before[source])
+            wanted = before[source] - torch.linalg.inv(curvature[source]) @ gradient
+            torch.testing.assert_close(boosts.weights[source], wanted, rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(boosts.curvature[source], curvature[source], rtol=1e-7, atol=1e-9)
+            assert (wanted - before[source]).abs().max() > 0.05
+        assert torch.equal(boosts.weights[1], before[1])
+    assert torch.equal(boosts.curvature[1], curvature[1])
+
+
+def test_learnt_boosts_make_probabilities_true() -> None:
+    """Hints that come true more often, or less, than the model says: after some thousands of each source the new
+    probabilities are the hit rates, for likely and for unlikely hints, and the nats fall."""
+    boosts, truths = tg.Boosts(document_config("2,4", 4)), [(1.2, -0.2), (-0.7, 0.3), (0.0, 0.0)]
+    for seed in range(120):
+        drawn = [synthetic_hints(32, 3 * seed + source, truth) for source, truth in enumerate(truths)]
+        nll, hit = (torch.cat(parts) for parts in zip(*drawn))
+        boosts.update(nll, torch.arange(3).repeat_interleave(32), hit)
+    for source, truth in enumerate(truths):
+        nll, hit = synthetic_hints(20_000, 10**6 + source, truth)
+        boost = boosts.boost(nll, torch.full((20_000,), source))
+        raised = torch.sigmoid(logit(torch.exp(-nll)) + boost)
+        for kind in (nll < 2, nll >= 2):
+            assert float(raised[kind].mean()) == pytest.approx(float(hit[kind].double().mean()), abs=0.025)
+        torch.testing.assert_close(boosts.weights[source], torch.tensor(truth, dtype=torch.float64), atol=0.2, rtol=0)
+        pairs = torch.stack([torch.where(hit, nll, torch.zeros_like(nll)), nll], -1)  # misses: only the sum's price
+        ids = torch.stack([hit.long(), torch.ones_like(hit, dtype=torch.int64)], -1)
+        gain = (pairs[:, 0] - tg.tilt(pairs, ids, boost)).mean()
+        assert gain > (0.02 if source < 2 else -0.002)
+
+
+def test_boosts_are_bounded_and_finite() -> None:
+    """At most 8 either way; hints of probability zero and one, and updates on them, keep everything finite."""
+    boosts = tg.Boosts(document_config("2,4", 4))
+    boosts.weights[0, 0], boosts.weights[1, 0] = 100.0, -100.0
+    boosts.weights[2] = torch.tensor([0.0, 2.0])
+    nll = torch.tensor([0.0, -1e-6, 1e-9, 0.7, 90.0, 1e4])
+    for source, wanted in ((0, [8.0] * 6), (1, [-8.0] * 6), (2, [8.0, 8.0, 8.0, None, -8.0, -8.0])):
+        found = boosts.boost(nll, torch.full((6,), source)).tolist()
+        assert all(w is None or f == w for f, w in zip(found, wanted)) and abs(found[3]) <= 8
+    for hit in (True, False):
+        for source in range(3):
+            boosts.update(nll, torch.full((6,), source), torch.full((6,), hit))
+    assert boosts.weights.isfinite().all() and boosts.curvature.isfinite().all()
+    boosts.update(nll[:0], torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
+
+
+def test_tilts_by_many_boosts_are_distributions() -> None:
+    """One boost for each target: p'(v) is that of the raised logits, and sums to one over all ids."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 20, generator=generator, dtype=torch.float64) * 3
+    hint, boost = torch.randint(0, 20, (40,), generator=generator), torch.linspace(-8, 8, 40, dtype=torch.float64)
+    nats = -torch.log_softmax(logits, -1)
+    pairs = torch.stack([nats, nats.gather(1, hint[:, None]).expand(40, 20)], -1)
+    ids = torch.stack([torch.arange(20).expand(40, 20), hint[:, None].expand(40, 20)], -1)
+    tilted = tg.tilt(pairs, ids, boost[:, None].expand(40, 20))
+    raised = logits + boost[:, None] * (torch.arange(20) == hint[:, None])
+    torch.testing.assert_close(tilted, -torch.log_softmax(raised, -1), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(torch.exp(-tilted).sum(1), torch.ones(40, dtype=torch.float64))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Boosts on the real path
+# ---------------------------------------------------------------------------------------------------------------
+
+LEARNT = dict(PHASED_TTT_PREFIX_DOCS=0, TTT_BATCH_SIZE=4)
+
+
+def few_validation(lengths: tuple[int, ...] = (30, 44, 21, 60, 25, 38, 50), seed: int = 0) -> tg.Validation:
+    """Documents over six ids each, so that a document is full of hints from itself."""
+    validation, generator = validation_of_lengths(list(lengths)), np.random.default_rng(seed)
+    tokens = validation.tokens.clone()
+    for start, count in validation.documents.tolist():
+        own = generator.choice(np.arange(4, 64), 6, replace=False)
+        tokens[start + 1 : start + count] = torch.from_numpy(own[generator.integers(0, 6, count - 1)])
+    return validation._replace(tokens=tokens)
+
+
+def adapted(validation: tg.Validation, config: tg.Config) -> np.ndarray:
+    return nll_per_target(validation, lambda v: tg.adapt(random_model(config), v, config, RUN, QUIET))
+
+
+class Watched:
+    """Every add, learn_from and update of a pass, in order, with what they were given."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.events: list[tuple[str, Any]] = []
+        kinds = ((tg.Tally, "add"), (tg.Tally, "learn_from"), (tg.Boosts, "update"), (tg.Adapters, "update"))
+        for owner, name in kinds:
+            self.watch(patch, owner, name)
+
+    def watch(self, patch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+        real = getattr(owner, name)
+
+        def watched(subject: Any, *arguments: Any) -> Any:
+            self.events.append((f"{owner.__name__}.{name}", arguments))
+            return real(subject, *arguments)
+
+        patch.setattr(owner, name, watched)
+
+
+def test_boosts_learn_from_each_hint_once_and_after_its_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update gets the hinted real targets of the chunk that has just been tallied, no others, with their hints' own
+    nats, sources and truth; the ledger is asked before; all hints of the stream come by once."""
+    config, validation = document_config("2,4", 4, **LEARNT), few_validation()
+    watched = Watched(monkeypatch)
+    tg.adapt(random_model(config), validation, config, RUN, QUIET)
+    hints, used = tg.stream_hints(validation, config, RUN, QUIET), []
+    kinds = [kind for kind, _ in watched.events]
+    assert "Adapters.update" in kinds and set(kinds[:3]) == {"Tally.add", "Tally.learn_from", "Boosts.update"}
+    for number, kind in enumerate(kinds):
+        if kind == "Boosts.update":
+            assert kinds[number - 2 : number] == ["Tally.add", "Tally.learn_from"]
+            (_, tallied), (learned, _) = watched.events[number - 2][1], watched.events[number - 1][1]
+            wanted = [p for p in np.asarray(tallied).tolist() if hints[p, 0] >= 0]
+            nll, sources, hit = watched.events[number][1]
+            assert np.asarray(learned).tolist() == wanted and len(nll) == len(wanted)
+            assert sources.tolist() == hints[wanted, 1].tolist()
+            assert hit.tolist() == (hints[wanted, 0] == validation.tokens[wanted]).tolist()
+            used += wanted
+    assert sorted(used) == np.flatnonzero(hints[:, 0].numpy() >= 0).tolist() and len(used) > 80
+    assert kinds.count("Boosts.update") == kinds.count("Tally.add")
+
+
+def test_fixed_boosts_are_never_updated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without TOKEN_DOCUMENT_ORDERS the ledger only knows the targets of weight updates."""
+    watched = Watched(monkeypatch)
+    config = document_config("", 4, **LEARNT)
+    tg.adapt(random_model(config), few_validation(), config, RUN, QUIET)
+    kinds = [kind for kind, _ in watched.events]
+    assert "Boosts.update" not in kinds and kinds.count("Tally.learn_from") == kinds.count("Adapters.update") > 0
+
+
+def test_the_first_chunk_is_scored_as_without_a_tilt_and_later_ones_with_what_was_learnt() -> None:
+    """Boosts begin at zero on each track; where there is no hint, scores are never changed; a hit gains and a miss pays
+    one and the same boost."""
+    config, validation = document_config("2,4", 4, **LEARNT), few_validation()
+    tilted, plain = adapted(validation, config), adapted(validation, dataclasses.replace(config, ngram_tilt_enabled=False))
+    hints, changed = tg.stream_hints(validation, config, RUN, QUIET)[:, 0], 0
+    for start, count in validation.documents.tolist():
+        for position in range(start + 1, start + count + 1):
+            if position <= start + 8 or hints[position] < 0:
+                assert tilted[position] == plain[position], position
+            else:
+                changed += tilted[position] != plain[position]
+    assert changed > 60
+
+
+def test_a_later_token_moves_no_earlier_score_through_the_boosts() -> None:
+    """In one batch, with hints from documents only: another token in a chunk leaves all scores of earlier chunks, and
+    those of all others in this chunk but the documents' own later ones, to the last bit; later chunks of other
+    documents do move."""
+    config = document_config("5,3,2", 64, **LEARNT | dict(TTT_BATCH_SIZE=9))
+    validation = few_validation()
+    place_of, first = {}, adapted(validation, config)
+    for number, (start, count) in enumerate(validation.documents.tolist()):
+        place_of |= {start + i: (number, (i - 1) // 8) for i in range(1, count + 1)}
+    moved = 0
+    for document, chunk, offset in ((3, 2, 5), (1, 3, 1)):
+        position = int(validation.documents[document, 0]) + 8 * chunk + offset
+        tokens = validation.tokens.clone()
+        tokens[position] = 4 + (int(tokens[position]) + 9) % 60
+        second = adapted(validation._replace(tokens=tokens), config)
+        for p, (other, its_chunk) in place_of.items():
+            if its_chunk < chunk or (its_chunk == chunk and (other != document or p < position)):
+                assert first[p] == second[p], p
+            elif other != document:
+                moved += first[p] != second[p]
+    assert moved > 10
+
+
+class Share(OneOf):
+    """A rank that makes the hints by itself."""
+
+    def on_main(self, work: Any) -> Any:
+        return work()
+
+
+def test_boosts_of_tracks_do_not_depend_on_the_number_of_ranks() -> None:
+    """Each target gets the same score, to the last bit, from one rank and from the ranks that share the tracks."""
+    config = document_config("2,4", 4, **LEARNT | dict(TTT_BATCH_SIZE=1))
+    validation = few_validation((30, 44, 21, 40, 25, 38, 36, 20, 33, 28, 17))
+    alone, together = adapted(validation, config), {}
+    for rank in range(3):
+        with recorded_nll() as seen:
+            tg.adapt(random_model(config), validation, config, Share(rank, 3), QUIET)
+        assert not together.keys() & seen.keys()
+        together |= seen
+    assert [together[p] for p in range(1, len(validation.tokens))] == alone[1:].tolist()

@@ -28,10 +28,11 @@ def residual(rows: int, cols: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(1e-3 * (generator.normal(size=(rows, cols)) + strong)).float()
 
 
-def factors_with(A: np.ndarray, B: np.ndarray, group: int) -> np.ndarray:
+def factors_with(A: np.ndarray, B: np.ndarray, group: int, left_bits: int = 2) -> np.ndarray:
     """The product of A and B rounded as published, written out with scalar loops over groups."""
-    a_step = float(scale_of(np.abs(A).max(keepdims=True), 1.5).item())
-    a = np.clip(np.round(A / np.float32(a_step)), -2, 1) * a_step
+    half = 2 ** (left_bits - 1)
+    a_step = float(scale_of(np.abs(A).max(keepdims=True), half - 0.5).item())
+    a = np.clip(np.round(A / np.float32(a_step)), -half, half - 1) * a_step
     b = B.flatten()
     for begin in range(0, b.size, group):
         part = b[begin : begin + group]
@@ -83,6 +84,43 @@ def test_lqer_signs_are_the_best(seed: int) -> None:
     assert max(errors.values()) > min(errors.values()) + 3e-3 * gain  # the signs do matter here
     tail = float(np.sqrt(np.square(S[4:]).sum()))  # no product of rank 4 is nearer (Eckart and Young)
     assert tail <= found < float(np.linalg.norm(exact))
+
+
+def decaying(rows: int, cols: int, seed: int) -> torch.Tensor:
+    """A random residual whose singular values fall by a fifth each."""
+    generator = np.random.default_rng(seed)
+    U, V = (np.linalg.qr(generator.normal(size=(n, n)))[0] for n in (rows, cols))
+    k = min(rows, cols)
+    return torch.from_numpy(1e-2 * (U[:, :k] * 0.8 ** np.arange(k)) @ V[:k]).float()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_more_bits_of_the_left_factor_bring_the_product_nearer(seed: int) -> None:
+    """LQER_LEFT_BITS: codes from -2^(b-1) to 2^(b-1) - 1, as far as the last level; no more bits leave a larger residual;
+    the signs are nearly the best; and two bits are what there is without a word."""
+    E = decaying(48, 64, seed)
+    U, S, Vt = np.linalg.svd(E.numpy(), full_matrices=False)
+    A, B, exact, before = U[:, :4] * S[:4], Vt[:4], E.double().numpy(), np.inf
+    for bits in (2, 3, 4, 6, 8):
+        factors = tg.lqer_factors(E, 4, 32, bits)
+        half = 2 ** (bits - 1)
+        assert factors["lqer_a"].dtype == np.int8 and factors["lqer_a"].shape == (48, 4)
+        assert -half <= factors["lqer_a"].min() and factors["lqer_a"].max() <= half - 1
+        assert max(factors["lqer_a"].max(), -factors["lqer_a"].min()) >= half - 1
+        assert factors["lqer_b"].min() >= -8 and factors["lqer_b"].max() <= 7
+        error = float(np.linalg.norm(exact - tg.lqer_product(factors)))
+        tries = []
+        for signs in itertools.product((1, -1), repeat=4):
+            sign = np.array(signs, np.float32)
+            tries.append(float(np.linalg.norm(exact - factors_with(A * sign, B * sign[:, None], 32, bits))))
+        gain = float(np.linalg.norm(exact)) - min(tries)
+        assert min(tries) - 1e-6 * gain <= error <= min(tries) + 0.02 * gain
+        assert error <= before * 1.0005, bits
+        before = error
+        if bits == 2:
+            plain = tg.lqer_factors(E, 4, 32)
+            assert all(np.array_equal(plain[name], factors[name]) for name in plain)
+    assert before < 1.03 * float(np.sqrt(np.square(S[4:]).sum()))  # nearly all that rank 4 can do
 
 
 def test_lqer_product_is_the_product_of_scaled_factors() -> None:
@@ -164,3 +202,26 @@ def test_correction_brings_the_restored_weights_nearer(tmp_path: Path) -> None:
         assert np.linalg.norm(W - found) < 0.999 * np.linalg.norm(W - plain(stored, name)), name
         nearer += 1
     assert nearer == 3
+
+
+@pytest.mark.parametrize("compressor", ["brotli", "rans", "pergroup"])
+def test_finer_left_factors_survive_the_file(compressor: str, tmp_path: Path) -> None:
+    """Four bits: all but the left factors is as with two, codes beyond -2..1 occur, the restored weights are nearer, and
+    every compressor gives them back."""
+    settings = dict(LQER_TOP_K=3, COMPRESSOR=compressor)
+    config, weights, stored = corrected_model(**settings, LQER_LEFT_BITS=4)
+    coarse = corrected_model(**settings)[2]
+    assert stored.keys() == coarse.keys() and toy_config().lqer_left_bits == 2
+    corrected = [name.removesuffix(".lqer_a") for name in stored if name.endswith(".lqer_a")]
+    for name in stored:
+        assert ".lqer_" in name or np.array_equal(stored[name], coarse[name]), name
+    for name in corrected:
+        assert stored[name + ".lqer_a"].min() < -2 and -8 <= stored[name + ".lqer_a"].min()
+        assert 1 < stored[name + ".lqer_a"].max() <= 7
+        parts = ({part: table[f"{name}.{part}"] for part in tg.LQER_PARTS} for table in (stored, coarse))
+        fine, rough = (np.linalg.norm(weights[name] - plain(stored, name) - tg.lqer_product(p)) for p in parts)
+        assert fine < rough, name
+    restored = tg.dequantize(stored, config)
+    tg.save_artifact(tmp_path / "a.bin", stored, config)
+    loaded = tg.load_artifact(tmp_path / "a.bin", config)
+    assert all(np.array_equal(loaded[name], restored[name]) for name in restored)

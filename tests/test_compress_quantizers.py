@@ -1,5 +1,8 @@
 """COMPRESS, the quantisers: rounding schemes against formulas, pruning, and what each matrix of a model gets."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -197,6 +200,58 @@ def test_no_step_is_smaller_than_the_floor(name: str) -> None:
     assert torch.equal(raised[0].float(), nearest)  # with uncorrelated inputs GPTQ rounds to nearest, too
 
 
+def correlated(n: int, cols: int, seed: int = 0) -> torch.Tensor:
+    """Hessians (n, cols, cols) of inputs that depend on each other."""
+    generator = np.random.default_rng(seed)
+    X = generator.normal(size=(n, 3 * cols, cols)) @ generator.normal(size=(n, cols, cols))
+    return torch.from_numpy(X.transpose(0, 2, 1) @ X).float()
+
+
+def test_gptq_takes_a_clip_for_each_row() -> None:
+    """A row gets the scale clip * std / top of its own clip, and the codes that the whole matrix would give it there."""
+    W, H, values = matrices(2, 24, 160, seed=11), correlated(2, 160), (4.0, 9.5, 20.0)
+    clips = torch.tensor(values)[torch.arange(48).view(2, 24) % 3]
+    codes, scale = tg.gptq(W, H, clips, 6)
+    assert np.array_equal(scale.numpy(), scale_of((clips * W.std(-1)).numpy(), 31))
+    for value in values:
+        alike, (plain, plain_scale) = clips == value, tg.gptq(W, H, value, 6)
+        assert torch.equal(codes[alike], plain[alike]) and torch.equal(scale[alike], plain_scale[alike])
+        assert not torch.equal(codes, plain)
+
+
+def zipf_counts() -> np.ndarray:
+    """Counts from a million down to none at all, shuffled."""
+    counts = np.concatenate([1e6 / np.arange(1, 300) ** 1.5, np.zeros(60)]).astype(np.int64)
+    return np.random.default_rng(0).permutation(counts)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.1, 0.25, 0.5, 1.0])
+def test_steps_of_embedding_rows_follow_the_frequency(power: float) -> None:
+    """(count + 1)^-power over its geometric mean, within a factor of MOST_FINER, and then of geometric mean 1 again."""
+    counts = zipf_counts()
+    steps = tg.frequency_steps(torch.from_numpy(counts).float(), power).double().numpy()
+    assert (steps > 0).all() and np.log(steps).mean() == pytest.approx(0, abs=1e-5)
+    ordered = steps[np.argsort(-counts)]
+    assert (np.diff(ordered) >= -1e-6).all()  # the more frequent, the finer
+    raw = (counts + 1.0) ** -power
+    raw /= np.exp(np.log(raw).mean())
+    bounded = np.clip(raw, 1 / tg.MOST_FINER, tg.MOST_FINER)
+    np.testing.assert_allclose(steps, bounded / np.exp(np.log(bounded).mean()), rtol=1e-4)
+    free = bounded == raw
+    np.testing.assert_allclose(steps[free] / steps[free][0], raw[free] / raw[free][0], rtol=1e-4)
+    assert steps.max() <= tg.MOST_FINER**2 * steps.min() * 1.0001
+    assert free.all() == (power <= 0.1) and len(set(counts[free])) > 10
+    if power == 0:
+        assert (steps == 1).all()
+    else:
+        assert steps[counts == 0].min() > 1 > steps[counts > 1000].max()
+
+
+def test_steps_of_tokens_that_all_occur_alike_are_one() -> None:
+    for count in (0, 7):
+        assert torch.equal(tg.frequency_steps(torch.full((9,), float(count)), 0.5), torch.ones(9))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Whole models
 # ---------------------------------------------------------------------------------------------------------------
@@ -338,3 +393,70 @@ def test_attention_gates_are_int8_rows_or_half_precision(rows: int) -> None:
         else:
             assert np.array_equal(stored[name], W.astype(np.float16)) and name + ".codes" not in stored
     assert stored.keys() == {entry.name for entry in tg.artifact_table(config)}
+
+
+def calibrated_model(**changes: object) -> tuple[tg.Config, dict[str, np.ndarray]]:
+    """Settings of a toy model for GPTQ, and all arrays of its trained.bin."""
+    config = toy_config(**changes)
+    assert config.quant_scheme == "gptq"
+    arrays = {name: array.copy() for name, array in random_model(config, seed=2).arrays().items()}
+    for number, (name, shape) in enumerate(tg.trained_shapes(config).items()):
+        if name.startswith("hessian."):
+            arrays[name] = correlated(1, shape[0], seed=number)[0].numpy()
+    arrays["token_counts"] = (1e4 / np.arange(1, 65) ** 1.5).astype(np.int64).astype(np.float32)[::-1].copy()
+    assert arrays.keys() == tg.trained_shapes(config).keys()
+    return config, arrays
+
+
+def changed_by(arrays: dict[str, np.ndarray], config: tg.Config, **changes: float) -> tuple[set[str], dict, dict]:
+    """Names of the stored arrays that these settings change; what is stored without and with them."""
+    before, after = (tg.quantize(arrays, c, CPU) for c in (config, dataclasses.replace(config, **changes)))
+    assert before.keys() == after.keys()
+    return {name for name in before if not np.array_equal(before[name], after[name])}, before, after
+
+
+EMBEDDING = {"tok_emb.weight.codes", "tok_emb.weight.scale"}
+
+
+def test_frequency_changes_the_steps_of_the_embedding_alone(tmp_path: Path) -> None:
+    """EMBED_FREQ_POWER: scales are those without it times frequency_steps; a reader need not know of it."""
+    config, arrays = calibrated_model()
+    changed, before, after = changed_by(arrays, config, embed_freq_power=0.5)
+    assert changed == EMBEDDING
+    steps = tg.frequency_steps(torch.from_numpy(arrays["token_counts"]), 0.5).numpy()
+    ratio = after["tok_emb.weight.scale"].astype(np.float64) / before["tok_emb.weight.scale"]
+    np.testing.assert_allclose(ratio, steps, rtol=2**-9)
+    assert steps.max() > 2 * steps.min()
+    table = after["tok_emb.weight.codes"] * after["tok_emb.weight.scale"].astype(np.float32)[:, None]
+    assert np.array_equal(tg.dequantize(after, config)["tok_emb.weight"], table)
+    error = np.abs(table - arrays["tok_emb.weight"]).mean(1) / np.abs(arrays["tok_emb.weight"]).mean(1)
+    assert error[-16:].mean() < error[:16].mean()  # counts rise along the ids
+    tg.save_artifact(tmp_path / "a.bin", after, dataclasses.replace(config, embed_freq_power=0.5))
+    loaded, wanted = tg.load_artifact(tmp_path / "a.bin", config), tg.dequantize(after, config)
+    assert all(np.array_equal(loaded[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.04, 1.0])
+def test_damping_changes_the_codes_of_the_embedding_alone(damping: float) -> None:
+    """EMBED_DAMPING: GPTQ with so many means of its diagonal added to the head's Hessian, and everything else as without
+    it; the caller's arrays stay as they are, so that a second call gives the same."""
+    config, arrays = calibrated_model()
+    copies = {name: array.copy() for name, array in arrays.items()}
+    changed, before, after = changed_by(arrays, config, embed_damping=damping)
+    assert changed == ({"tok_emb.weight.codes"} if damping else set())
+    H = copies["hessian.head.0"].astype(np.float64)
+    damped = torch.from_numpy(H + damping * np.diag(H).mean() * np.eye(len(H))).float()
+    clip, bits, floor = tg.precision("embed", config)
+    codes, scale = tg.gptq(torch.from_numpy(copies["tok_emb.weight"])[None], damped[None], clip, bits, floor)
+    assert np.array_equal(after["tok_emb.weight.scale"], scale[0].numpy())
+    assert (after["tok_emb.weight.codes"] != codes[0].numpy()).mean() < 2e-3  # ties that rounding of H moves
+    assert all(np.array_equal(arrays[name], copies[name]) for name in arrays)
+    again = tg.quantize(arrays, dataclasses.replace(config, embed_damping=damping), CPU)
+    assert all(np.array_equal(after[name], again[name]) for name in after)
+
+
+def test_schemes_without_statistics_need_no_counts() -> None:
+    """EMBED_FREQ_POWER and EMBED_DAMPING mean nothing to the schemes other than GPTQ."""
+    config = toy_config(QUANT_SCHEME="intn_row")
+    arrays = {name: array.copy() for name, array in random_model(config).arrays().items()}
+    assert changed_by(arrays, config, embed_freq_power=0.5, embed_damping=0.5)[0] == set()

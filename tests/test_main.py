@@ -233,11 +233,13 @@ def test_every_preset_trains_packs_reloads_and_scores_at_toy_size(
     assert (result["learned_targets"] > 500) == config.ttt_enabled and result["learned_before_score"] == 0
     for kind in ("prequant", "quantized", "sliding", "ttt"):
         if f"{kind}_val_loss" in result:
-            assert abs(result[f"{kind}_val_loss"] - math.log(64)) < 1, kind
+            hinted = kind == "ttt" and config.token_document_orders  # the toy text repeats itself inside documents
+            assert abs(result[f"{kind}_val_loss"] - math.log(64)) < (1.5 if hinted else 1), kind
     assert result["train_loss"] < math.log(64)
     weights = tg.load_arrays(tmp_path / "toy" / "trained.bin")[1]
     model = tg.GPT(config, RUN)
-    model.load(tg.dequantize(tg.quantize(weights, config, RUN.device), config))
+    clips = tg.scaled_clips(config, result["clip_factor"])  # FIT_ARTIFACT=fill finds room in every toy
+    model.load(tg.dequantize(tg.quantize(weights, clips, RUN.device), config))
     score = tg.score(model, tg.load_validation(config), config, RUN, tg.Log(None), config.eval_seq_len)
     assert score.loss == result["quantized_val_loss"] != result["prequant_val_loss"]
 

@@ -146,6 +146,99 @@ def test_muon_steps_equal_its_equations(kind: tuple[bool, bool]) -> None:
             torch.testing.assert_close(muon.arrays()[names[i]].double(), momentum, atol=1e-5, rtol=1e-5)
 
 
+# MUON_PER_HEAD with a bigram bank, which shares a stack with kv_bank: matrices that lie on their side among the heads.
+HEADS = dict(BIGRAM_VOCAB_SIZE=64, BIGRAM_DIM=16, MATRIX_LR=1, MUON_WD=0)
+
+
+def headed(name: str, number: int, layers: int) -> bool:
+    """Whether a matrix of a bank is q, k or v: q stands above o, k above v."""
+    return name == "kv_bank" or (name == "qo_bank" and number < layers)
+
+
+def banks_with_gradients(config: tg.Config) -> tuple[dict[str, torch.nn.Parameter], dict[str, torch.Tensor]]:
+    """The banks of a model, at zero, and gradients for them whose rows differ in size."""
+    banks, generator = random_model(config).groups()["matrix"], torch.Generator().manual_seed(7)
+    gradients = {}
+    for name, bank in banks.items():
+        bank.data.zero_()
+        sizes = torch.rand(*bank.shape[:2], 1, generator=generator) * 5 + 0.1
+        gradients[name] = torch.randn(bank.shape, generator=generator) * sizes
+        bank.grad = gradients[name].clone()
+    return banks, gradients
+
+
+@pytest.mark.parametrize("per_head", [0, 1])
+def test_heads_of_q_k_and_v_are_orthogonalised_alone(per_head: int) -> None:
+    """With MUON_PER_HEAD a step equals a loop over blocks of head_dim rows, each orthogonalised as a matrix; o, the MLP
+    and the bigram bank, and without it all, are whole."""
+    config = toy_config(MUON_PER_HEAD=per_head, **HEADS)
+    banks, gradients = banks_with_gradients(config)
+    muon = tg.Muon(banks, config, RUN)
+    muon.step(muon.gradient_shares(), 1.0, 0.9)
+    assert config.head_dim == 8 and "bigram_bank" in banks
+    for name, bank in banks.items():
+        for number, gradient in enumerate(gradients[name]):
+            whole = orthogonal(gradient[None], 5)[0]
+            blocks = torch.cat([orthogonal(block[None], 5)[0] for block in gradient.split(8)]) if bank.size(2) > 8 else 0
+            single = per_head and headed(name, number, 4)
+            found = -bank.detach()[number] / math.sqrt(max(1, bank.size(1) / bank.size(2)))
+            torch.testing.assert_close(found, blocks if single else whole, atol=1e-4, rtol=0)
+            assert (blocks - whole).abs().max() > 0.05  # it does matter
+
+
+def test_which_matrices_have_heads() -> None:
+    """q of qo_bank and all of kv_bank; not o, nor the MLP, nor the bigram bank; none without MUON_PER_HEAD."""
+    for per_head in (0, 1):
+        config = toy_config(MUON_PER_HEAD=per_head, **HEADS)
+        muon = tg.Muon(random_model(config).groups()["matrix"], config, RUN)
+        seen = []
+        for stack in muon.stacks:
+            labels = [(name, number) for name in stack.names for number in range(len(muon.banks[name]))]
+            seen += [labels[i] for i in stack.by_head.tolist()]
+            assert sorted([*stack.by_head.tolist(), *stack.whole.tolist()]) == list(range(len(labels)))
+        wanted = [("qo_bank", n) for n in range(4)] + [("kv_bank", n) for n in range(8)]
+        assert sorted(seen) == sorted(wanted if per_head else [])
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5, 8, 16])
+def test_shares_of_ranks_join_to_the_same_direction(world_size: int) -> None:
+    """However the stacks are dealt out, with shares of heads only, of none and of padding only, all directions are those
+    of one rank; padding stays zero."""
+    config = toy_config(MUON_PER_HEAD=1, **HEADS)
+    banks, gradients = banks_with_gradients(config)
+    one, kinds = tg.Muon(banks, config, RUN), set()
+    ranks = [tg.Muon(banks, config, tg.Run(rank, world_size)) for rank in range(world_size)]
+    for number, stack in enumerate(one.stacks):
+        wanted = one.direction(one.join(stack, gradients), stack)
+        parts = []
+        for rank, muon in enumerate(ranks):
+            mine = muon.stacks[number]
+            share = muon.join(mine, gradients)[rank * mine.share :][: mine.share]
+            parts.append(muon.direction(share, mine))
+            kinds.add((len(mine.by_head) > 0, len(mine.whole) > 0))
+        together = torch.cat(parts)
+        torch.testing.assert_close(together[: len(wanted)], wanted, atol=1e-4, rtol=0)
+        assert not together[len(wanted) :].any()
+    assert world_size < 8 or {(True, False), (False, True)} <= kinds
+
+
+def test_heads_leave_the_momentum_alone() -> None:
+    """Two steps with the same gradients: other weights, but the very same momentum."""
+    states, weights = [], []
+    for per_head in (0, 1):
+        config = toy_config(MUON_PER_HEAD=per_head, **HEADS)
+        banks, gradients = banks_with_gradients(config)
+        muon = tg.Muon(banks, config, RUN)
+        for mu in (0.9, 0.95):
+            muon.step(muon.gradient_shares(), 0.1, mu)
+        states.append(muon.arrays())
+        weights.append({name: bank.detach().clone() for name, bank in banks.items()})
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(states[1][name], 1.95 * gradient)
+        assert torch.equal(weights[0][name], weights[1][name]) == (name not in ("qo_bank", "kv_bank"))
+
+
 def test_adamw_groups_have_their_own_rates_and_decay() -> None:
     """Embedding and scalars follow decoupled AdamW with bias correction, each with its rate, decay and multiplier."""
     config = toy_config(

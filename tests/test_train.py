@@ -245,6 +245,31 @@ def test_hessians_are_those_of_the_rows_behind_the_last_step(toy_data: ToyData, 
         torch.testing.assert_close(got[key], taps.hessians[key])
 
 
+def test_token_counts_are_those_of_the_head_of_the_stream(
+    toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """COUNTED_TOKENS ids from the first shard on, or all there are; the same for each rank; in trained.bin for GPTQ."""
+    config = toy_data.config(RUNS_DIR=tmp_path, RUN_ID="counts", ITERATIONS=1, STAGES="train")
+    trainers = [make_trainer(config) for _ in range(2)]
+    trainers[1].run = tg.Run(1, 2)
+    for counted in (700, 1500, 10**9):  # inside the first shard, across its end, and more than there are
+        monkeypatch.setattr(tg, "COUNTED_TOKENS", counted)
+        wanted = np.bincount(toy_data.train_tokens[:counted], minlength=64)
+        for trainer in trainers:
+            found = trainer.token_counts()
+            assert list(found) == ["token_counts"] and found["token_counts"].dtype == np.float32
+            assert found["token_counts"].tolist() == wanted.tolist()
+        assert wanted.sum() == min(counted, len(toy_data.train_tokens))
+    monkeypatch.setattr(tg, "COUNTED_TOKENS", 1500)
+    tg.main(config, RUN)
+    arrays = tg.load_arrays(tmp_path / "counts" / "trained.bin")[1]
+    assert arrays["token_counts"].tolist() == np.bincount(toy_data.train_tokens[:1500], minlength=64).tolist()
+    assert {name: array.shape for name, array in arrays.items()} == tg.trained_shapes(config)
+    for scheme in ("int8_clip", "intn_row", "gptq_lite"):
+        trainers[0].config = dataclasses.replace(config, quant_scheme=scheme)
+        assert trainers[0].token_counts() == {} and "token_counts" not in tg.trained_shapes(trainers[0].config)
+
+
 def test_prefetch_keeps_the_order_and_passes_errors_on() -> None:
     """Rows come in the order of their numbers; an error while preparing one surfaces where it is used."""
     assert list(tg.prefetch(lambda n: [n * n], range(5), torch.device("cpu"))) == [[0], [1], [4], [9], [16]]

@@ -128,6 +128,102 @@ def test_the_probabilities_of_all_ids_sum_to_one_in_the_other_modes(changes: dic
     assert outcome.ok, outcome
 
 
+# Hints from the own document, and boosts that are learnt. Each batch has a track of its own until there are as many of
+# them as tracks; with one track the boosts that a batch has taught are those of the next. A random model finds all
+# hints unlikely, so that a few true ones would take the boosts to their bound, where nothing shows: they learn slower.
+DOCUMENTS = TILT | dict(TOKEN_DOCUMENT_ORDERS="4,2")
+SHARED_LENGTHS = [20, 30, 21, 25, 1, 2]  # queue: documents 1 and 3, 2 and 0, 5 and 4
+
+
+@pytest.fixture
+def shared_boosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tg, "TTT_TRACKS", 1)
+    monkeypatch.setattr(tg.Boosts, "PRIOR", 100.0)
+
+
+def document_stream(config: tg.Config) -> tuple[np.ndarray, tuple[int, int]]:
+    """A stream with hints from the stream and from documents; places with one from the own document: in a document that
+    is scored first, and in one behind it in the queue that stands before it in the stream."""
+    tokens = probe.repeating_stream(SHARED_LENGTHS, 256, 4, inside=True)
+    hints = tg.stream_hints(probe.as_validation(tokens), config, tg.Run(), tg.Log(None)).numpy()
+    assert tg.hint_sources(config) == [(True, 4), (False, 4), (True, 2)]
+    right = np.flatnonzero((hints[:, 0] == tokens) & (hints[:, 1] != 1))
+    first, behind = (right[(right > begin + 8) & (right < begin + 20)] for begin in (71, 50))
+    assert len(first) >= 4 and len(behind) >= 4
+    return tokens, (int(first[2]), int(behind[2]))
+
+
+def test_document_hints_and_learnt_boosts_pass(shared_boosts: None) -> None:
+    """Every probe; and what may move does: what is scored later, through the boosts, though it stands earlier."""
+    mode = subject(**DOCUMENTS)
+    tokens, places = document_stream(mode.config)
+    outcomes = [
+        probe.causality("ttt", mode, tokens, places),
+        probe.single_pass("ttt", mode, tokens),
+        probe.score_before_update(mode, tokens),
+        probe.isolation("ttt", mode, stream()),
+    ]
+    assert all(outcome.ok for outcome in outcomes), outcomes
+
+
+def scores_without_learning(mode: probe.Subject, tokens: np.ndarray) -> dict[int, list[float]]:
+    """No adapter and no global phase: boosts are all that one document can leave to the next."""
+    config = dataclasses.replace(mode.config, ttt_lora_lr=0.0, phased_ttt_prefix_docs=0)
+    return probe.trace("ttt", mode._replace(config=config), probe.as_validation(tokens)).scores
+
+
+def test_boosts_flow_to_what_is_scored_later_only(shared_boosts: None) -> None:
+    """A batch whose hints come true no more leaves other scores in the next one, and none of its own earlier ones."""
+    mode = subject(**DOCUMENTS)
+    tokens, (place, _) = document_stream(mode.config)
+    changed = probe.replaced(tokens, np.arange(place, 96), 256)  # the rest of document 3, in the first batch
+    before, after = (scores_without_learning(mode, ids) for ids in (tokens, changed))
+    moved = [p for p in before if before[p] != after[p]]
+    assert any(51 <= p <= 71 for p in moved)  # of document 2, in the second batch
+    assert not any(71 < p < place for p in moved) and not any(21 <= p <= 50 and p - 20 <= 8 for p in moved)
+
+
+def test_tilts_by_learnt_boosts_sum_to_one_on_the_real_path(
+    shared_boosts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Normalisation at a place with a hint, when boosts have been learnt from earlier chunks."""
+    seen, real = [], tg.tilt
+    monkeypatch.setattr(tg, "tilt", lambda nll, ids, boost: seen.append(boost) or real(nll, ids, boost))
+    outcome = probe.normalisation("ttt", subject(16, **DOCUMENTS), repetitive(), (38,))
+    assert outcome.ok, outcome
+    assert not seen[0].any() and seen[2].abs().max() > 0.05
+
+
+@pytest.mark.parametrize("fault", ["own target", "own chunk"])
+def test_boosts_that_have_seen_their_target_fail(
+    fault: str, shared_boosts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A boost that is larger where its hint comes true, and one that has been learnt from the chunk it is used in."""
+    forward, boost, hits = tg.GPT.forward, tg.Boosts.boost, []
+
+    def watched(model: tg.GPT, inputs: torch.Tensor, targets: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        if targets.dim() == 3 and targets.size(-1) == 2:
+            hits[:] = [targets[..., 0] == targets[..., 1]]
+        return forward(model, inputs, targets, *rest, **named)
+
+    def leaky(boosts: tg.Boosts, nll: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+        if nll.dim() == 1:  # inside an update
+            return boost(boosts, nll, sources)
+        if fault == "own target":
+            return boost(boosts, nll, sources) + 0.5 * hits[0]
+        known = sources >= 0
+        boosts.update(nll[known], sources[known], hits[0][known])
+        return boost(boosts, nll, sources)
+
+    monkeypatch.setattr(tg.GPT, "forward", watched)
+    monkeypatch.setattr(tg.Boosts, "boost", leaky)
+    mode = subject(**DOCUMENTS)
+    tokens, (place, _) = document_stream(mode.config)
+    outcome = probe.causality("ttt", mode, tokens, (place,))
+    assert not outcome.ok and f"the distribution at token {place} moved" in outcome.found
+    assert not probe.normalisation("ttt", subject(16, **DOCUMENTS), repetitive(), (38,)).ok
+
+
 def test_windows_of_a_plain_stream_pass() -> None:
     """VARLEN_ATTN=0: windows that see the document before are still causal and complete, but not isolated."""
     mode = subject(VARLEN_ATTN=0)
