@@ -624,12 +624,8 @@ def validate_model(c: Config) -> None:
         f"ROPE_DIMS={c.rope_dims}: must be even and at most MODEL_DIM / NUM_HEADS = {c.head_dim}",
     )
     need(c.gate_window <= c.model_dim, f"GATE_WINDOW={c.gate_window}: larger than MODEL_DIM={c.model_dim}; lower it")
-    if c.marker_pair_mode:
-        mode = "MARKER_PAIR_MODE=1"
-        need(c.vocab_size > SPACE_ID, f"{mode}: VOCAB_SIZE={c.vocab_size} is not that of CaseOps; set VOCAB_SIZE=8192")
-        need(
-            c.caseops_enabled or c.tokenizer_path, f"{mode}: CASEOPS_ENABLED=0 reads other data; set CASEOPS_ENABLED=1"
-        )
+    key = f"MARKER_PAIR_MODE={c.marker_pair_mode:d}: VOCAB_SIZE={c.vocab_size}"
+    need(not c.marker_pair_mode or c.vocab_size > SPACE_ID, f"{key} is not that of CaseOps; set VOCAB_SIZE=8192")
     need(
         c.bigram_vocab_size != 1 and c.bigram_vocab_size * c.bigram_dim <= LARGEST_NUMBER // 4,
         f"BIGRAM_VOCAB_SIZE={c.bigram_vocab_size}: need 0, or 2 and more rows, and fewer than {LARGEST_NUMBER // 4}"
@@ -1214,7 +1210,7 @@ def check_fusion(tokens: np.ndarray, caseops: Any, config: Config) -> None:
     key, markers = f"MARKER_PAIR_MODE={config.marker_pair_mode:d}", list(FUSED_MARKERS.values())
     fits = caseops is not None and [caseops.piece_to_id(piece) for piece in "\u2581\ue001\ue002\ue003"]
     if config.marker_pair_mode and fits != [SPACE_ID, *markers]:
-        raise UserError(f"{key}: {config.tokenizer_file} is not the CaseOps tokenizer; set TOKENIZER_PATH or unset it")
+        raise UserError(f"{key}: {config.tokenizer_file} is not the CaseOps tokenizer; set CASEOPS_ENABLED=1")
     pairs = (tokens[:-1] == SPACE_ID) & np.isin(tokens[1:], markers)
     if config.marker_pair_mode and pairs.any():
         raise UserError(f"{key}: {config.dataset_dir} holds CaseOps shards as they are; fuse them with data/fuse.py")

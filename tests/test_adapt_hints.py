@@ -250,10 +250,10 @@ def test_a_missed_hint_costs_what_its_probability_says() -> None:
 
 SOURCES = {  # TOKEN_DOCUMENT_ORDERS and TOKEN_ORDER -> sources, the first one that has a hint wins
     ("", 4): [(False, 4)],
-    ("2", 4): [(False, 4), (True, 2)],
-    ("2,4", 4): [(True, 4), (False, 4), (True, 2)],
-    ("3, 6,2", 3): [(True, 6), (True, 3), (False, 3), (True, 2)],
-    ("5,3,2", 64): [(False, 64), (True, 5), (True, 3), (True, 2)],
+    ("2", 4): [(True, 2), (False, 4)],
+    ("2,4", 4): [(True, 4), (True, 2), (False, 4)],
+    ("3, 6,2", 3): [(True, 6), (True, 3), (True, 2), (False, 3)],
+    ("5,3,2", 64): [(True, 5), (True, 3), (True, 2), (False, 64)],
 }
 
 
@@ -264,7 +264,7 @@ def document_config(orders: str, order: int, threshold: float = 0.5, **changes: 
 
 @pytest.mark.parametrize("case", SOURCES, ids=str)
 def test_sources_stand_in_their_order(case: tuple[str, int]) -> None:
-    """The longest first; at equal order the document before the stream."""
+    """The own document's longest context first; the stream last, whatever its order."""
     assert tg.hint_sources(document_config(*case)) == SOURCES[case]
 
 
@@ -375,25 +375,32 @@ def synthetic_hints(count: int, seed: int, truth: tuple[float, float]) -> tuple[
     return -torch.log(q), torch.rand(count, generator=generator, dtype=torch.float64) < p
 
 
-def test_without_document_orders_the_boost_is_the_setting() -> None:
-    """TOKEN_BOOST for every hint and every place without one, before, during and after a pass; nothing is learnt."""
-    boosts = tg.Boosts(document_config("", 4))
-    nll, sources = torch.rand(5, 7) * 9, torch.randint(-1, 1, (5, 7))
-    assert torch.equal(boosts.boost(nll, sources), torch.full((5, 7), 1.5, dtype=torch.float64)) and not boosts.learn
+def test_hints_of_the_stream_get_the_boost_of_the_setting() -> None:
+    """TOKEN_BOOST, whatever the hint's probability and whatever has been learnt; so does a place without a hint."""
+    for orders in ("", "2", "2,4"):
+        boosts = tg.Boosts(document_config(orders, 4))
+        last = len(orders.split(",")) if orders else 0
+        sources = torch.randint(-1, 1, (5, 7)) * (last + 1) + last  # the stream's, or -1
+        nll = torch.rand(5, 7) * 9
+        if orders:
+            boosts.update(nll[0], torch.zeros(7, dtype=torch.int64), torch.ones(7, dtype=torch.bool))
+        assert torch.equal(boosts.boost(nll, sources), torch.full((5, 7), 1.5, dtype=torch.float64))
+        assert set(sources.flatten().tolist()) == {-1, last} and not boosts.learnt(sources).any()
 
 
-def test_boosts_start_at_zero() -> None:
-    """For every source, and a tilt by nothing is none."""
+def test_boosts_of_document_hints_start_at_zero() -> None:
+    """For every source but the stream, and a tilt by nothing is none."""
     boosts, nll = tg.Boosts(document_config("2,4", 4)), torch.rand(50, 2) * 9
-    sources, ids = torch.arange(50) % 3, torch.randint(0, 2, (50, 2))
-    assert boosts.learn and not boosts.boost(nll[:, 1], sources).any()
+    sources, ids = torch.arange(50) % 2, torch.randint(0, 2, (50, 2))
+    assert not boosts.boost(nll[:, 1], sources).any()
     assert torch.equal(tg.tilt(nll, ids, boosts.boost(nll[:, 1], sources)), nll[:, 0].double())
+    assert boosts.learnt(torch.tensor([[-1, 0, 1, 2]])).tolist() == [[False, True, True, False]]
 
 
 def test_an_update_is_one_newton_step() -> None:
     """Weights - (curvature so far)^-1 gradient of the summed tilted nats, both by differentiating tilt() itself; twice,
     with the curvatures added up over a prior of 10 hints; a source without hints stays as it is."""
-    boosts = tg.Boosts(document_config("2,4", 4))
+    boosts = tg.Boosts(document_config("2,4,6", 4))
     curvature = {source: 10 * torch.eye(2, dtype=torch.float64) for source in range(3)}
     for seed in (1, 2):
         nll, hit = synthetic_hints(90, seed, (1.0, -0.3))
@@ -419,7 +426,7 @@ def test_an_update_is_one_newton_step() -> None:
 def test_learnt_boosts_make_probabilities_true() -> None:
     """Hints that come true more often, or less, than the model says: after some thousands of each source the new
     probabilities are the hit rates, for likely and for unlikely hints, and the nats fall."""
-    boosts, truths = tg.Boosts(document_config("2,4", 4)), [(1.2, -0.2), (-0.7, 0.3), (0.0, 0.0)]
+    boosts, truths = tg.Boosts(document_config("2,4,6", 4)), [(1.2, -0.2), (-0.7, 0.3), (0.0, 0.0)]
     for seed in range(120):
         drawn = [synthetic_hints(32, 3 * seed + source, truth) for source, truth in enumerate(truths)]
         nll, hit = (torch.cat(parts) for parts in zip(*drawn))
@@ -438,14 +445,16 @@ def test_learnt_boosts_make_probabilities_true() -> None:
 
 
 def test_boosts_are_bounded_and_finite() -> None:
-    """At most 8 either way; hints of probability zero and one, and updates on them, keep everything finite."""
-    boosts = tg.Boosts(document_config("2,4", 4))
+    """What is learnt is at most 8 either way; hints of probability zero and one, and updates on them, keep everything finite."""
+    boosts = tg.Boosts(document_config("2,4,6", 4))
     boosts.weights[0, 0], boosts.weights[1, 0] = 100.0, -100.0
     boosts.weights[2] = torch.tensor([0.0, 2.0])
     nll = torch.tensor([0.0, -1e-6, 1e-9, 0.7, 90.0, 1e4])
     for source, wanted in ((0, [8.0] * 6), (1, [-8.0] * 6), (2, [8.0, 8.0, 8.0, None, -8.0, -8.0])):
         found = boosts.boost(nll, torch.full((6,), source)).tolist()
         assert all(w is None or f == w for f, w in zip(found, wanted)) and abs(found[3]) <= 8
+    boosts.weights[3, 0] = 100.0  # TOKEN_BOOST is the user's
+    assert boosts.boost(nll, torch.full((6,), 3)).tolist() == [100.0] * 6
     for hit in (True, False):
         for source in range(3):
             boosts.update(nll, torch.full((6,), source), torch.full((6,), hit))
@@ -484,6 +493,15 @@ def few_validation(lengths: tuple[int, ...] = (30, 44, 21, 60, 25, 38, 50), seed
     return validation._replace(tokens=tokens)
 
 
+def mixed_validation() -> tg.Validation:
+    """The same, with a phrase that all documents share: hints from documents and from the stream."""
+    validation = few_validation()
+    tokens = validation.tokens.clone()
+    for start, count in validation.documents.tolist():
+        tokens[start + count - 12 : start + count] = torch.arange(4, 16)
+    return validation._replace(tokens=tokens)
+
+
 def adapted(validation: tg.Validation, config: tg.Config) -> np.ndarray:
     return nll_per_target(validation, lambda v: tg.adapt(random_model(config), v, config, RUN, QUIET))
 
@@ -507,27 +525,28 @@ class Watched:
         patch.setattr(owner, name, watched)
 
 
-def test_boosts_learn_from_each_hint_once_and_after_its_score(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An update gets the hinted real targets of the chunk that has just been tallied, no others, with their hints' own
-    nats, sources and truth; the ledger is asked before; all hints of the stream come by once."""
-    config, validation = document_config("2,4", 4, **LEARNT), few_validation()
+def test_boosts_learn_from_each_document_hint_once_and_after_its_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update gets the real targets of the chunk that has just been tallied whose hint is from their document, no
+    others, with sources and truth; the ledger is asked before; all such hints of the stream come by once."""
+    config, validation = document_config("2,4", 4, **LEARNT), mixed_validation()
     watched = Watched(monkeypatch)
     tg.adapt(random_model(config), validation, config, RUN, QUIET)
     hints, used = tg.stream_hints(validation, config, RUN, QUIET), []
-    kinds = [kind for kind, _ in watched.events]
-    assert "Adapters.update" in kinds and set(kinds[:3]) == {"Tally.add", "Tally.learn_from", "Boosts.update"}
-    for number, kind in enumerate(kinds):
-        if kind == "Boosts.update":
-            assert kinds[number - 2 : number] == ["Tally.add", "Tally.learn_from"]
-            (_, tallied), (learned, _) = watched.events[number - 2][1], watched.events[number - 1][1]
-            wanted = [p for p in np.asarray(tallied).tolist() if hints[p, 0] >= 0]
-            nll, sources, hit = watched.events[number][1]
-            assert np.asarray(learned).tolist() == wanted and len(nll) == len(wanted)
-            assert sources.tolist() == hints[wanted, 1].tolist()
-            assert hit.tolist() == (hints[wanted, 0] == validation.tokens[wanted]).tolist()
+    learnt, events = (hints[:, 1] == 0) | (hints[:, 1] == 1), [*watched.events, ("end", ())] * 2
+    for number, (kind, arguments) in enumerate(watched.events):
+        if kind == "Tally.add":
+            wanted = [p for p in np.asarray(arguments[1]).tolist() if learnt[p]]
+            (ledger, asked), (update, given) = events[number + 1 : number + 3]
+            assert (update == "Boosts.update") == bool(wanted)
+            if wanted:
+                nll, sources, hit = given
+                assert ledger == "Tally.learn_from" and np.asarray(asked[0]).tolist() == wanted
+                assert len(nll) == len(wanted) and sources.tolist() == hints[wanted, 1].tolist()
+                assert hit.tolist() == (hints[wanted, 0] == validation.tokens[wanted]).tolist()
             used += wanted
-    assert sorted(used) == np.flatnonzero(hints[:, 0].numpy() >= 0).tolist() and len(used) > 80
-    assert kinds.count("Boosts.update") == kinds.count("Tally.add")
+    kinds = [kind for kind, _ in watched.events]
+    assert sorted(used) == learnt.nonzero()[:, 0].tolist() and len(used) > 80 and (hints[:, 1] == 2).sum() > 20
+    assert 0 < kinds.count("Boosts.update") <= kinds.count("Tally.add") and "Adapters.update" in kinds
 
 
 def test_fixed_boosts_are_never_updated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -539,19 +558,23 @@ def test_fixed_boosts_are_never_updated(monkeypatch: pytest.MonkeyPatch) -> None
     assert "Boosts.update" not in kinds and kinds.count("Tally.learn_from") == kinds.count("Adapters.update") > 0
 
 
-def test_the_first_chunk_is_scored_as_without_a_tilt_and_later_ones_with_what_was_learnt() -> None:
-    """Boosts begin at zero on each track; where there is no hint, scores are never changed; a hit gains and a miss pays
-    one and the same boost."""
-    config, validation = document_config("2,4", 4, **LEARNT), few_validation()
+def test_document_hints_begin_without_a_tilt_and_get_what_was_learnt() -> None:
+    """Boosts of document hints begin at zero on each track; those of the stream are TOKEN_BOOST from the first chunk on;
+    where there is no hint, no score is changed."""
+    config, validation = document_config("2,4", 4, **LEARNT), mixed_validation()
     tilted, plain = adapted(validation, config), adapted(validation, dataclasses.replace(config, ngram_tilt_enabled=False))
-    hints, changed = tg.stream_hints(validation, config, RUN, QUIET)[:, 0], 0
+    hints, changed, hits = tg.stream_hints(validation, config, RUN, QUIET), 0, 0
     for start, count in validation.documents.tolist():
         for position in range(start + 1, start + count + 1):
-            if position <= start + 8 or hints[position] < 0:
+            (hint, source), q = hints[position].tolist(), np.exp(-plain[position])
+            if source == 2 and hint == validation.tokens[position]:
+                assert tilted[position] == pytest.approx(-np.log(q * np.exp(1.5) / (1 + q * np.expm1(1.5))), abs=1e-5)
+                hits += 1
+            elif source < 0 or (source < 2 and position <= start + 8):
                 assert tilted[position] == plain[position], position
             else:
                 changed += tilted[position] != plain[position]
-    assert changed > 60
+    assert changed > 60 and hits > 20
 
 
 def test_a_later_token_moves_no_earlier_score_through_the_boosts() -> None:
