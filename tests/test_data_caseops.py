@@ -267,7 +267,7 @@ def test_marker_pair_mode_and_data_must_agree(mode, streams, tmp_path):
 def test_marker_pair_mode_wants_the_tokenizer_of_its_data(streams, tmp_path, monkeypatch):
     """Neither a tokenizer without case markers nor one with its space elsewhere will do."""
     config = caseops_config(tmp_path, [1, 20, 30], [0, 1, 1], toy_model(), MARKER_PAIR_MODE=1)
-    refused = "^MARKER_PAIR_MODE=1: .*toy.model is not the CaseOps tokenizer; set TOKENIZER_PATH"
+    refused = "^MARKER_PAIR_MODE=1: .*toy.model is not the CaseOps tokenizer; set CASEOPS_ENABLED=1"
     with pytest.raises(tg.UserError, match=refused):
         tg.load_validation(config)
     config = caseops_config(tmp_path, *streams[1], MARKER_PAIR_MODE=1)
