@@ -259,7 +259,9 @@ SOURCES = {  # TOKEN_DOCUMENT_ORDERS and TOKEN_ORDER -> sources, the first one t
 
 @functools.cache
 def document_config(orders: str, order: int, threshold: float = 0.5, **changes: Any) -> tg.Config:
-    return toy_config(**TILT | dict(TOKEN_DOCUMENT_ORDERS=orders, TOKEN_ORDER=order, TOKEN_THRESHOLD=threshold) | changes)
+    return toy_config(
+        **TILT | dict(TOKEN_DOCUMENT_ORDERS=orders, TOKEN_ORDER=order, TOKEN_THRESHOLD=threshold) | changes
+    )
 
 
 @pytest.mark.parametrize("case", SOURCES, ids=str)
@@ -297,7 +299,7 @@ def slow_document_hints(validation: tg.Validation, case: tuple[str, int], thresh
 few_ids = st.integers(3, 6).flatmap(lambda top: st.lists(st.integers(1, top), min_size=1, max_size=90))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(few_ids, st.sampled_from(list(SOURCES)), st.sampled_from([0.3, 0.5, 0.8]))
 def test_document_hints_equal_tables(tokens: list[int], case: tuple[str, int], threshold: float) -> None:
     """Streams over few ids, one of them BOS: documents of all lengths, the first with and without a BOS."""
@@ -309,14 +311,16 @@ def test_document_hints_equal_tables(tokens: list[int], case: tuple[str, int], t
 def test_every_source_gives_hints_on_a_long_stream() -> None:
     """The same on 3,000 tokens, where each of four sources is asked often, and documents and stream disagree."""
     generator = np.random.default_rng(0)
-    tokens = np.concatenate([np.append(tg.BOS_ID, generator.integers(4, 9, generator.integers(1, 80))) for _ in range(75)])
+    tokens = np.concatenate(
+        [np.append(tg.BOS_ID, generator.integers(4, 9, generator.integers(1, 80))) for _ in range(75)]
+    )
     validation, case = make_validation(tokens), ("3, 6,2", 3)
     found = tg.stream_hints(validation, document_config(*case), RUN, QUIET)
     assert found.dtype == torch.int32 and found.tolist() == slow_document_hints(validation, case, 0.5)
     assert (torch.bincount(found[found[:, 1] >= 0, 1], minlength=4) > 20).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(few_ids, st.sampled_from(list(SOURCES)), st.data())
 def test_document_hints_read_nothing_from_their_target_on(
     tokens: list[int], case: tuple[str, int], data: st.DataObject
@@ -445,7 +449,7 @@ def test_learnt_boosts_make_probabilities_true() -> None:
 
 
 def test_boosts_are_bounded_and_finite() -> None:
-    """What is learnt is at most 8 either way; hints of probability zero and one, and updates on them, keep everything finite."""
+    """What is learnt is at most 8 either way; hints of probability zero and one, and updates on them, are finite."""
     boosts = tg.Boosts(document_config("2,4,6", 4))
     boosts.weights[0, 0], boosts.weights[1, 0] = 100.0, -100.0
     boosts.weights[2] = torch.tensor([0.0, 2.0])
@@ -559,10 +563,11 @@ def test_fixed_boosts_are_never_updated(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_document_hints_begin_without_a_tilt_and_get_what_was_learnt() -> None:
-    """Boosts of document hints begin at zero on each track; those of the stream are TOKEN_BOOST from the first chunk on;
+    """Boosts of document hints begin at zero on each track; those of the stream are TOKEN_BOOST from the first on;
     where there is no hint, no score is changed."""
     config, validation = document_config("2,4", 4, **LEARNT), mixed_validation()
-    tilted, plain = adapted(validation, config), adapted(validation, dataclasses.replace(config, ngram_tilt_enabled=False))
+    tilted = adapted(validation, config)
+    plain = adapted(validation, dataclasses.replace(config, ngram_tilt_enabled=False))
     hints, changed, hits = tg.stream_hints(validation, config, RUN, QUIET), 0, 0
     for start, count in validation.documents.tolist():
         for position in range(start + 1, start + count + 1):
@@ -586,18 +591,17 @@ def test_a_later_token_moves_no_earlier_score_through_the_boosts() -> None:
     place_of, first = {}, adapted(validation, config)
     for number, (start, count) in enumerate(validation.documents.tolist()):
         place_of |= {start + i: (number, (i - 1) // 8) for i in range(1, count + 1)}
-    moved = 0
-    for document, chunk, offset in ((3, 2, 5), (1, 3, 1)):
-        position = int(validation.documents[document, 0]) + 8 * chunk + offset
-        tokens = validation.tokens.clone()
-        tokens[position] = 4 + (int(tokens[position]) + 9) % 60
-        second = adapted(validation._replace(tokens=tokens), config)
-        for p, (other, its_chunk) in place_of.items():
-            if its_chunk < chunk or (its_chunk == chunk and (other != document or p < position)):
-                assert first[p] == second[p], p
-            elif other != document:
-                moved += first[p] != second[p]
-    assert moved > 10
+    document, chunk, moved = 3, 2, 0
+    position = int(validation.documents[document, 0]) + 8 * chunk + 5
+    tokens = validation.tokens.clone()
+    tokens[position] = 4 + (int(tokens[position]) + 9) % 60
+    second = adapted(validation._replace(tokens=tokens), config)
+    for p, (other, its_chunk) in place_of.items():
+        if its_chunk < chunk or (its_chunk == chunk and (other != document or p < position)):
+            assert first[p] == second[p], p
+        elif other != document:
+            moved += first[p] != second[p]
+    assert moved > 5
 
 
 class Share(OneOf):
@@ -610,11 +614,11 @@ class Share(OneOf):
 def test_boosts_of_tracks_do_not_depend_on_the_number_of_ranks() -> None:
     """Each target gets the same score, to the last bit, from one rank and from the ranks that share the tracks."""
     config = document_config("2,4", 4, **LEARNT | dict(TTT_BATCH_SIZE=1))
-    validation = few_validation((30, 44, 21, 40, 25, 38, 36, 20, 33, 28, 17))
+    validation = few_validation((26, 24, 17, 28, 19, 22, 25, 16, 27, 20))
     alone, together = adapted(validation, config), {}
-    for rank in range(3):
+    for rank in range(2):
         with recorded_nll() as seen:
-            tg.adapt(random_model(config), validation, config, Share(rank, 3), QUIET)
+            tg.adapt(random_model(config), validation, config, Share(rank, 2), QUIET)
         assert not together.keys() & seen.keys()
         together |= seen
     assert [together[p] for p in range(1, len(validation.tokens))] == alone[1:].tolist()

@@ -96,8 +96,8 @@ def decaying(rows: int, cols: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_more_bits_of_the_left_factor_bring_the_product_nearer(seed: int) -> None:
-    """LQER_LEFT_BITS: codes from -2^(b-1) to 2^(b-1) - 1, as far as the last level; no more bits leave a larger residual;
-    the signs are nearly the best; and two bits are what there is without a word."""
+    """LQER_LEFT_BITS: codes from -2^(b-1) to 2^(b-1) - 1, to the last level; no more bits leave a larger residual; the
+    signs are nearly the best; and two bits are what there is without a word."""
     E = decaying(48, 64, seed)
     U, S, Vt = np.linalg.svd(E.numpy(), full_matrices=False)
     A, B, exact, before = U[:, :4] * S[:4], Vt[:4], E.double().numpy(), np.inf
@@ -206,7 +206,7 @@ def test_correction_brings_the_restored_weights_nearer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compressor", ["brotli", "rans", "pergroup"])
 def test_finer_left_factors_survive_the_file(compressor: str, tmp_path: Path) -> None:
-    """Four bits: all but the left factors is as with two, codes beyond -2..1 occur, the restored weights are nearer, and
+    """Four bits: all but the factors is as with two, codes beyond -2..1 occur, the restored weights are nearer, and
     every compressor gives them back."""
     settings = dict(LQER_TOP_K=3, COMPRESSOR=compressor)
     config, weights, stored = corrected_model(**settings, LQER_LEFT_BITS=4)

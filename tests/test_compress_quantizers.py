@@ -208,7 +208,7 @@ def correlated(n: int, cols: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_gptq_takes_a_clip_for_each_row() -> None:
-    """A row gets the scale clip * std / top of its own clip, and the codes that the whole matrix would give it there."""
+    """A row gets the scale clip * std / top of its own clip, and the codes that the whole matrix would have there."""
     W, H, values = matrices(2, 24, 160, seed=11), correlated(2, 160), (4.0, 9.5, 20.0)
     clips = torch.tensor(values)[torch.arange(48).view(2, 24) % 3]
     codes, scale = tg.gptq(W, H, clips, 6)
@@ -249,7 +249,7 @@ def test_steps_of_embedding_rows_follow_the_frequency(power: float) -> None:
 
 def test_steps_of_tokens_that_all_occur_alike_are_one() -> None:
     for count in (0, 7):
-        assert torch.equal(tg.frequency_steps(torch.full((9,), float(count)), 0.5), torch.ones(9))
+        torch.testing.assert_close(tg.frequency_steps(torch.full((9,), float(count)), 0.5), torch.ones(9))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -438,8 +438,8 @@ def test_frequency_changes_the_steps_of_the_embedding_alone(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("damping", [0.0, 0.04, 1.0])
 def test_damping_changes_the_codes_of_the_embedding_alone(damping: float) -> None:
-    """EMBED_DAMPING: GPTQ with so many means of its diagonal added to the head's Hessian, and everything else as without
-    it; the caller's arrays stay as they are, so that a second call gives the same."""
+    """EMBED_DAMPING: GPTQ with so many means of its diagonal added to the head's Hessian, and all else as without it;
+    the caller's arrays stay as they are, so that a second call gives the same."""
     config, arrays = calibrated_model()
     copies = {name: array.copy() for name, array in arrays.items()}
     changed, before, after = changed_by(arrays, config, embed_damping=damping)

@@ -249,13 +249,13 @@ def test_token_counts_are_those_of_the_head_of_the_stream(
     toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """COUNTED_TOKENS ids from the first shard on, or all there are; the same for each rank; in trained.bin for GPTQ."""
-    config = toy_data.config(RUNS_DIR=tmp_path, RUN_ID="counts", ITERATIONS=1, STAGES="train")
-    trainers = [make_trainer(config) for _ in range(2)]
-    trainers[1].run = tg.Run(1, 2)
+    env = dict(RUNS_DIR=tmp_path, RUN_ID="counts", ITERATIONS=1, STAGES="train", GPTQ_CALIBRATION_BATCHES=1)
+    config = toy_data.config(**env)
+    trainer = make_trainer(config)
     for counted in (700, 1500, 10**9):  # inside the first shard, across its end, and more than there are
         monkeypatch.setattr(tg, "COUNTED_TOKENS", counted)
         wanted = np.bincount(toy_data.train_tokens[:counted], minlength=64)
-        for trainer in trainers:
+        for trainer.run in (RUN, tg.Run(1, 2)):
             found = trainer.token_counts()
             assert list(found) == ["token_counts"] and found["token_counts"].dtype == np.float32
             assert found["token_counts"].tolist() == wanted.tolist()
@@ -266,8 +266,8 @@ def test_token_counts_are_those_of_the_head_of_the_stream(
     assert arrays["token_counts"].tolist() == np.bincount(toy_data.train_tokens[:1500], minlength=64).tolist()
     assert {name: array.shape for name, array in arrays.items()} == tg.trained_shapes(config)
     for scheme in ("int8_clip", "intn_row", "gptq_lite"):
-        trainers[0].config = dataclasses.replace(config, quant_scheme=scheme)
-        assert trainers[0].token_counts() == {} and "token_counts" not in tg.trained_shapes(trainers[0].config)
+        trainer.config = dataclasses.replace(config, quant_scheme=scheme)
+        assert trainer.token_counts() == {} and "token_counts" not in tg.trained_shapes(trainer.config)
 
 
 def test_prefetch_keeps_the_order_and_passes_errors_on() -> None:
