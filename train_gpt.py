@@ -384,8 +384,8 @@ PRESETS["pr2135"] = PRESETS["pr1855"] | dict(
     eval_seq_len=2560, ttt_eval_seq_len=2560, phased_ttt_num_phases=1, ttt_lora_lr=8e-5, ttt_weight_decay=2.0,
     ttt_k_lora=False, ngram_tilt_enabled=True,
 )  # fmt: skip
-# Our own: on top of the last leader what won in records/ablation.md, of published levers that nobody has put together and
-# of new ones.
+# Our own: the last leader and what won in records/ablation.md, of published levers that nobody has put together and of
+# new ones.
 PRESETS["frontier"] = PRESETS["pr2135"] | dict(
     marker_pair_mode=True, muon_per_head=True, attn_clip_sigmas=11.5, mlp_clip_sigmas=12.25, embed_clip_sigmas=25.0,
     embed_bits=8, embed_damping=0.04, embed_freq_power=0.25, lqer_left_bits=4, compressor="rans", fit_artifact="fill",
