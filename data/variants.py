@@ -5,6 +5,7 @@ Sources: the logs and texts of the pull requests named in the rows. A None is a 
 
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 from shards import DataError
 
@@ -52,6 +53,13 @@ VARIANTS = {
 
 # Names that people use for the same thing.
 ALIASES = {"sp8192_lossless_caps_caseops_v1_reserved": "caseops"} | {variant.dataset: name for name, variant in VARIANTS.items()}
+
+
+def variant_of(config: Any) -> str:
+    """The row of VARIANTS that a Config of train_gpt.py reads; sp and the vocabulary where there is no such row."""
+    if config.marker_pair_mode:
+        return "mp3"
+    return "caseops" if config.caseops_enabled else f"sp{config.vocab_size}"
 
 
 def find_variant(name: str) -> tuple[str, Variant]:

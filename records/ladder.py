@@ -48,6 +48,7 @@ import export
 import numpy as np
 import shards
 import variants
+from variants import variant_of
 
 import train_gpt as tg
 
@@ -127,7 +128,7 @@ def scaled(preset: tg.Config, scale: Scale) -> dict[str, str]:
     if preset.model_dim > SMALL_DIM:
         settings |= widths(preset) | lengths(preset)
         if preset.ttt_enabled:
-            chunked = getattr(preset, "ttt_kind", "lora_phased") != "lora_phased"
+            chunked = preset.ttt_kind != "lora_phased"
             settings |= chunk_learning(preset, scale) if chunked else document_learning(preset, scale)
     small = {name: as_text(value) for name, value in settings.items() if hasattr(preset, name.lower())}
     return changes(preset) | small
@@ -144,13 +145,6 @@ def changes(preset: tg.Config) -> dict[str, str]:
     published = tg.Config(preset=preset.preset, **tg.PRESETS[preset.preset])
     values = {name: getattr(preset, name) for name in tg.FIELDS if getattr(preset, name) != getattr(published, name)}
     return {name.upper(): repr(value) if isinstance(value, float) else as_text(value) for name, value in values.items()}
-
-
-def variant_of(preset: tg.Config) -> str:
-    """The row of variants.VARIANTS with the tokenizer that the preset was published with."""
-    if getattr(preset, "marker_pair_mode", False):
-        return "mp3"
-    return "caseops" if getattr(preset, "caseops_enabled", False) else f"sp{preset.vocab_size}"
 
 
 def published_steps(preset: tg.Config) -> int:
@@ -170,11 +164,11 @@ def widths(preset: tg.Config) -> dict[str, int | str]:
         "NUM_KV_HEADS": preset.num_kv_heads // 2,
         "ROPE_DIMS": preset.rope_dims // 2,  # the same share of a head
     }
-    if rows := getattr(preset, "bigram_vocab_size", 0):  # nearly the same share of the parameters
+    if rows := preset.bigram_vocab_size:  # nearly the same share of the parameters
         sizes |= {"BIGRAM_VOCAB_SIZE": rows // WIDTH, "BIGRAM_DIM": preset.bigram_dim // WIDTH}
-    if rank := getattr(preset, "lqer_rank", 0):  # the same share of a matrix, and as many scales for a row
+    if rank := preset.lqer_rank:  # the same share of a matrix, and as many scales for a row
         sizes |= {"LQER_RANK": math.ceil(rank / WIDTH), "LQER_ASYM_GROUP": preset.lqer_asym_group // WIDTH}
-    if getattr(preset, "fit_artifact", "") == "fill":  # 15 MB would be left to fill: the clips would halve
+    if preset.fit_artifact == "fill":  # 15 MB would be left to fill: the clips would halve
         sizes |= {"FIT_ARTIFACT": "1"}
     return sizes
 
@@ -193,7 +187,7 @@ def lengths(preset: tg.Config) -> dict[str, int]:
 
 def schedule(preset: tg.Config, scale: Scale) -> dict[str, Any]:
     """The budget, and a warmdown over the published share of it."""
-    iters = getattr(preset, "warmdown_iters", 0)
+    iters = preset.warmdown_iters
     return {
         "ITERATIONS": 1_000_000 if scale.seconds else scale.steps,
         "MAX_WALLCLOCK_SECONDS": float(scale.seconds),
@@ -216,7 +210,7 @@ def averaging(preset: tg.Config, scale: Scale) -> dict[str, Any]:
         "MUON_MOMENTUM_WARMUP_STEPS": round(preset.muon_momentum_warmup_steps * ratio),
         # An average with decay d spans 1 / (1 - d) steps. 0 is no average, here and there.
         "EMA_DECAY": max(1 - (1 - preset.ema_decay) / ratio, 0.0) if preset.ema_decay else 0.0,
-    } | ({"SWA_EVERY": max(round(preset.swa_every * ratio), 1)} if getattr(preset, "swa_enabled", False) else {})
+    } | ({"SWA_EVERY": max(round(preset.swa_every * ratio), 1)} if preset.swa_enabled else {})
 
 
 def document_learning(preset: tg.Config, scale: Scale) -> dict[str, Any]:
@@ -224,7 +218,8 @@ def document_learning(preset: tg.Config, scale: Scale) -> dict[str, Any]:
     batch = preset.ttt_batch_size // 8
     # The share of the documents that precedes the last phase, times 8: each of three phases then follows one batch.
     prefix = round(preset.phased_ttt_prefix_docs * 8 * scale.val_documents / CHALLENGE_DOCUMENTS)
-    steps = small_chunks(getattr(preset, "ttt_chunk_steps", ""))
+    # Documents are as long as ever: the lengths in TTT_CHUNK_STEPS stay.
+    steps = ",".join(f"{limit}:{small_chunk(chunk)}" for limit, chunk in preset.chunk_steps)
     return ({"TTT_CHUNK_STEPS": steps} if steps else {}) | {
         "TTT_CHUNK_SIZE": small_chunk(preset.ttt_chunk_size),
         "TTT_BATCH_SIZE": batch,
@@ -239,12 +234,6 @@ def document_learning(preset: tg.Config, scale: Scale) -> dict[str, Any]:
 
 def small_chunk(targets: int) -> int:
     return round(targets * 4 / 3)  # 48 -> 64
-
-
-def small_chunks(steps: str) -> str:
-    """The same for `longest document:chunk,...`; documents are as long as ever."""
-    pairs = [step.split(":") for step in steps.replace(" ", "").split(",") if step]
-    return ",".join(f"{limit}:{small_chunk(int(chunk))}" for limit, chunk in pairs)
 
 
 def chunk_learning(preset: tg.Config, scale: Scale) -> dict[str, int]:

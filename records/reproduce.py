@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-from variants import VAL_DOCUMENTS, VARIANTS, find_variant
+from variants import VAL_DOCUMENTS, VARIANTS, find_variant, variant_of
 
 from train_gpt import FIELDS, Config, TokenStream, UserError, load_config, load_validation
 
@@ -107,7 +107,7 @@ def check_data(config: Config, name: str) -> str:
 
 def data_variant(config: Config) -> str:
     """The row of variants.VARIANTS that a configuration reads. Raises UserError where there is none."""
-    name = "mp3" if config.marker_pair_mode else "caseops" if config.caseops_enabled else f"sp{config.vocab_size}"
+    name = variant_of(config)
     if name not in VARIANTS:
         raise UserError(f"VOCAB_SIZE={config.vocab_size}: the known data are {', '.join(VARIANTS)}; set one of these")
     return name

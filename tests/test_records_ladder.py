@@ -7,7 +7,6 @@ import json
 import math
 import random
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +132,9 @@ def test_an_unknown_full_size_preset_is_named() -> None:
         ladder.scaled(odd, SCALE)
 
 
-def with_fields(name: str, **fields: Any) -> Any:
-    """A preset with fields that its Config need not have."""
-    return types.SimpleNamespace(**vars(ladder.load_preset(name)) | fields)
+def with_fields(name: str, **fields: Any) -> tg.Config:
+    """A preset with other values."""
+    return dataclasses.replace(ladder.load_preset(name), **fields)
 
 
 def test_chunks_by_length_keep_their_limits_and_grow_like_the_others() -> None:
