@@ -52,12 +52,12 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,7 +74,6 @@ CHALLENGE_BYTES = (151_070_000, 151_090_000)  # their text, within the tails tha
 BOS_ID = 1  # begin-of-document token of every tokenizer of the challenge; there is no end token
 NORM_EPS = 2.0**-23  # explicit, because torch's default changed between releases and differs for bfloat16
 COUNTED_TOKENS = 2**22  # of the training stream, for the frequencies of tokens
-SEGMENT_BUCKET = 256  # segment tables are padded to a multiple of this, so that few shapes are compiled
 LARGEST_NUMBER = 10**9  # of settings without a limit of their own: no product of two overflows a float32
 SPACE_ID = 8133  # the piece of a lone space in the CaseOps tokenizer (#1729)
 FUSED_MARKERS = {8: 4, 9: 5, 10: 6}  # MP3 data (#2109): id of a space with a case marker behind it -> id of the marker
@@ -732,6 +731,12 @@ class Run:
         """Activations, gradient exchange and Muon: bfloat16 on a GPU, float32 on a CPU. Weights are float32."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
+    @property
+    def padded(self) -> bool:
+        """Whether rows are padded to one shape, which is compiled once, and segments are left to a variable-length
+        attention kernel. A CPU saves the work on padding, and its attention wants tables of indices: see Docs."""
+        return self.device.type == "cuda"
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over all ranks, in place."""
         if self.world_size > 1:
@@ -817,6 +822,73 @@ def arrived(tensor: Tensor, handle: Any) -> Tensor:
     if handle is not None:
         handle.wait()
     return tensor
+
+
+class Graphs(NamedTuple):
+    """What torch.compile has done in this process, by PyTorch's own counters."""
+
+    compiled: int = 0  # graphs, those of recompilations included
+    fallbacks: int = 0  # functions, or parts of them, that it gave up on: they run uncompiled
+    seconds: float = 0.0
+
+    def since(self, earlier: "Graphs") -> "Graphs":
+        return Graphs(*(now - before for now, before in zip(self, earlier)))
+
+
+class CompileWatch:
+    """Counts graphs, and the seconds between the beginning and the end of each compilation."""
+
+    def __init__(self) -> None:
+        self.seconds, self.began = 0.0, 0.0
+
+    def start(self, _: Any) -> None:
+        self.began = time.monotonic()
+
+    def end(self, _: Any) -> None:
+        self.seconds += time.monotonic() - self.began
+
+    def listen(self) -> None:
+        from torch._dynamo.callback import callback_handler
+
+        if self.start not in callback_handler.start_callbacks:
+            callback_handler.register_start_callback(self.start)
+            callback_handler.register_end_callback(self.end)
+
+    def graphs(self) -> Graphs:
+        if "torch._dynamo" not in sys.modules:  # nothing has been compiled, and the import takes seconds
+            return Graphs()
+        from torch._dynamo.utils import counters
+
+        given_up = counters["frames"]["total"] - counters["frames"]["ok"] + sum(counters["graph_break"].values())
+        return Graphs(counters["stats"]["unique_graphs"], given_up, self.seconds)
+
+
+COMPILES = CompileWatch()
+
+
+def compiles(config: Config, run: Run) -> bool:
+    return run.device.type == "cuda" if config.compile == "auto" else config.compile == "1"
+
+
+def maybe_compile(function: Callable, use: str, config: Config, run: Run) -> Callable:
+    """`function` through torch.compile where COMPILE says so, for static shapes and a compile cache of its own.
+
+    PyTorch keeps the compiled variants of a code object together, and from the ninth on runs it uncompiled, with a
+    warning at most. Each use of a function therefore compiles a copy, whose name in PyTorch's logs tells the use.
+    """
+    if not compiles(config, run):
+        return function
+    COMPILES.listen()
+    code = function.__code__.replace(co_name=f"{function.__code__.co_name}_{use}")
+    copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    return torch.compile(copy, dynamic=False)
+
+
+def any_size(tensor: Tensor, *dims: int) -> None:
+    """Tells torch.compile that these dimensions vary. A size of 1 is a case of its own to it, compiled separately."""
+    dims = [dim for dim in dims if tensor.size(dim) > 1]
+    if dims:
+        torch._dynamo.mark_dynamic(tensor, dims)
 
 
 class Log:
@@ -1025,25 +1097,37 @@ class TokenStream:
         return tokens
 
 
+class NoiseStream:
+    """Random ids in place of shards: what the compiler is warmed up with, before any data may be read."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def __len__(self) -> int:
+        return 2**24
+
+    def read(self, begin: int, count: int) -> np.ndarray:
+        return np.random.default_rng(begin).integers(0, self.vocab_size, count)
+
+
 class Docs(NamedTuple):
     """The segments of one packed row of T tokens; attention never leaves a segment."""
 
-    cu_seqlens: Tensor  # (S + 1,) int32: where segments begin, then T, repeated up to a multiple of SEGMENT_BUCKET
+    cu_seqlens: Tensor  # (S + 1,) int32: where segments begin, then T
     max_seqlen: int  # upper bound of the segment length, a constant per stage so that nothing recompiles
     positions: Tensor  # (T,) int64: distance from the start of the segment
     gather: tuple[Tensor, ...]  # for the sdpa back-end: segments of similar length as (segments, length) indices
-    scatter: Tensor  # (T,) int64: where each token's output lies in the concatenation of those batches
+    scatter: Tensor  # (T,) int64: where each token's output lies in the concatenation of those batches; else empty
 
 
-def pack_segments(lengths: np.ndarray, max_seqlen: int, device: torch.device) -> Docs:
+def pack_segments(lengths: np.ndarray, max_seqlen: int, run: Run) -> Docs:
     """The segment table of a row made of segments of these lengths (all in 1..max_seqlen)."""
     total = int(lengths.sum())
     begins = np.cumsum(lengths) - lengths
-    padding = -(len(lengths) + 1) % SEGMENT_BUCKET
-    cu_seqlens = np.concatenate([begins, np.full(1 + padding, total)]).astype(np.int32)
+    cu_seqlens = np.append(begins, total).astype(np.int32)
     positions = np.arange(total) - np.repeat(begins, lengths)
-    gather, scatter, used = [], np.empty(total if device.type == "cpu" else 0, np.int64), 0
-    if device.type == "cpu":
+    gather, scatter, used = [], np.empty(0 if run.padded else total, np.int64), 0
+    if not run.padded:
         # Batches of similar length waste little padding. A padded query repeats token 0 of the row: it lies behind
         # the real ones of its segment, which causal attention never looks at, and its output is dropped.
         rounded = np.minimum(1 << np.ceil(np.log2(np.maximum(lengths, 16))).astype(int), max_seqlen)
@@ -1056,9 +1140,9 @@ def pack_segments(lengths: np.ndarray, max_seqlen: int, device: torch.device) ->
             used += inside.size
             gather.append(torch.from_numpy(np.where(inside, index, 0)))
     return Docs(
-        move(torch.from_numpy(cu_seqlens), device),
+        move(torch.from_numpy(cu_seqlens), run.device),
         max_seqlen,
-        move(torch.from_numpy(positions), device),
+        move(torch.from_numpy(positions), run.device),
         tuple(gather),
         torch.from_numpy(scatter),
     )
@@ -1077,7 +1161,7 @@ class Row(NamedTuple):
     docs: Docs
 
 
-def training_row(stream: TokenStream, number: int, config: Config, device: torch.device) -> Row:
+def training_row(stream: "TokenStream | NoiseStream", number: int, config: Config, run: Run) -> Row:
     """Row `number` of the endless training stream; rows tile it, so each token is a target exactly once an epoch.
 
     Segments begin at the first token of a window and, with VARLEN_ATTN, at every BOS; they are cut after
@@ -1090,8 +1174,8 @@ def training_row(stream: TokenStream, number: int, config: Config, device: torch
     if config.varlen_attn:
         starts = np.union1d(starts, np.flatnonzero(inputs == BOS_ID))
     stretches = np.diff(np.append(starts, length))
-    docs = pack_segments(cut_lengths(stretches, config.train_seq_len), config.train_seq_len, device)
-    return Row(*(move(torch.from_numpy(tokens)[None], device) for tokens in (inputs, targets)), docs)
+    docs = pack_segments(cut_lengths(stretches, config.train_seq_len), config.train_seq_len, run)
+    return Row(*(move(torch.from_numpy(tokens)[None], run.device) for tokens in (inputs, targets)), docs)
 
 
 def row_windows(number: int, total: int, config: Config) -> list[tuple[int, int]]:
@@ -1330,7 +1414,11 @@ class Lora(NamedTuple):
     """Low-rank deltas for a batch of B rows: delta(x) = scale * (x A^T) B^T, one A and B per row, weight and visit."""
 
     scale: float
-    factors: dict[str, list[tuple[Tensor, Tensor]]]  # kind of weight -> per slot (A (B, R, in), B (B, out, R))
+    factors: dict[str, tuple[Tensor, Tensor]]  # kind of weight -> A (slots, B, R, in), B (slots, B, out, R), float32
+
+    def by_slot(self, dtype: torch.dtype) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """The factors of each visit, cast once per forward call: kind of weight -> per slot (A, B)."""
+        return {name: list(zip(a.to(dtype).unbind(0), b.to(dtype).unbind(0))) for name, (a, b) in self.factors.items()}
 
 
 class Taps:
@@ -1353,7 +1441,8 @@ class Call(NamedTuple):
     docs: Docs | None  # None: every row of the batch is one segment
     cos: Tensor  # (T, 1, rope_dims / 2) float32, as sin
     sin: Tensor
-    lora: Lora | None
+    lora_scale: float
+    lora: dict[str, list[tuple[Tensor, Tensor]]] | None  # as from Lora.by_slot
     taps: Taps | None
     kernels: "Kernels"
 
@@ -1371,10 +1460,10 @@ def project(x: Tensor, name: str, visit: Visit, call: Call, lora_input: Tensor |
     if call.taps is not None and (name == "head" or MATRICES[name].hessian == name):
         call.taps.add(name, visit.layer, x)
     y = F.linear(x, call.weights[name][visit.layer])
-    if call.lora is not None and name in call.lora.factors:
-        a, b = call.lora.factors[name][visit.slot]
+    if call.lora is not None and name in call.lora:
+        a, b = call.lora[name][visit.slot]
         low = torch.bmm(x if lora_input is None else lora_input, a.mT)  # (B, T, in) -> (B, T, R)
-        y = torch.baddbmm(y, low, b.mT, alpha=call.lora.scale)  # -> (B, T, out)
+        y = torch.baddbmm(y, low, b.mT, alpha=call.lora_scale)  # -> (B, T, out)
     return y
 
 
@@ -1745,7 +1834,8 @@ class GPT(nn.Module):
         angles = positions.float()[:, None, None] * self.config.rotary_base**-steps  # (T, 1, half)
         weights = self.matrices()
         kernels = self.kernels if lora is None and taps is None else PLAIN
-        call = Call(weights, docs, angles.cos(), angles.sin(), lora, taps, kernels)
+        deltas = (lora.scale, lora.by_slot(self.dtype)) if lora else (1.0, None)
+        call = Call(weights, docs, angles.cos(), angles.sin(), *deltas, taps, kernels)
 
         x0 = self.embed(inputs, weights["head"][0], positions)
         lanes, kept = (x0, x0), []
@@ -1807,7 +1897,7 @@ class GPT(nn.Module):
 # function until `jit` takes it. Names: M, N, K of a matrix product; everything else as in the legend above.
 # ------------------------------------------------------------------------------------------------------------
 
-tl: Any = SimpleNamespace(constexpr="tl.constexpr")  # stands in for triton.language, which `jit` puts here
+tl: Any = types.SimpleNamespace(constexpr="tl.constexpr")  # stands in for triton.language, which `jit` puts here
 
 # Blocks of the matrix products by hardware: ROWS, COLUMNS (ROWS again if not given) and DEPTH of a step along
 # the summed dimension; num_stages steps are loaded ahead. 128 x 256 x 64 is the tile of PR #1941. "few" is for
@@ -2431,7 +2521,7 @@ class Muon:
         self.banks, self.run, self.config = banks, run, config
         polar, unit_rows = config.polar_express_ns, config.muon_row_normalize
         how = (config.muon_backend_steps, polar, unit_rows, symmetric)
-        self.orthogonalize = maybe_compile(lambda update, tall: orthogonalize(update, tall, *how), config, run)
+        self.orthogonalize = maybe_compile(lambda update, tall: orthogonalize(update, tall, *how), "muon", config, run)
         shapes: dict[tuple[int, int], list[str]] = {}
         for name, bank in banks.items():
             shapes.setdefault((min(bank.shape[1:]), max(bank.shape[1:])), []).append(name)
@@ -2582,12 +2672,6 @@ class Optimizer:
                 self.adamw.state[parameter] = {k: v.to(self.run.device) for k, v in zip(keys, values)}
 
 
-def maybe_compile(function: Callable, config: Config, run: Run, dynamic: bool | None = None) -> Callable:
-    """`function` through torch.compile where COMPILE says so."""
-    wanted = run.device.type == "cuda" if config.compile == "auto" else config.compile == "1"
-    return torch.compile(function, dynamic=dynamic) if wanted else function
-
-
 # ------------------------------------------------------------------------------------------------------------
 # TRAIN
 #
@@ -2618,16 +2702,69 @@ def noted_signals() -> Iterator[list[int]]:
             signal.signal(kind, handler)
 
 
+class Program:
+    """The one model of a process and its forward pass, compiled for each use: PyTorch compiles anew for another model.
+
+    `train` takes packed rows of training text, `score` padded rows of windows without gradients, `adapt` batches of
+    windows with adapters. Their arguments are those of GPT.forward. All that they will meet is compiled before a clock
+    runs: Trainer.warm_up, warm_up_score, warm_up_adapt.
+    """
+
+    def __init__(self, config: Config, run: Run):
+        self.config, self.run = config, run
+        self.in_clock = 0  # graphs compiled while a clock of the challenge ran
+
+    @functools.cached_property
+    def model(self) -> GPT:
+        return GPT(self.config, self.run)
+
+    @functools.cached_property
+    def train(self) -> Callable:
+        return self.compiled("train")
+
+    @functools.cached_property
+    def score(self) -> Callable:
+        return self.compiled("score")
+
+    @functools.cached_property
+    def adapt(self) -> Callable:
+        return self.compiled("adapt")
+
+    def compiled(self, use: str) -> Callable:
+        if not compiles(self.config, self.run):
+            return self.model
+        forward = maybe_compile(GPT.forward, use, self.config, self.run)
+
+        def call(inputs: Tensor, targets: Tensor, plan: tuple, docs: Docs | None = None, lora: Lora | None = None):
+            if docs:
+                any_size(docs.cu_seqlens, 0)
+            if lora:
+                for tensor in (inputs, targets):
+                    any_size(tensor, 0, 1)
+                for factor in itertools.chain(*lora.factors.values()):
+                    any_size(factor, 1)
+            return forward(self.model, inputs, targets, plan, docs, lora)
+
+        return call
+
+    @contextlib.contextmanager
+    def clock(self) -> Iterator[None]:
+        """What runs inside should compile nothing; `in_clock` says how much it did."""
+        before = COMPILES.graphs()
+        yield
+        self.in_clock += COMPILES.graphs().since(before).compiled
+
+
 class Trainer:
     """The training state and the loop over it."""
 
-    def __init__(self, config: Config, run: Run, log: Log):
+    def __init__(self, config: Config, run: Run, log: Log, program: Program | None = None):
         self.config, self.run, self.log = config, run, log
+        self.program = program or Program(config, run)
         self.stream = TokenStream(config.dataset_dir, "train", config.vocab_size)
         self.validation = load_validation(config)  # only scored, for the log: nothing is ever fitted to it here
-        self.model = GPT(config, run)
+        self.model = self.program.model
         run.share_weights(self.model)
-        self.forward = maybe_compile(self.model, config, run)
         self.optimizer = Optimizer(self.model, config, run)
         self.average = [parameter.detach().clone() for parameter in self.model.parameters()]
         self.plans = {looping: layer_plan(config, looping) for looping in (False, True)}
@@ -2638,7 +2775,7 @@ class Trainer:
     def deal(self, numbers: Iterable[int]) -> Iterator[Row]:
         """This rank's share of numbered rows."""
         for number in itertools.islice(numbers, self.run.rank, None, self.run.world_size):
-            yield training_row(self.stream, number, self.config, self.run.device)
+            yield training_row(self.stream, number, self.config, self.run)
 
     def step_rows(self, step: int) -> list[Row]:
         """This rank's rows of an optimizer step; the rows of a step are the same for any number of ranks."""
@@ -2652,7 +2789,7 @@ class Trainer:
         `stop` over ranks, norm of the gradient], alike on all ranks."""
         plan, total = self.plans[looping], torch.zeros((), device=self.run.device)
         for row in rows:
-            loss = self.forward(row.inputs, row.targets, plan, row.docs).sum() / self.config.train_batch_tokens
+            loss = self.program.train(row.inputs, row.targets, plan, row.docs).sum() / self.config.train_batch_tokens
             loss.backward()
             total += loss.detach()
         gradients, numbers = self.optimizer.exchange(plan, [total, clock if self.run.is_main else 0.0, stop])
@@ -2736,24 +2873,20 @@ class Trainer:
 
     def validate(self) -> "Tally":
         """Plain score of the current weights."""
-        return score(self.forward, self.validation, self.config, self.run, self.log, self.config.eval_seq_len)
+        return score(self.program.score, self.validation, self.config, self.run, self.log, self.config.eval_seq_len)
 
     def warm_up(self) -> None:
-        """Compiles both plans by WARMUP_STEPS throw-away steps on synthetic tokens, then undoes everything."""
+        """Compiles both plans by WARMUP_STEPS throw-away steps on noise, then undoes everything."""
         if not self.config.warmup_steps:
             return
-        start = time.monotonic()
+        start, noise = time.monotonic(), NoiseStream(self.config.vocab_size)
         before = [{name: torch.as_tensor(a).clone() for name, a in arrays.items()} for arrays in self.state()]
-        length = self.config.train_row_tokens
-        random = np.random.default_rng(0)
-        lengths = cut_lengths(np.array([length]), self.config.train_seq_len)
-        docs = pack_segments(lengths, self.config.train_seq_len, self.run.device)
-        tokens = torch.from_numpy(random.integers(2, self.config.vocab_size, (1, length))).to(self.run.device)
-        for looping in (False, True):
-            for _ in range(self.config.warmup_steps):
-                self.update([Row(tokens, tokens, docs)], looping, 1.0, 0.9)
+        plans = (False, True) if self.config.num_loops else (False,)
+        for step in range(self.config.warmup_steps * len(plans)):
+            row = training_row(noise, step, self.config, self.run)
+            self.update([row], plans[step // self.config.warmup_steps], 1.0, 0.9)
         self.set_state(*before)
-        self.log("warm_up", steps=2 * self.config.warmup_steps, seconds=time.monotonic() - start)
+        self.log("warm_up", steps=self.config.warmup_steps * len(plans), seconds=time.monotonic() - start)
 
     def state(self) -> tuple[dict, dict, dict]:
         """All tensors that training changes: weights, their average, optimizer buffers. Collective."""
@@ -2875,10 +3008,10 @@ def differing(mine: dict[str, Any], theirs: Any) -> str:
     )
 
 
-def train(config: Config, run: Run, log: Log) -> dict[str, Any]:
+def train(config: Config, run: Run, log: Log, program: Program) -> dict[str, Any]:
     """The train stage: writes trained.bin (averaged weights and the statistics that GPTQ wants) and returns its part of
     the result."""
-    trainer = Trainer(config, run, log)
+    trainer = Trainer(config, run, log, program)
     log(
         "data",
         train_tokens=len(trainer.stream),
@@ -2888,13 +3021,14 @@ def train(config: Config, run: Run, log: Log) -> dict[str, Any]:
     trainer.warm_up()
     trainer.restore_checkpoint()
     run.synchronize()
-    trainer.loop()
-    run.synchronize()
-    trainer.use_average()
-    start = time.monotonic()
-    hessians, counts = trainer.hessians(), trainer.token_counts()
-    run.synchronize()
-    calibration_s = time.monotonic() - start
+    with program.clock():
+        trainer.loop()
+        run.synchronize()
+        trainer.use_average()
+        start = time.monotonic()
+        hessians, counts = trainer.hessians(), trainer.token_counts()
+        run.synchronize()
+        calibration_s = time.monotonic() - start
     train_s = trainer.elapsed + calibration_s
     log("calibrated", hessians=len(hessians), seconds=calibration_s, last_training_read_s=train_s)
     if config.max_wallclock_seconds and train_s > config.max_wallclock_seconds:
@@ -3879,12 +4013,10 @@ def corrected_names(names: Any, config: Config) -> list[str]:
     return names
 
 
-def artifact_model(path: Path, config: Config, run: Run) -> GPT:
-    """The model of an artifact file, which only the main rank needs to have."""
-    model = GPT(config, run)
+def use_artifact(model: GPT, path: Path, config: Config, run: Run) -> None:
+    """Sets every weight of the model to that of an artifact file, which only the main rank needs to have."""
     run.on_main(lambda: model.load(load_artifact(path, config)))
     run.share_weights(model)
-    return model
 
 
 def artifact_settings(config: Config) -> dict[str, Any]:
@@ -4091,7 +4223,7 @@ def fill_rows(windows: list[Window], limit: int) -> list[list[Window]]:
 
 
 def window_row(
-    windows: list[Window], validation: Validation, context: int, pad_to: int, device: torch.device
+    windows: list[Window], validation: Validation, context: int, pad_to: int, run: Run
 ) -> tuple[Row, np.ndarray]:
     """Windows as one packed row, one segment each, and the stream positions (T,) of its targets.
 
@@ -4103,11 +4235,12 @@ def window_row(
     docs = pack_segments(
         np.append(lengths, cut_lengths(np.array([padding]), context) if padding else []).astype(np.int64),
         context,
-        device,
+        run,
     )
     targets = inputs + 1
     targets[len(targets) - padding :] = 0
-    row = Row(move(validation.tokens[inputs][None], device), move(validation.tokens[targets][None], device), docs)
+    ids = (move(validation.tokens[positions][None], run.device) for positions in (inputs, targets))
+    row = Row(*ids, docs)
     return row, targets
 
 
@@ -4121,9 +4254,9 @@ def score_windows(
     """
     context, plan = config.eval_seq_len, layer_plan(config, looping=True)
     rows = fill_rows(list(windows), config.score_row_tokens)
-    pad_to = config.score_row_tokens if run.device.type == "cuda" else 0  # one shape to compile
+    pad_to = config.score_row_tokens if run.padded else 0
     for part in log.bar(rows[run.rank :: run.world_size], "score"):
-        row, positions = window_row(part, tally.validation, context, pad_to, run.device)
+        row, positions = window_row(part, tally.validation, context, pad_to, run)
         nll = forward(row.inputs, row.targets, plan, row.docs)[0].cpu()
         counted = np.concatenate([np.arange(w.begin, w.end) >= w.first_scored for w in part])
         counted = torch.from_numpy(np.append(counted, np.zeros(len(positions) - len(counted), bool)))
@@ -4185,9 +4318,8 @@ class Adapters:
             for buffer in state.values():
                 buffer.zero_()
 
-    def lora(self, dtype: torch.dtype) -> Lora:
-        views = {name: list(zip(a.to(dtype).unbind(0), b.to(dtype).unbind(0))) for name, (a, b) in self.factors.items()}
-        return Lora(self.scale, views)
+    def lora(self) -> Lora:
+        return Lora(self.scale, self.factors)
 
     def update(self, loss: Tensor) -> None:
         """One step on the loss of a chunk that has been tallied."""
@@ -4438,8 +4570,7 @@ def score_and_adapt(
         if hints is not None:
             hinted, sources = hints[targets].long().unbind(-1)
             wanted = torch.stack([wanted, hinted], -1)  # (B, chunk, 2)
-        with torch.set_grad_enabled(bool(learns.any())):
-            nll = forward(tokens, wanted.clamp(min=0).to(run.device), plan, None, adapters.lora(run.dtype))
+        nll = forward(tokens, wanted.clamp(min=0).to(run.device), plan, None, adapters.lora())
         scored = nll.detach().cpu()
         if hints is not None:
             raw, nll = scored, nll[..., 0]
@@ -4474,7 +4605,7 @@ def update_weights(
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     for part in fill_rows(windows[run.rank :: run.world_size], config.score_row_tokens):
-        row, targets = window_row(part, tally.validation, config.eval_seq_len, 0, run.device)
+        row, targets = window_row(part, tally.validation, config.eval_seq_len, 0, run)
         if scored is None:
             tally.learned_early += len(targets)
         else:
@@ -4508,13 +4639,13 @@ def global_update(model: GPT, documents: np.ndarray, tally: Tally, config: Confi
     return len(chunks)
 
 
-def adapt(model: GPT, validation: Validation, config: Config, run: Run, log: Log) -> Tally:
+def adapt(program: Program, validation: Validation, config: Config, run: Run, log: Log) -> Tally:
     """Scores the whole validation stream with test-time training; changes the model's weights on the way."""
+    model, tally = program.model, Tally(validation)
     queue = document_queue(validation.documents, config.ttt_batch_size, [limit for limit, _ in config.chunk_steps])
     pauses, tracks = phase_pauses(queue, config), range(run.rank, TTT_TRACKS, run.world_size)
     work = [batch_work(batch, config) for batch in queue]
     governor = Governor(config, [work[n] for n in range(len(queue)) if n % TTT_TRACKS in tracks])
-    forward, tally = maybe_compile(model, config, run, dynamic=True), Tally(validation)
     hints, boosts = stream_hints(validation, config, run, log), {track: Boosts(config) for track in tracks}
     log("ttt", documents=len(validation.documents), batches=len(queue), pauses=pauses)
     for phase, (begin, end) in enumerate(zip([0, *pauses], [*pauses, len(queue)])):
@@ -4529,7 +4660,7 @@ def adapt(model: GPT, validation: Validation, config: Config, run: Run, log: Log
             chunk = governor.chunk_factor() * chunk_of(int(queue[number][0, 1]), config)
             chunk = min(chunk, config.ttt_eval_seq_len)
             batch = queue[number]
-            score_and_adapt(forward, adapters, batch, validation, config, run, tally, chunk, hints, boosts[track])
+            score_and_adapt(program.adapt, adapters, batch, validation, config, run, tally, chunk, hints, boosts[track])
             governor.finished(work[number])
         model.requires_grad_(True)
         if end < len(queue):
@@ -4569,7 +4700,7 @@ def learn_chunk(
             update_weights(model, optimizer, windows[begin : begin + count], lr, tally, scored, run)
 
 
-def adapt_chunks(model: GPT, validation: Validation, config: Config, run: Run, log: Log) -> Tally:
+def adapt_chunks(program: Program, validation: Validation, config: Config, run: Run, log: Log) -> Tally:
     """Sliding score of the stream in chunks of TTT_CHUNK_TOKENS; all weights learn from each after its score (#549,
     #1413). The optimizer lives through all chunks, whose learning rate falls along half a cosine; the last chunk
     teaches nobody."""
@@ -4577,29 +4708,28 @@ def adapt_chunks(model: GPT, validation: Validation, config: Config, run: Run, l
     chunks = [
         list(chunk) for _, chunk in itertools.groupby(windows, lambda w: w.first_scored // config.ttt_chunk_tokens)
     ]
-    tally, optimizer, forward = Tally(validation), chunk_optimizer(model, config), maybe_compile(model, config, run)
-    quiet = Log(None)
+    tally, optimizer, quiet = Tally(validation), chunk_optimizer(program.model, config), Log(None)
     log("ttt", chunks=len(chunks), epochs=config.ttt_epochs)
     for number, chunk in enumerate(log.bar(chunks, "ttt")):
-        score_windows(forward, chunk, tally, config, run, quiet)
+        score_windows(program.score, chunk, tally, config, run, quiet)
         if number + 1 < len(chunks):
             begin, end = chunk[0].first_scored, chunk[-1].end
             scored = np.zeros_like(tally.times)
             times = torch.from_numpy(tally.times[begin + 1 : end + 1]).to(run.device, copy=True)
             scored[begin + 1 : end + 1] = run.sum_(times).cpu().numpy()
             lr = config.ttt_lr * half_cosine(number, len(chunks))
-            learn_chunk(model, optimizer, (begin, end), lr, tally, scored, run)
+            learn_chunk(program.model, optimizer, (begin, end), lr, tally, scored, run)
     return tally.over_ranks(run)
 
 
-def train_before_scoring(model: GPT, validation: Validation, config: Config, run: Run, log: Log) -> Tally:
+def train_before_scoring(program: Program, validation: Validation, config: Config, run: Run, log: Log) -> Tally:
     """What #489 and others did: train on the whole validation stream, then score it. Against the rules (#402, #677);
     the result is called invalid everywhere."""
-    tally, optimizer = Tally(validation), chunk_optimizer(model, config)
-    learn_chunk(model, optimizer, (0, len(validation.tokens) - 1), config.ttt_lr, tally, None, run)
+    tally, optimizer = Tally(validation), chunk_optimizer(program.model, config)
+    learn_chunk(program.model, optimizer, (0, len(validation.tokens) - 1), config.ttt_lr, tally, None, run)
     learned = tally.over_ranks(run).learned_early
     log("ttt", learned_before_score=learned)
-    result = score(model, validation, config, run, log, config.eval_stride)
+    result = score(program.score, validation, config, run, log, config.eval_stride)
     result.learned_early = learned
     return result
 
@@ -4615,7 +4745,7 @@ ADAPTERS = {"lora_phased": adapt, "chunk_sgd": adapt_chunks, "pre_eval_illegal":
 # ------------------------------------------------------------------------------------------------------------
 
 
-def quantize_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
+def quantize_stage(config: Config, run: Run, log: Log, program: Program) -> dict[str, Any]:
     """trained.bin -> artifact.bin, on the main rank. Reads no training data."""
     return run.on_main(lambda: make_artifact(config, run.device, log))
 
@@ -4688,7 +4818,7 @@ def scaled_clips(config: Config, factor: float) -> Config:
     return dataclasses.replace(config, **{name: getattr(config, name) * factor for name in clips})
 
 
-def evaluate_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
+def evaluate_stage(config: Config, run: Run, log: Log, program: Program) -> dict[str, Any]:
     """Scores artifact.bin. Needs the artifact, the tokenizer and the validation shards, nothing else.
 
     Diagnostics come first. The submitted score is timed from its own first read of validation data.
@@ -4702,17 +4832,16 @@ def evaluate_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
     submitted = "ttt" if config.ttt_enabled else list(strides)[-1]
     for kind in [*strides, "ttt"] if config.ttt_enabled else strides:
         file = "oversize.bin" if kind == "oversize" else "artifact.bin"
-        model = artifact_model(run_dir(config) / file, config, run)
-        if kind == "ttt":
-            warm_up_adapt(model, config, run, log)
+        use_artifact(program.model, run_dir(config) / file, config, run)
         run.synchronize()
         start = time.monotonic()
-        validation = load_validation(config)
-        if kind == "ttt":
-            tally = ADAPTERS[config.ttt_kind](model, validation, config, run, log)
-        else:
-            tally = score(maybe_compile(model, config, run), validation, config, run, log, strides[kind])
-        run.synchronize()
+        with program.clock():
+            validation = load_validation(config)
+            if kind == "ttt":
+                tally = ADAPTERS[config.ttt_kind](program, validation, config, run, log)
+            else:
+                tally = score(program.score, validation, config, run, log, strides[kind])
+            run.synchronize()
         seconds = time.monotonic() - start
         log(
             "score",
@@ -4748,22 +4877,46 @@ def evaluate_stage(config: Config, run: Run, log: Log) -> dict[str, Any]:
     }
 
 
-def warm_up_adapt(model: GPT, config: Config, run: Run, log: Log) -> None:
-    """Compiles the adaptive pass on synthetic tokens; the model and later adapters are untouched by it."""
-    if maybe_compile(model, config, run) is model or config.ttt_kind != "lora_phased":
+def noise_validation(config: Config, documents: int, count: int) -> Validation:
+    """A validation split of random ids: documents of `count` targets."""
+    tokens = torch.from_numpy(NoiseStream(config.vocab_size).read(0, documents * count + 1))
+    table = np.array([[number * count, count] for number in range(documents)])
+    return Validation(tokens, torch.zeros_like(tokens), table)
+
+
+@torch.no_grad()
+def warm_up_score(program: Program, config: Config, run: Run) -> None:
+    """Compiles the scoring of a row of windows."""
+    noise = noise_validation(config, 1, config.eval_seq_len)
+    score_windows(program.score, windows_inside(noise.documents, config.eval_seq_len, config.eval_seq_len),
+                  Tally(noise), config, dataclasses.replace(run, rank=0, world_size=1), Log(None))  # fmt: skip
+
+
+def warm_up_adapt(program: Program, config: Config, run: Run) -> None:
+    """Compiles the adaptive pass: first chunks, where the window is the chunk, and later ones; for a batch of documents
+    and for a single one. Chunks and batches of other sizes run the same graphs."""
+    program.model.requires_grad_(False)
+    chunk = config.ttt_chunk_size
+    for batch in sorted({1, config.ttt_batch_size}):
+        noise, adapters = noise_validation(config, batch, 3 * chunk), Adapters(config, program.model, batch, 0)
+        hints = torch.full((len(noise.tokens), 2), -1, dtype=torch.int32) if config.ngram_tilt_enabled else None
+        tally, boosts = Tally(noise), Boosts(config)
+        score_and_adapt(
+            program.adapt, adapters, noise.documents, noise, config, run, tally, chunk, hints, boosts
+        )
+    program.model.requires_grad_(True)
+
+
+def warm_up_evaluation(program: Program, config: Config, run: Run, log: Log) -> None:
+    """Runs every kind of forward pass of the evaluation once on noise, before any clock: what cannot run ends the run
+    now. The weights stay as they are."""
+    if config.stage_list == ["quantize"] or not (compiles(config, run) or run.padded):
         return
-    start, count = time.monotonic(), 3 * config.ttt_chunk_size
-    random = np.random.default_rng(0).integers(2, config.vocab_size, config.ttt_batch_size * count + 1)
-    documents = np.array([[i * count, count] for i in range(config.ttt_batch_size)])
-    synthetic = Validation(torch.from_numpy(random), torch.zeros(len(random), dtype=torch.int64), documents)
-    forward = maybe_compile(model, config, run, dynamic=True)
-    model.requires_grad_(False)
-    adapters = Adapters(config, model, config.ttt_batch_size, 0)
-    hints = torch.full((len(random), 2), -1, dtype=torch.int32) if config.ngram_tilt_enabled else None
-    tally, boosts, chunk = Tally(synthetic), Boosts(config), config.ttt_chunk_size
-    score_and_adapt(forward, adapters, documents, synthetic, config, run, tally, chunk, hints, boosts)
-    model.requires_grad_(True)
-    log("ttt_warm_up", seconds=time.monotonic() - start)
+    start = time.monotonic()
+    warm_up_score(program, config, run)
+    if "evaluate" in config.stage_list and config.ttt_enabled and config.ttt_kind == "lora_phased":
+        warm_up_adapt(program, config, run)
+    log("warm_up_evaluation", seconds=time.monotonic() - start)
 
 
 STAGES = {"train": train, "quantize": quantize_stage, "evaluate": evaluate_stage}
@@ -4919,12 +5072,17 @@ def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> 
     log_header(config, dict(origins or {}), run, log)
     path, order, result = run_dir(config) / "result.json", list(STAGES), {}
     parts = earlier_parts(path, config, run)
+    program, before = Program(config, run), COMPILES.graphs()
+    warm_up_evaluation(program, config, run, log)
     for stage in config.stage_list:
         for outdated in order[order.index(stage) :]:
             parts.pop(outdated, None)
         start = time.monotonic()
-        parts[stage] = STAGES[stage](config, run, log)
+        program.in_clock = 0
+        parts[stage] = STAGES[stage](config, run, log, program)
         parts[stage]["stage_seconds"] = {stage: time.monotonic() - start}
+        parts[stage]["stage_graphs"] = {stage: compile_report(stage, program, COMPILES.graphs().since(before), run, log)}
+        before = COMPILES.graphs()
         log("stage", name=stage, seconds=parts[stage]["stage_seconds"][stage])
         result = summary(parts, config, run)
         if run.is_main:
@@ -4937,6 +5095,21 @@ def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> 
     return result
 
 
+BY_STAGE = ("stage_seconds", "stage_graphs")  # tables of result.json with a row for each stage
+
+
+def compile_report(stage: str, program: Program, graphs: Graphs, run: Run, log: Log) -> dict[str, float]:
+    """What a stage has compiled, on all ranks; the seconds are those of this one. Collective."""
+    numbers = torch.tensor([graphs.compiled, program.in_clock, graphs.fallbacks], device=run.device)
+    compiled, in_clock, fallbacks = run.sum_(numbers).tolist()
+    found = dict(compiled_graphs=compiled, compiled_in_clock=in_clock, fallbacks=fallbacks)
+    if compiled:
+        log("graphs", stage=stage, **found, compile_seconds=graphs.seconds)
+    if in_clock or fallbacks:
+        log("warning", stage=stage, reason="torch.compile_worked_inside_the_clock_or_gave_up", **found)
+    return found | dict(compile_seconds=graphs.seconds)
+
+
 def earlier_parts(path: Path, config: Config, run: Run) -> dict[str, dict[str, Any]]:
     """What each stage of an earlier run in this folder had put into result.json."""
     if not path.exists():
@@ -4945,7 +5118,7 @@ def earlier_parts(path: Path, config: Config, run: Run) -> dict[str, dict[str, A
         result = json.loads(read_file(path, HEADER_LIMIT))
         parts = {stage: {key: result[key] for key in keys} for stage, keys in result["stage_keys"].items()}
         for stage, part in parts.items():
-            part["stage_seconds"] = {stage: result["stage_seconds"][stage]}
+            part |= {table: {stage: result[table][stage]} for table in BY_STAGE}
         report(summary(parts, config, run))  # what cannot be reported is no result
         return parts
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -4967,9 +5140,12 @@ def summary(parts: dict[str, dict[str, Any]], config: Config, run: Run) -> dict[
         "kernels": choose_kernels(config.kernels, run.device)[0],
         "torch": torch.__version__,
         "peak_memory_mib": peak_memory_mib(run),
-        "stage_seconds": {stage: part["stage_seconds"][stage] for stage, part in parts.items()},
-        "stage_keys": {stage: [key for key in part if key != "stage_seconds"] for stage, part in parts.items()},
+        "stage_keys": {stage: [key for key in part if key not in BY_STAGE] for stage, part in parts.items()},
     }
+    result |= {table: {stage: part[table][stage] for stage, part in parts.items()} for table in BY_STAGE}
+    graphs = result["stage_graphs"].values()
+    for key in ("compiled_graphs", "compiled_in_clock", "compile_seconds"):
+        result[key] = sum(row[key] for row in graphs)
     rows = validity(result, config)
     broken = [row for row in rows if row["ok"] is False]
     texts = [f"{row['rule']} {row['found']}, limit {row['limit']} ({row['source']})" for row in broken]

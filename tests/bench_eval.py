@@ -34,21 +34,20 @@ def timed(name: str, work: Callable[[], tg.Tally], run: tg.Run) -> float:
 def main() -> None:
     config, _ = tg.load_config(os.environ)
     run, log = tg.start_run({}), tg.Log(None)
-    model = tg.GPT(config, run)
+    program = tg.Program(config, run)
     total = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
     validation = bench_helpers.synthetic_validation(total, config.vocab_size)
     print(f"device:{tg.hardware(run)} threads:{torch.get_num_threads()} torch:{torch.__version__}")
     print(f"documents:{len(validation.documents)} targets:{len(validation.tokens) - 1}")
-    forward = tg.maybe_compile(model, config, run)
+    tg.warm_up_evaluation(program, config, run, log)
     for name, stride in (("plain", config.eval_seq_len), ("sliding", config.eval_stride)):
         if name == "plain" or config.sliding_window_enabled:
-            timed(name, lambda stride=stride: tg.score(forward, validation, config, run, log, stride), run)
+            timed(name, lambda stride=stride: tg.score(program.score, validation, config, run, log, stride), run)
     if not config.ttt_enabled:
         return
     queue = tg.document_queue(validation.documents, config.ttt_batch_size)
     pushed = sum(tg.batch_work(batch, config) for batch in queue) / (len(validation.tokens) - 1)
-    tg.warm_up_adapt(model, config, run, log)
-    spent = timed("ttt", lambda: tg.ADAPTERS[config.ttt_kind](model, validation, config, run, log), run)
+    spent = timed("ttt", lambda: tg.ADAPTERS[config.ttt_kind](program, validation, config, run, log), run)
     if config.ttt_kind == "lora_phased":
         real = sum(int(batch[:, 1].sum()) for batch in queue)
         padded = sum(len(batch) * int(batch[0, 1]) for batch in queue)

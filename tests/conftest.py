@@ -115,6 +115,13 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
+def program_of(model: tg.GPT, run: tg.Run = tg.Run()) -> tg.Program:
+    """A program whose model is this one."""
+    program = tg.Program(model.config, run)
+    program.model = model
+    return program
+
+
 def random_model(config: tg.Config, seed: int = 0) -> tg.GPT:
     """A model none of whose parameters is at a neutral value."""
     return randomise(tg.GPT(config, tg.Run()), seed)

@@ -278,7 +278,7 @@ class Subjects:
             self.write("trained.bin", data)
             meta, arrays = tg.load_arrays(self.folder / "trained.bin")
             if meta.get("settings") == tg.training_settings(self.config) and dice.random() < 0.05:
-                tg.quantize_stage(self.config, self.run, QUIET)  # half a second, for the packed script
+                tg.quantize_stage(self.config, self.run, QUIET, tg.Program(self.config, self.run))  # half a second, for the packed script
             tg.check_arrays(self.folder / "trained.bin", arrays, tg.trained_shapes(self.config))
             tg.quantize(arrays, self.config, self.run.device)
 
@@ -295,7 +295,7 @@ class Subjects:
             self.write("artifact.bin", data)
             self.model.load(tg.load_artifact(self.folder / "artifact.bin", config))
             if dice.random() < 0.1:
-                tg.evaluate_stage(config, self.run, QUIET)
+                tg.evaluate_stage(config, self.run, QUIET, tg.Program(config, self.run))
 
         return attempt
 
@@ -346,7 +346,7 @@ class Subjects:
             try:
                 stream = tg.TokenStream(folder, "train", 64)
                 for number in (0, 3, 10**9):
-                    row = tg.training_row(stream, number, self.shard_config, self.run.device)
+                    row = tg.training_row(stream, number, self.shard_config, self.run)
                     assert 0 <= int(row.inputs.min()) and int(row.inputs.max()) < 64
                 validation = tg.load_validation(self.shard_config)
                 assert len(validation.bytes) == len(validation.tokens) and (validation.documents >= 0).all()

@@ -6,7 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET, OneOf, nll_per_target, random_model, recorded_nll, toy_config, validation_of_lengths
+from conftest import (
+    QUIET,
+    OneOf,
+    nll_per_target,
+    program_of,
+    random_model,
+    recorded_nll,
+    toy_config,
+    validation_of_lengths,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -53,7 +62,7 @@ def another(token: Any) -> int:
 class NoAdapters:
     """Stands in for adapters where only the windows matter."""
 
-    def lora(self, dtype: torch.dtype) -> None:
+    def lora(self) -> None:
         return None
 
     def update(self, loss: Tensor) -> None:
@@ -108,19 +117,19 @@ def test_whole_pass_scores_every_target_once() -> None:
     validation = validation_of_lengths(LENGTHS)
     for batch_size, prefix, phases in ((4, 12, 2), (64, 2000, 3), (3, 0, 1), (1, 5, 5)):
         config = toy_config(TTT_BATCH_SIZE=batch_size, PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=phases)
-        nll_per_target(validation, lambda v: tg.adapt(random_model(config), v, config, RUN, QUIET))
-    tally = tg.adapt(random_model(config), validation, config, RUN, QUIET)
+        nll_per_target(validation, lambda v: tg.adapt(program_of(random_model(config)), v, config, RUN, QUIET))
+    tally = tg.adapt(program_of(random_model(config)), validation, config, RUN, QUIET)
     assert tally.tokens == sum(LENGTHS) == len(validation.tokens) - 1
     assert tally.bytes == int(validation.bytes.sum())
     taught = sum((length - 1) // 8 * 8 for length in LENGTHS)  # all but last chunks
     assert (
-        tg.adapt(random_model(quiet := toy_config(PHASED_TTT_PREFIX_DOCS=0)), validation, quiet, RUN, QUIET).learned
+        tg.adapt(program_of(random_model(quiet := toy_config(PHASED_TTT_PREFIX_DOCS=0))), validation, quiet, RUN, QUIET).learned
         == taught
     )
     queue = tg.document_queue(validation.documents, 4)
     phased = toy_config()
     again = sum(int(part[:, 1].sum()) for pause in tg.phase_pauses(queue, phased) for part in queue[:pause])
-    assert tg.adapt(random_model(phased), validation, phased, RUN, QUIET).learned == taught + again
+    assert tg.adapt(program_of(random_model(phased)), validation, phased, RUN, QUIET).learned == taught + again
 
 
 def mixed_config(**changes: Any) -> tg.Config:
@@ -138,7 +147,7 @@ def test_chunks_of_several_sizes_score_every_target_once_before_learning_from_it
     from some place on change no score before it, and those from the next chunk on."""
     config, validation = mixed_config(), validation_of_lengths(LENGTHS)
     tallies = []
-    scorer = lambda v: tallies.append(tg.adapt(random_model(config), v, config, RUN, QUIET))
+    scorer = lambda v: tallies.append(tg.adapt(program_of(random_model(config)), v, config, RUN, QUIET))
     before = nll_per_target(validation, scorer)
     taught = [(length - 1) // mixed_chunk(length) * mixed_chunk(length) for length in LENGTHS]
     assert tallies[0].tokens == sum(LENGTHS) and tallies[0].learned == sum(taught)
@@ -163,7 +172,7 @@ def test_learning_behind_short_documents_is_as_fine_as_asked() -> None:
     """With TTT_CHUNK_STEPS a document's first `chunk` targets are scored bare, and the rest is not."""
     validation = validation_of_lengths(LENGTHS)
     adapted, bare = (
-        nll_per_target(validation, lambda v: tg.adapt(random_model(c), v, c, RUN, QUIET))
+        nll_per_target(validation, lambda v: tg.adapt(program_of(random_model(c)), v, c, RUN, QUIET))
         for c in (mixed_config(TTT_LORA_LR=0.03), mixed_config(TTT_LORA_LR=0))
     )
     for start, count in validation.documents.tolist():
@@ -179,7 +188,7 @@ def test_tiny_streams_terminate(lengths: list[int]) -> None:
         toy_config(PHASED_TTT_PREFIX_DOCS=2000, PHASED_TTT_NUM_PHASES=3),
         validation_of_lengths(lengths),
     )
-    assert tg.adapt(random_model(config), validation, config, RUN, QUIET).tokens == sum(lengths)
+    assert tg.adapt(program_of(random_model(config)), validation, config, RUN, QUIET).tokens == sum(lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -231,7 +240,7 @@ def test_adaptation_equals_decoupled_adam_by_hand(length: int, beta1: float) -> 
     slow, chunks = [], -(-length // 8)
     for c in range(chunks):
         begin, end = max(0, 8 * (c + 1) - 32), min(8 * (c + 1), length)
-        lora = tg.Lora(6 / 4, {name: list(zip(a, b)) for name, (a, b) in weights.items()})
+        lora = tg.Lora(6 / 4, {name: (a, b) for name, (a, b) in weights.items()})
         tokens = validation.tokens[begin : end + 1]
         nll = model(tokens[None, :-1], tokens[None, 1:], tg.layer_plan(config, True), lora=lora)[0, 8 * c - begin :]
         slow += nll.tolist()
@@ -283,7 +292,7 @@ def test_planted_update_before_the_tally_is_noticed() -> None:
             if not torch.is_grad_enabled():
                 return model(tokens, wanted, plan, docs, lora)
             adapters.update(model(tokens, wanted, plan, docs, lora).mean(1).sum())
-            return model(tokens, wanted, plan, docs, adapters.lora(torch.float32))
+            return model(tokens, wanted, plan, docs, adapters.lora())
 
         return forward
 
@@ -296,7 +305,7 @@ def test_documents_scored_before_a_pause_do_not_see_later_ones() -> None:
     queue = tg.document_queue(validation.documents, config.ttt_batch_size)
     pauses = tg.phase_pauses(queue, config)
     assert pauses[-1] < len(queue)
-    scored = lambda v: nll_per_target(v, lambda v: tg.adapt(random_model(config), v, config, RUN, QUIET))
+    scored = lambda v: nll_per_target(v, lambda v: tg.adapt(program_of(random_model(config)), v, config, RUN, QUIET))
     targets = lambda batches: np.concatenate(
         [np.arange(s + 1, s + n + 1) for batch in batches for s, n in batch.tolist()]
     )
@@ -373,7 +382,7 @@ def test_chunk_of_a_document_does_not_depend_on_its_neighbours(
     for batch_size in (1, 3, 64):
         config = mixed_config(TTT_BATCH_SIZE=batch_size)
         passes.clear()
-        nll_per_target(validation, lambda v: tg.adapt(random_model(config), v, config, RUN, QUIET))
+        nll_per_target(validation, lambda v: tg.adapt(program_of(random_model(config)), v, config, RUN, QUIET))
         chunks = {int(start): (int(count), chunk) for batch, chunk in passes for start, count in batch}
         assert len(chunks) == len(LENGTHS)
         assert all(chunk == min(factor * mixed_chunk(count), 32) for count, chunk in chunks.values())
@@ -429,7 +438,7 @@ def test_every_batch_begins_without_memory_but_its_tracks_a(monkeypatch: pytest.
         left[place] = adapters.factors["attn.q"][0].detach().clone()
 
     monkeypatch.setattr(tg, "score_and_adapt", spy)
-    tg.adapt(random_model(config), validation, config, RUN, QUIET)
+    tg.adapt(program_of(random_model(config)), validation, config, RUN, QUIET)
     assert len(kept) == 10 and len(drawn) == 10  # 2 batches on 2 tracks, a pause, then 18 on 8
 
 
@@ -444,16 +453,16 @@ def test_adapters_have_the_published_shapes_and_start() -> None:
         n = 1 if name == "head" else slots
         assert a.shape == (n, 3, 4, 32) and b.shape == (n, 3, outs[name], 4)
         assert not b.any() and 0.9 < a.abs().max() * math.sqrt(32) <= 1 and a.unique().numel() > 0.99 * a.numel()
-    assert adapters.lora(torch.float32).scale == config.ttt_lora_alpha / config.ttt_lora_rank
+    assert adapters.lora().scale == config.ttt_lora_alpha / config.ttt_lora_rank
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8, 9])
 def test_ranks_share_the_work_without_changing_the_sums(world_size: int) -> None:
     """With phases off, the ranks' own sums add up to those of one rank (with phases: test_train, real processes)."""
     config, validation = toy_config(PHASED_TTT_PREFIX_DOCS=0, TTT_BATCH_SIZE=2), validation_of_lengths(LENGTHS)
-    whole = tg.adapt(random_model(config), validation, config, RUN, QUIET)
+    whole = tg.adapt(program_of(random_model(config)), validation, config, RUN, QUIET)
     parts = [
-        tg.adapt(random_model(config), validation, config, OneOf(rank, world_size), QUIET) for rank in range(world_size)
+        tg.adapt(program_of(random_model(config)), validation, config, OneOf(rank, world_size), QUIET) for rank in range(world_size)
     ]
     assert sum(part.tokens for part in parts) == whole.tokens and sum(part.bytes for part in parts) == whole.bytes
     assert sum(part.nats for part in parts) == pytest.approx(whole.nats, rel=1e-9)
@@ -539,7 +548,7 @@ def test_an_evaluation_in_a_hurry_scores_every_target_once(clock: list[float], m
     monkeypatch.setattr(tg, "score_and_adapt", slow)
     config = toy_config(**HURRY, TTT_BATCH_SIZE=1, PHASED_TTT_PREFIX_DOCS=0)
     tallies = []
-    scorer = lambda v: tallies.append(tg.adapt(random_model(config), v, config, RUN, QUIET))
+    scorer = lambda v: tallies.append(tg.adapt(program_of(random_model(config)), v, config, RUN, QUIET))
     nll_per_target(validation, scorer)
     assert sizes[0] == 8 and sizes[-1] == 32 and set(sizes) <= {8, 16, 32}
     assert tallies[0].tokens == sum(LENGTHS[:9]) and tallies[0].learned_early == 0
@@ -679,7 +688,7 @@ def test_adapting_changes_the_weights_only_through_global_updates() -> None:
         config = toy_config(PHASED_TTT_PREFIX_DOCS=prefix)
         model = random_model(config)
         before = {name: array.copy() for name, array in model.arrays().items()}
-        tg.adapt(model, validation, config, RUN, QUIET)
+        tg.adapt(program_of(model), validation, config, RUN, QUIET)
         after = model.arrays()
         assert all(np.array_equal(before[name], after[name]) for name in before) == same
         assert all(parameter.requires_grad for parameter in model.parameters())

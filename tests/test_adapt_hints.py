@@ -13,6 +13,7 @@ from conftest import (
     OneOf,
     make_validation,
     nll_per_target,
+    program_of,
     random_model,
     recorded_nll,
     toy_config,
@@ -210,7 +211,7 @@ def test_only_the_tallied_score_is_tilted() -> None:
     scored = {}
     for on in (0, 1):
         config = toy_config(**TILT | dict(NGRAM_TILT_ENABLED=on), TTT_BATCH_SIZE=2, PHASED_TTT_PREFIX_DOCS=4)
-        scored[on] = nll_per_target(validation, lambda v: tg.adapt(random_model(config), v, config, RUN, QUIET))
+        scored[on] = nll_per_target(validation, lambda v: tg.adapt(program_of(random_model(config)), v, config, RUN, QUIET))
     hints, hits, misses = dict(slow_hints(validation.tokens.tolist(), 4, 0.5)), 0, 0
     for position in range(1, len(validation.tokens)):
         plain, tilted = scored[0][position], scored[1][position]
@@ -230,7 +231,7 @@ def test_a_missed_hint_costs_what_its_probability_says() -> None:
     """On the real path, the price of a wrong hint is log(1 + q (e^boost - 1)) with q of the hinted id at that place."""
     config = toy_config(**TILT, TTT_LORA_LR=0, PHASED_TTT_PREFIX_DOCS=0, TTT_EVAL_SEQ_LEN=32, TTT_CHUNK_SIZE=8)
     validation, model = repetitive_validation(), random_model(config)
-    scored = nll_per_target(validation, lambda v: tg.adapt(model, v, config, RUN, QUIET))
+    scored = nll_per_target(validation, lambda v: tg.adapt(program_of(model), v, config, RUN, QUIET))
     hints, plan, checked = dict(slow_hints(validation.tokens.tolist(), 4, 0.5)), tg.layer_plan(config, True), 0
     for start, count in validation.documents.tolist():
         for position in range(start + 1, start + min(count, 32) + 1):  # what the first four chunks read from the start
@@ -507,7 +508,7 @@ def mixed_validation() -> tg.Validation:
 
 
 def adapted(validation: tg.Validation, config: tg.Config) -> np.ndarray:
-    return nll_per_target(validation, lambda v: tg.adapt(random_model(config), v, config, RUN, QUIET))
+    return nll_per_target(validation, lambda v: tg.adapt(program_of(random_model(config)), v, config, RUN, QUIET))
 
 
 class Watched:
@@ -534,7 +535,7 @@ def test_boosts_learn_from_each_document_hint_once_and_after_its_score(monkeypat
     others, with sources and truth; the ledger is asked before; all such hints of the stream come by once."""
     config, validation = document_config("2,4", 4, **LEARNT), mixed_validation()
     watched = Watched(monkeypatch)
-    tg.adapt(random_model(config), validation, config, RUN, QUIET)
+    tg.adapt(program_of(random_model(config)), validation, config, RUN, QUIET)
     hints, used = tg.stream_hints(validation, config, RUN, QUIET), []
     learnt, events = (hints[:, 1] == 0) | (hints[:, 1] == 1), [*watched.events, ("end", ())] * 2
     for number, (kind, arguments) in enumerate(watched.events):
@@ -557,7 +558,7 @@ def test_fixed_boosts_are_never_updated(monkeypatch: pytest.MonkeyPatch) -> None
     """Without TOKEN_DOCUMENT_ORDERS the ledger only knows the targets of weight updates."""
     watched = Watched(monkeypatch)
     config = document_config("", 4, **LEARNT)
-    tg.adapt(random_model(config), few_validation(), config, RUN, QUIET)
+    tg.adapt(program_of(random_model(config)), few_validation(), config, RUN, QUIET)
     kinds = [kind for kind, _ in watched.events]
     assert "Boosts.update" not in kinds and kinds.count("Tally.learn_from") == kinds.count("Adapters.update") > 0
 
@@ -618,7 +619,7 @@ def test_boosts_of_tracks_do_not_depend_on_the_number_of_ranks() -> None:
     alone, together = adapted(validation, config), {}
     for rank in range(2):
         with recorded_nll() as seen:
-            tg.adapt(random_model(config), validation, config, Share(rank, 2), QUIET)
+            tg.adapt(program_of(random_model(config)), validation, config, Share(rank, 2), QUIET)
         assert not together.keys() & seen.keys()
         together |= seen
     assert [together[p] for p in range(1, len(validation.tokens))] == alone[1:].tolist()

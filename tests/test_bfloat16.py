@@ -19,7 +19,7 @@ class Bfloat16Run(tg.Run):
 @pytest.fixture
 def row() -> tg.Row:
     tokens = torch.from_numpy(np.random.default_rng(0).integers(2, 64, (1, 65)))
-    docs = tg.pack_segments(np.array([20, 32, 12]), 32, torch.device("cpu"))
+    docs = tg.pack_segments(np.array([20, 32, 12]), 32, tg.Run())
     return tg.Row(tokens[:, :-1], tokens[:, 1:], docs)
 
 
@@ -53,6 +53,6 @@ def test_bfloat16_training_and_adaptation_take_steps_on_float32_weights(row: tg.
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     model.requires_grad_(False)
     adapters = tg.Adapters(config, model, 1, 0)
-    nll = model(row.inputs, row.targets[:, -8:], plan, None, adapters.lora(run.dtype))
+    nll = model(row.inputs, row.targets[:, -8:], plan, None, adapters.lora())
     adapters.update(nll.sum())
     assert all(b.dtype == torch.float32 and b.abs().sum() > 0 for _, b in adapters.factors.values())

@@ -244,7 +244,9 @@ def test_saved_artifact_reloads_with_identical_codes_and_losses(toy: Quantised) 
     tokens, plan = torch.from_numpy(random_tokens(65, 64, seed=5))[None], tg.layer_plan(toy.config, True)
     with torch.no_grad():
         ours = model(tokens[:, :-1], tokens[:, 1:], plan)
-        theirs = tg.artifact_model(toy.path, toy.config, RUN)(tokens[:, :-1], tokens[:, 1:], plan)
+        model = tg.GPT(toy.config, RUN)
+        tg.use_artifact(model, toy.path, toy.config, RUN)
+        theirs = model(tokens[:, :-1], tokens[:, 1:], plan)
     assert torch.equal(ours, theirs)
 
 

@@ -208,7 +208,7 @@ class SlowModel:
 
 
 def packed(lengths: list[int], limit: int) -> tg.Docs:
-    return tg.pack_segments(np.array(lengths), limit, torch.device("cpu"))
+    return tg.pack_segments(np.array(lengths), limit, tg.Run())
 
 
 def pair(config: tg.Config, T: int, seed: int = 1, bos_every: int = 9) -> tuple[Tensor, Tensor]:
@@ -228,9 +228,9 @@ def random_lora(config: tg.Config, B: int, seed: int = 5, zero_b: bool = False) 
     outs = {"attn.q": d, "attn.k": kv, "attn.v": kv, "attn.o": d, "mlp.down": d, "head": config.vocab_size}
     factors = {}
     for kind, out in outs.items():
-        draw = lambda *shape: torch.randn(shape, generator=generator) * 0.3
-        pairs = [(draw(B, rank, d), draw(B, out, rank)) for _ in range(1 if kind == "head" else slots)]
-        factors[kind] = [(a, b * 0 if zero_b else b) for a, b in pairs]
+        count = 1 if kind == "head" else slots
+        a, b = (torch.randn(count, B, *shape, generator=generator) * 0.3 for shape in ((rank, d), (out, rank)))
+        factors[kind] = (a, b * 0 if zero_b else b)
     return tg.Lora(1.5, factors)
 
 
@@ -358,7 +358,8 @@ def test_lora_equals_a_slow_computation_per_row_and_visit() -> None:
     assert np.abs(fast - bare).mean() > 0.1
     for row in range(B):
         low_rank = {
-            k: [(a[row].double().numpy(), b[row].double().numpy()) for a, b in ps] for k, ps in lora.factors.items()
+            kind: [(a.double().numpy(), b.double().numpy()) for a, b in zip(A[:, row], B[:, row])]
+            for kind, (A, B) in lora.factors.items()
         }
         slow = SlowModel(model, config, True, low_rank, lora.scale).nll(
             tokens[row, :-1].numpy(), tokens[row, 1:].numpy()
@@ -408,7 +409,7 @@ def test_looped_layer_shares_its_weights_between_visits() -> None:
     plan = tg.layer_plan(config, True)
     inputs, targets = pair(config, 10)
     b = [torch.zeros(1, d, d, requires_grad=True) for _ in plan]
-    lora = tg.Lora(1.0, {"attn.q": [(torch.eye(d)[None], matrix) for matrix in b]})
+    lora = tg.Lora(1.0, {"attn.q": (torch.eye(d).expand(len(b), 1, d, d), torch.stack(b))})
     model(inputs, targets, plan, lora=lora).sum().backward()
     for layer in range(config.num_layers):
         visits = [b[visit.slot].grad[0] for visit in plan if visit.layer == layer]

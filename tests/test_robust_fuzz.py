@@ -176,7 +176,7 @@ def test_file_of_a_terabyte_is_refused_at_once(name: str, toy_data: ToyData, tmp
         if name == "artifact.bin":
             tg.load_artifact(path, config)
         elif name == "trained.bin":
-            tg.quantize_stage(config, tg.Run(), tg.Log(None))
+            tg.quantize_stage(config, tg.Run(), tg.Log(None), tg.Program(config, tg.Run()))
         elif name == "checkpoint.bin":
             tg.Trainer(config, tg.Run(), tg.Log(None)).restore_checkpoint()
         elif name == "result.json":

@@ -164,12 +164,11 @@ def test_padding_changes_no_score_and_is_not_counted() -> None:
     """A row padded to a fixed shape, as on a GPU, gives its real targets the same nll, and its padding no position."""
     config = toy_config()
     model, validation = random_model(config), validation_of_lengths([5, 33, 12])
-    plan, device = tg.layer_plan(config, True), torch.device("cpu")
-    windows = tg.windows_inside(validation.documents, 32, 8)[:4]
-    bare, positions = tg.window_row(windows, validation, 32, 0, device)
+    plan, windows = tg.layer_plan(config, True), tg.windows_inside(validation.documents, 32, 8)[:4]
+    bare, positions = tg.window_row(windows, validation, 32, 0, tg.Run())
     count = bare.inputs.size(1)
     for pad_to in (count, count + 1, count + 75):
-        padded, targets = tg.window_row(windows, validation, 32, pad_to, device)
+        padded, targets = tg.window_row(windows, validation, 32, pad_to, tg.Run())
         assert padded.inputs.size(1) == pad_to and padded.docs.cu_seqlens.max() == pad_to
         assert targets[:count].tolist() == positions.tolist() and not targets[count:].any()
         with torch.no_grad():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET, ROOT, ToyData, on_ranks, random_model, replace_plain, train_tokenizer, write_shard
+from conftest import QUIET, ROOT, ToyData, on_ranks, program_of, random_model, replace_plain, train_tokenizer, write_shard
 
 import train_gpt as tg
 
@@ -238,7 +238,7 @@ def test_hessians_are_those_of_the_rows_behind_the_last_step(toy_data: ToyData, 
     taps = tg.Taps()
     with torch.no_grad():
         for number in (20, 21, 22):  # five steps of four rows have been used
-            row = tg.training_row(trainer.stream, number, config, torch.device("cpu"))
+            row = tg.training_row(trainer.stream, number, config, tg.Run())
             trainer.model(row.inputs, row.targets, tg.layer_plan(config, True), row.docs, taps=taps)
     assert got.keys() == taps.hessians.keys()
     for key in got:
@@ -553,12 +553,12 @@ def rank_job(run: tg.Run, env: dict[str, str]) -> dict[str, Any]:
     seen["hessians"] = {key: hessian.clone() for key, hessian in trainer.hessians().items()}
     validation, model = trainer.validation, random_model(config, seed=4)
     scored = tg.score(model, validation, config, run, QUIET, config.eval_stride)
-    tallies = [scored, tg.adapt(model, validation, config, run, QUIET)]
+    tallies = [scored, tg.adapt(program_of(model), validation, config, run, QUIET)]
     seen["adapted weights"] = {name: torch.from_numpy(array.copy()) for name, array in model.arrays().items()}
     for optimizer in ("sgd", "adamw"):
         other = dataclasses.replace(config, chunk_ttt_optimizer=optimizer)
         chunked = random_model(other, seed=4)
-        tallies.append(tg.adapt_chunks(chunked, validation, other, run, QUIET))
+        tallies.append(tg.adapt_chunks(program_of(chunked), validation, other, run, QUIET))
         for name, array in chunked.arrays().items() if optimizer == "sgd" else ():
             seen["adapted weights"][f"chunks {name}"] = torch.from_numpy(array.copy())
     seen["sums"] = [(t.nats, t.tokens, t.bytes, t.learned, t.times.tolist()) for t in tallies]

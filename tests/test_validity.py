@@ -412,7 +412,7 @@ def scored_through(
         tally = tg.Tally(validation)
         windows = tg.windows_inside(validation.documents, config.eval_seq_len, stride)
         for window in windows:
-            row, positions = tg.window_row([window], validation, config.eval_seq_len, 0, run.device)
+            row, positions = tg.window_row([window], validation, config.eval_seq_len, 0, run)
             with torch.no_grad():
                 nll = forward(row.inputs, row.targets, tg.layer_plan(config, True), row.docs)[0]
             keep = torch.from_numpy(np.arange(window.begin, window.end) >= window.first_scored)
@@ -464,10 +464,10 @@ def test_adapters_shared_by_the_documents_of_a_batch_fail_isolation(monkeypatch:
     """Every document gets the mean of all adapters."""
     real = tg.Adapters.lora
 
-    def shared(adapters: Any, dtype: torch.dtype) -> tg.Lora:
-        views = real(adapters, dtype).factors
-        mean = lambda x: x.mean(0, keepdim=True).expand_as(x)
-        return tg.Lora(adapters.scale, {name: [(mean(a), mean(b)) for a, b in rows] for name, rows in views.items()})
+    def shared(adapters: Any) -> tg.Lora:
+        mean = lambda x: x.mean(1, keepdim=True).expand_as(x)
+        factors = real(adapters).factors
+        return tg.Lora(adapters.scale, {name: (mean(a), mean(b)) for name, (a, b) in factors.items()})
 
     monkeypatch.setattr(tg.Adapters, "lora", shared)
     assert not probe.isolation("ttt", subject(), stream()).ok

@@ -1,0 +1,177 @@
+"""torch.compile on the GPU's path: after the warm-up nothing is compiled, whatever rows, batches and chunks come.
+
+The back-end `eager` traces and guards as any other and compiles nothing, so a graph costs a second. The stand-in for a
+GPU pads its rows, has no tables of indices, and reaches attention through one opaque operator, as on a GPU.
+"""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUIET, ToyData, preset_env, validation_of_lengths
+from torch import Tensor
+
+import train_gpt as tg
+
+QUICK = ("default", "pr1880", "frontier")  # the others are variations of them, in the slow tests
+
+
+@dataclasses.dataclass(frozen=True)
+class PaddedRun(tg.Run):
+    """A CPU that is treated as a GPU where the shapes of tensors are concerned."""
+
+    padded = True
+
+
+@torch.library.custom_op("parameter_golf_tests::segments", mutates_args=())
+def segments(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Causal attention inside the segments of one row: q (T, H, d), k and v (T, K, d)."""
+    out = torch.empty_like(q)
+    for begin, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
+        part = tg.attend_sdpa(q[None, begin:end], k[None, begin:end], v[None, begin:end], None)
+        out[begin:end] = part[0]
+    return out
+
+
+segments.register_fake(lambda q, k, v, cu_seqlens: torch.empty_like(q))
+segments.register_autograd(lambda ctx, g: (g, None, None, None))  # shapes are what counts here
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, docs: tg.Docs | None) -> Tensor:
+    if docs is None:
+        return tg.attend_sdpa(q, k, v, None)
+    return segments(q[0], k[0], v[0], docs.cu_seqlens).unsqueeze(0)
+
+
+@pytest.fixture(autouse=True)
+def traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile without a compiler, and no variants left from the test before."""
+    torch._dynamo.reset()
+    tg.COMPILES.listen()
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest would collect every event
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(tg, "choose_attention", lambda config, device: ("stand-in", attend))
+    yield
+    torch._dynamo.reset()
+
+
+def shallow(data: ToyData, preset: str, **changes: Any) -> tg.Config:
+    """A preset at toy size, five layers deep, that compiles; with sliding windows and validation during training."""
+    own = tg.load_config({"PRESET": preset})[0]
+    sizes = dict(DATA_PATH=data.folder, TOKENIZER_PATH=data.tokenizer, CASEOPS_ENABLED=0, COMPILE=1, WARMUP_STEPS=1)
+    sizes |= dict(ITERATIONS=4, SLIDING_WINDOW_ENABLED=1, VAL_LOSS_EVERY=3, VAL_BATCH_TOKENS=2048, ENABLE_LOOPING_AT=0.4)
+    sizes |= dict(NUM_LAYERS=5, LOOP_START=1, LOOP_END=2, XSA_LAST_N=min(own.xsa_last_n, 4), TTT_BATCH_SIZE=2)
+    sizes |= dict(PARALLEL_START_LAYER=4) if own.parallel_start_layer else {}
+    sizes |= dict(PARALLEL_RESIDUAL_START=3) if own.parallel_residual_start >= 0 else {}
+    return tg.load_config(preset_env(preset, **sizes | changes))[0]
+
+
+def compiled_by(work: Any) -> tg.Graphs:
+    before = tg.COMPILES.graphs()
+    work()
+    return tg.COMPILES.graphs().since(before)
+
+
+def varied_validation(documents: int, seed: int = 0) -> tg.Validation:
+    """Documents shorter and longer than a chunk and than the context."""
+    return validation_of_lengths(np.random.default_rng(seed).integers(1, 30, documents).tolist())
+
+
+def warmed_up(config: tg.Config) -> tuple[tg.Trainer, dict[str, tg.Graphs]]:
+    """A trainer on the stand-in after everything that comes before the clock, and what that compiled."""
+    run = PaddedRun()
+    tg.run_dir(config).mkdir()
+    program = tg.Program(config, run)
+    trainer = tg.Trainer(config, run, QUIET, program)
+    evaluation = compiled_by(lambda: tg.warm_up_evaluation(program, config, run, QUIET))
+    return trainer, {"evaluation": evaluation, "training": compiled_by(trainer.warm_up)}
+
+
+def run_everything(trainer: tg.Trainer, batches: int) -> tg.Graphs:
+    """Training through the switch of the loops with validation on the way, plain and sliding scores, and adaptation to
+    so many batches of documents: what all that compiled."""
+    config, program, before = trainer.config, trainer.program, tg.COMPILES.graphs()
+    trainer.loop()
+    assert trainer.step == config.iterations and trainer.looping == bool(config.num_loops)
+    validation = varied_validation(batches * config.ttt_batch_size - 1)
+    for stride in (config.eval_seq_len, config.eval_stride):
+        tg.score(program.score, validation, config, trainer.run, QUIET, stride)
+    if config.ttt_enabled:
+        some = validation if config.ttt_kind == "lora_phased" else varied_validation(12)
+        tg.ADAPTERS[config.ttt_kind](program, some, config, trainer.run, QUIET)
+    return tg.COMPILES.graphs().since(before)
+
+
+@pytest.mark.parametrize("preset", [p if p in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in tg.PRESETS])
+def test_nothing_is_compiled_after_the_warm_up(preset: str, toy_data: ToyData, tmp_path: Path) -> None:
+    """No graph and no fall-back from the first real step to the last document, with one cache for each use."""
+    trainer, warm = warmed_up(shallow(toy_data, preset, RUNS_DIR=tmp_path, RUN_ID="a"))
+    assert warm["training"].compiled > len(trainer.plans) and warm["evaluation"].compiled >= 1
+    assert run_everything(trainer, 50)[:2] == (0, 0)
+    assert not any(part.fallbacks for part in warm.values()), warm
+
+
+def test_planted_warm_up_on_one_tensor_is_noticed(
+    toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs that are the targets are another graph: the defect of the first version of the warm-up."""
+    real = tg.training_row
+
+    def same(stream: Any, number: int, config: tg.Config, run: tg.Run) -> tg.Row:
+        row = real(stream, number, config, run)
+        return row._replace(targets=row.inputs) if isinstance(stream, tg.NoiseStream) else row
+
+    monkeypatch.setattr(tg, "training_row", same)
+    trainer, _ = warmed_up(shallow(toy_data, "default", RUNS_DIR=tmp_path, RUN_ID="a", TTT_ENABLED=0))
+    assert run_everything(trainer, 1).compiled == 2  # one for each plan
+
+
+def test_planted_warm_up_without_a_single_document_is_noticed(
+    toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of one document is a graph of its own."""
+    config = shallow(toy_data, "pr2135", RUNS_DIR=tmp_path, RUN_ID="a", STAGES="evaluate")
+    program, run = tg.Program(config, PaddedRun()), PaddedRun()
+    real = tg.score_and_adapt
+    with monkeypatch.context() as planted:
+        planted.setattr(tg, "score_and_adapt", lambda f, a, batch, *rest: len(batch) > 1 and real(f, a, batch, *rest))
+        tg.warm_up_evaluation(program, config, run, QUIET)
+    validation = validation_of_lengths([20, 20, 17])
+    assert compiled_by(lambda: tg.adapt(program, validation, config, run, QUIET)).compiled > 0
+
+
+def test_each_use_has_its_own_cache_and_giving_up_is_counted() -> None:
+    """Nine shapes exhaust the cache of one use, which is counted as a fall-back, and leave that of another alone."""
+    config, run = tg.load_config({"COMPILE": "1"})[0], tg.Run()
+
+    def double(x: Tensor) -> Tensor:
+        return 2 * x
+
+    first, second = (tg.maybe_compile(double, use, config, run) for use in ("first", "second"))
+    found = compiled_by(lambda: [first(torch.ones(n)) for n in range(2, 12)])
+    assert found.compiled == 8 and found.fallbacks >= 1
+    assert compiled_by(lambda: second(torch.ones(3)))[:2] == (1, 0)
+    assert compiled_by(lambda: second(torch.ones(3)))[:2] == (0, 0)
+
+
+def test_a_run_reports_what_it_compiled(toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """log.txt and result.json carry the counts of each stage; a graph inside the clock is a warning."""
+    monkeypatch.setattr(tg.Run, "padded", True)
+    config = shallow(toy_data, "pr1941", RUNS_DIR=tmp_path, RUN_ID="a", TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
+    result, log = tg.main(config, tg.Run()), tg.run_dir(config) / "log.txt"
+    stages = result["stage_graphs"]
+    assert list(stages) == ["train", "quantize", "evaluate"] and stages["quantize"]["compiled_graphs"] == 0
+    assert result["compiled_graphs"] == sum(row["compiled_graphs"] for row in stages.values()) >= 4
+    assert result["compiled_in_clock"] == 0 and 0 < result["compile_seconds"] < 500
+    assert "\ngraphs stage:train compiled_graphs:" in log.read_text() and "\nwarning" not in log.read_text()
+    torch._dynamo.reset()
+    tg.COMPILES.listen()
+    late = tg.main(tg.dataclasses.replace(config, run_id="b", warmup_steps=0), tg.Run())
+    assert late["compiled_in_clock"] >= 2
+    assert "\nwarning stage:train" in (tmp_path / "b" / "log.txt").read_text()
