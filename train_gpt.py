@@ -108,7 +108,7 @@ class Config:
     stages: str = setting("train,quantize,evaluate")  # comma list, in this order; or "describe"
     seed: int = setting(1337, 0, 2**32 - 1)  # initial weights and adapters; the data order never depends on it
     compile: str = setting("auto", choices=("auto", "0", "1"))  # torch.compile; auto: on a GPU only
-    attn_backend: str = setting("auto", choices=("auto", "fa3", "varlen", "sdpa"))  # auto: the first that imports
+    attn_backend: str = setting("auto", choices=("auto", "fa3", "varlen", "sdpa"))  # auto: the first that can run
     kernels: str = setting("auto", choices=("auto", "triton", "plain"))  # auto: Triton where it agrees with the plain
     checkpoint_seconds: float = setting(0.0, 0)  # save the training state this often; 0: never (timed record runs)
 
@@ -1567,24 +1567,43 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None) -> Tensor:
 
 
 def choose_attention(config: Config, device: torch.device) -> tuple[str, Callable]:
-    """Name and function of the attention back-end for this device. Raises UserError when the wanted one cannot run."""
-    usable: dict[str, Callable] = {} if device.type == "cuda" else {"sdpa": attend_sdpa}
-    if device.type == "cuda":
-        if importlib.util.find_spec("flash_attn_interface") and torch.cuda.get_device_capability(device)[0] >= 9:
-            usable["fa3"] = attend_fa3
-        if importlib.util.find_spec("torch.nn.attention.varlen"):
-            from torch.nn.attention.varlen import varlen_attn
+    """Name and function of the attention back-end for this device; auto takes the first that can run.
 
-            flag = "is_causal" in inspect.signature(varlen_attn).parameters  # 2.10; later releases take a window
-            causal = {"is_causal": True} if flag else {"window_size": (-1, 0)}
-            usable["varlen"] = functools.partial(attend_varlen, causal=causal)
-    if not usable or config.attn_backend not in ("auto", *usable):
-        raise UserError(
-            f"ATTN_BACKEND={config.attn_backend}: not available here (usable: {', '.join(usable) or 'none'});"
-            " install FlashAttention-3 or PyTorch 2.10, or set ATTN_BACKEND=auto"
-        )
-    name = next(iter(usable)) if config.attn_backend == "auto" else config.attn_backend
-    return name, usable[name]
+    sdpa is for a CPU: the rows of a GPU have no table of gathered segments. Raises UserError when the wanted one
+    cannot run.
+    """
+    on_gpu, d = device.type == "cuda", config.head_dim
+    generation = torch.cuda.get_device_capability(device)[0] if on_gpu else 0
+    head = "" if d % 8 == 0 and d <= 256 else f"MODEL_DIM / NUM_HEADS={d} is not a multiple of 8 up to 256"
+    obstacles = {
+        "fa3": "needs a Hopper GPU" if generation != 9 else head or import_error("flash_attn_interface"),
+        "varlen": "needs a GPU from Ampere on" if generation < 8 else head or import_error("torch.nn.attention.varlen"),
+        "sdpa": "is for a CPU" if on_gpu else "",
+    }
+    usable = [name for name, obstacle in obstacles.items() if not obstacle]
+    name = next(iter(usable), "auto") if config.attn_backend == "auto" else config.attn_backend
+    if name not in usable:
+        reasons = "; ".join(f"{each} {obstacle}" for each, obstacle in obstacles.items() if name in (each, "auto"))
+        fix = "set ATTN_BACKEND=auto" if usable else "install FlashAttention-3 or PyTorch 2.10"
+        raise UserError(f"ATTN_BACKEND={name}: {reasons} (usable here: {', '.join(usable) or 'none'}); {fix}")
+    return name, {"fa3": attend_fa3, "sdpa": attend_sdpa}.get(name) or causal_varlen()
+
+
+def import_error(module: str) -> str:
+    """Why a module cannot be imported; empty when it can."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return f"cannot be imported: {error}".splitlines()[0]
+    return ""
+
+
+def causal_varlen() -> Callable:
+    """attend_varlen with the causal option of this PyTorch: a flag in 2.10, a window in later releases."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    flag = "is_causal" in inspect.signature(varlen_attn).parameters
+    return functools.partial(attend_varlen, causal={"is_causal": True} if flag else {"window_size": (-1, 0)})
 
 
 class AttnGate(NamedTuple):
@@ -1609,7 +1628,7 @@ def attn_gate(config: Config) -> AttnGate | None:
 class Block(nn.Module):
     """The small parameters of one physical layer, and its two sub-layers. The matrices are in the banks."""
 
-    def __init__(self, config: Config, layer: int, attend: Callable):
+    def __init__(self, config: Config, layer: int, attend: Callable | None):
         super().__init__()
         d, H = config.model_dim, config.num_heads
         self.num_heads, self.num_kv_heads, self.gate_window = H, config.num_kv_heads, config.gate_window
@@ -1711,7 +1730,7 @@ class GPT(nn.Module):
         self.config, self.dtype = config, run.dtype
         on_meta = torch.device(device or "cpu").type == "meta"
         self.kernels = PLAIN if on_meta else choose_kernels(c.kernels, run.device)[1]
-        _, attend = choose_attention(config, run.device)
+        attend = None if on_meta else choose_attention(config, run.device)[1]  # shapes alone need none
         kv_dim = c.num_kv_heads * c.head_dim
         with torch.device("meta" if on_meta else "cpu"):  # drawn on the CPU: the same weights on every machine
             self.tok_emb = nn.Embedding(c.vocab_size, d)
@@ -2632,8 +2651,10 @@ class Optimizer:
                 parameter.grad = torch.zeros_like(parameter)
         shares = self.muon.gradient_shares()
         used = [parameter for parameter in self.replicated.values() if parameter.grad is not None]
-        numbers = [torch.as_tensor(number, dtype=torch.float32).to(self.run.device).view(1) for number in extra]
-        flat = self.run.sum_(torch.cat([parameter.grad.flatten() for parameter in used] + numbers))
+        numbers = torch.zeros(len(extra), device=self.run.device)
+        for slot, number in zip(numbers, extra):
+            slot.fill_(number)  # a copy from the host would wait for the device
+        flat = self.run.sum_(torch.cat([*(parameter.grad.flatten() for parameter in used), numbers]))
         for parameter, part in zip(used, flat.split([p.numel() for p in used] + [len(extra)])):
             parameter.grad = part.view_as(parameter)
         numbers_at = len(flat) - len(extra)
@@ -4565,12 +4586,12 @@ def score_and_adapt(
         real = columns[-chunk:] < counts[:, None]
         learns = counts > first + chunk  # a document's last chunk teaches nobody
         inside = columns < counts[:, None]
-        tokens = torch.where(inside, validation.tokens[inputs], 0).to(run.device)
+        tokens = move(torch.where(inside, validation.tokens[inputs], 0), run.device)
         wanted = validation.tokens[targets]
         if hints is not None:
             hinted, sources = hints[targets].long().unbind(-1)
             wanted = torch.stack([wanted, hinted], -1)  # (B, chunk, 2)
-        nll = forward(tokens, wanted.clamp(min=0).to(run.device), plan, None, adapters.lora())
+        nll = forward(tokens, move(wanted.clamp(min=0), run.device), plan, None, adapters.lora())
         scored = nll.detach().cpu()
         if hints is not None:
             raw, nll = scored, nll[..., 0]
@@ -4582,7 +4603,7 @@ def score_and_adapt(
             boosts.update(raw[..., 1][known], sources[known], (wanted[..., 0] == hinted)[known])
         if learns.any():
             tally.learn_from(targets[learns], tally.times)
-            adapters.update((nll.mean(1) * learns.to(run.device)).sum())
+            adapters.update((nll.mean(1) * move(learns, run.device)).sum())
 
 
 def update_weights(
