@@ -35,7 +35,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.util
+import importlib
 import inspect
 import io
 import itertools

@@ -23,7 +23,6 @@ from unittest import mock
 
 import torch
 import torch._dynamo  # before torch.cuda is replaced: importing it asks for devices
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -235,22 +234,37 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any, max_q
     need(torch.equal(cu_q.host, cu_k.host), "different segments of queries and keys")
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, causal: bool, scale: float | None) -> Tensor:
-    """Packed attention on the CPU: float32 inside, rounded once."""
-    place = torch.arange(len(q))
+def weights(q: Tensor, k: Tensor, cu: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor, Tensor, float]:
+    """float32 queries and keys (heads, n, d), one key for each query head, with what each token attends to (heads, n, n)
+    and the scale."""
+    place, scale = torch.arange(len(q)), scale or q.size(-1) ** -0.5
     segment = torch.searchsorted(cu.long(), place, right=True)
-    seen = segment[:, None] == segment
+    unseen = segment[:, None] != segment
     if causal:
-        seen &= place[:, None] >= place
-    group = q.size(1) // k.size(1)
-    heads = [t.float().transpose(0, 1) for t in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))]
-    return F.scaled_dot_product_attention(*heads, attn_mask=seen, scale=scale).transpose(0, 1).contiguous().to(q.dtype)
+        unseen |= place[:, None] < place
+    q, k = q.float().transpose(0, 1), heads_of(k, q.size(1))
+    return q, k, (scale * q @ k.mT).masked_fill(unseen, -torch.inf).softmax(-1), scale
 
 
-def attend_gradients(g: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    with torch.enable_grad():
-        inputs = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
-        return torch.autograd.grad(attend(*inputs, *rest), inputs, g)
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    """Keys or values (n, K, d) for each query head: (heads, n, d)."""
+    return x.float().repeat_interleave(heads // x.size(1), 1).transpose(0, 1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *how: Any) -> Tensor:
+    """Packed attention on the CPU: float32 inside, rounded once."""
+    out = weights(q, k, *how)[2] @ heads_of(v, q.size(1))
+    return out.transpose(0, 1).contiguous().to(q.dtype)
+
+
+def attend_gradients(g: Tensor, q: Tensor, k: Tensor, v: Tensor, *how: Any) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v. By hand, because no autograd exists below a dispatch."""
+    queries, keys, p, scale = weights(q, k, *how)
+    g, values = g.float().transpose(0, 1), heads_of(v, q.size(1))
+    dp = g @ values.mT
+    ds = scale * p * (dp - (dp * p).sum(-1, keepdim=True))
+    grouped = [x.unflatten(0, (k.size(1), -1)).sum(1) for x in (ds.mT @ queries, p.mT @ g)]
+    return tuple(x.transpose(0, 1).contiguous().to(q.dtype) for x in (ds @ keys, *grouped))
 
 
 class PackedAttention(torch.autograd.Function):
