@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -406,24 +405,3 @@ def test_a_real_run_on_toy_data_is_compared(
     assert "not 8xH100" in said and "2 steps, not 1,000" in said and "ITERATIONS=2" in said
     assert "data is not sp8192 as published" in said and said.endswith("; it had other documents")
     assert "NOT the published conditions" in capsys.readouterr().out
-
-
-def test_run_sh_hands_folders_over(tmp_path: Path) -> None:
-    """A folder as first word starts reproduce.py with all words; a word that is neither folder nor known is refused."""
-    python = tmp_path / "bin" / "python"
-    python.parent.mkdir()
-    python.write_text('#!/bin/sh\necho "$@"\n')
-    python.chmod(0o755)
-    shutil.copy(ROOT / "requirements.txt", tmp_path / "installed-requirements.txt")
-
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        env = {"PATH": "/usr/bin:/bin", "VENV": str(tmp_path)}
-        return subprocess.run([str(ROOT / "run.sh"), *words], env=env, capture_output=True, text=True, check=False)
-
-    done = run(f"records/{FOLDERS[0].name}", "42")
-    assert (done.returncode, done.stdout) == (0, f"records/reproduce.py records/{FOLDERS[0].name} 42\n")
-    assert run("test", "-x").stdout == "-m pytest tests -m not slow -x\n"
-    done = run("records/nothing")
-    assert done.returncode == 2 and "'records/nothing' is neither a folder nor a known word" in done.stderr
-    usage = run("--help").stdout
-    assert all(re.search(rf"\b{preset}\b", usage) for preset in tg.PRESETS)
