@@ -34,7 +34,7 @@ die() {
 
 # Ends the script because PyTorch cannot use this machine's GPUs, for the reason $1, and says what would work.
 # Drivers: CUDA 12 runs on 525 and later, CUDA 13 on 580 and later (NVIDIA, CUDA Compatibility, minor versions).
-# PyTorch 2.9.1 for CUDA 12.8 is what the challenge's image has.
+# PyTorch 2.11 is the last release with a build for CUDA 12.8 (pytorch/FBGEMM #5976, pytorch/pytorch #178665).
 die_without_gpus() {
     local major=${driver%%.*} advice
     if [ "$major" -lt 525 ]; then
@@ -42,7 +42,7 @@ die_without_gpus() {
     elif [ "$major" -lt 580 ]; then
         advice=("A PyTorch for CUDA 12.8 fits this driver:"
             "  ${PYTHON:-python3} -m venv .venv"
-            "  .venv/bin/python -m pip install torch==2.9.1 --index-url https://download.pytorch.org/whl/cu128"
+            "  .venv/bin/python -m pip install torch==2.11.0 --index-url https://download.pytorch.org/whl/cu128"
             "  grep -v '^torch==' requirements.txt | .venv/bin/python -m pip install -r /dev/stdin"
             "  VENV=none PYTHON=.venv/bin/python ./run.sh")
     else

@@ -1528,16 +1528,37 @@ def softcapped_nll(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
 # reads key/value head h // (H / K). With docs, B = 1 and attention stays inside the segments.
 
 
-def attend_fa3(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None) -> Tensor:
-    """FlashAttention-3."""
-    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
-
+def attend_fa3(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None, dense: Callable, varlen: Callable) -> Tensor:
+    """FlashAttention-3: its functions for dense rows and for packed ones, from where find_fa3() has them."""
     if docs is None:
-        out = flash_attn_func(q, k, v, causal=True)
+        out = dense(q, k, v, causal=True)
         return out[0] if isinstance(out, tuple) else out
     cu, longest = docs.cu_seqlens, docs.max_seqlen
-    out = flash_attn_varlen_func(q[0], k[0], v[0], cu, cu, max_seqlen_q=longest, max_seqlen_k=longest, causal=True)
+    out = varlen(q[0], k[0], v[0], cu, cu, max_seqlen_q=longest, max_seqlen_k=longest, causal=True)
     return (out[0] if isinstance(out, tuple) else out).unsqueeze(0)
+
+
+# FlashAttention-3 as Hugging Face builds it, for PyTorch 2.9 and later with CUDA 12.6 to 13.0; modded-nanogpt takes it.
+FA3_KERNEL, FA3_KERNEL_VERSION = "kernels-community/flash-attn3", 1
+
+
+@functools.cache
+def fetch_fa3() -> tuple[Any, str]:
+    """FA3_KERNEL through the package `kernels`, downloaded at its first use, and its name; or None and what happened."""
+    try:
+        from kernels import get_kernel
+
+        return get_kernel(FA3_KERNEL, version=FA3_KERNEL_VERSION), FA3_KERNEL
+    except Exception as error:  # noqa: BLE001 - no network, no build for this PyTorch, another `kernels`
+        return None, f"cannot be fetched from {FA3_KERNEL}: {type(error).__name__}: {error}".splitlines()[0]
+
+
+def find_fa3(may_fetch: bool) -> tuple[Any, str]:
+    """The module with FlashAttention-3's functions, and where it comes from; or None and why there is none."""
+    error = import_error("flash_attn_interface")
+    if not error:
+        return importlib.import_module("flash_attn_interface"), "flash_attn_interface"
+    return fetch_fa3() if may_fetch and not import_error("kernels") else (None, error)
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None, causal: dict[str, Any]) -> Tensor:
@@ -1569,14 +1590,18 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None) -> Tensor:
 def choose_attention(config: Config, device: torch.device) -> tuple[str, Callable]:
     """Name and function of the attention back-end for this device; auto takes the first that can run.
 
-    sdpa is for a CPU: the rows of a GPU have no table of gathered segments. Raises UserError when the wanted one
+    sdpa is for a CPU: the rows of a GPU have no table of gathered segments. In brackets, the name tells where
+    FlashAttention-3 comes from, or why auto went on without it on Hopper. Raises UserError when the wanted back-end
     cannot run.
     """
     on_gpu, d = device.type == "cuda", config.head_dim
     generation = torch.cuda.get_device_capability(device)[0] if on_gpu else 0
     head = "" if d % 8 == 0 and d <= 256 else f"MODEL_DIM / NUM_HEADS={d} is not a multiple of 8 up to 256"
+    fa3, source = None, "needs a Hopper GPU" if generation != 9 else head
+    if not source:
+        fa3, source = find_fa3(may_fetch=config.attn_backend != "varlen")
     obstacles = {
-        "fa3": "needs a Hopper GPU" if generation != 9 else head or import_error("flash_attn_interface"),
+        "fa3": "" if fa3 else source,
         "varlen": "needs a GPU from Ampere on" if generation < 8 else head or import_error("torch.nn.attention.varlen"),
         "sdpa": "is for a CPU" if on_gpu else "",
     }
@@ -1584,9 +1609,14 @@ def choose_attention(config: Config, device: torch.device) -> tuple[str, Callabl
     name = next(iter(usable), "auto") if config.attn_backend == "auto" else config.attn_backend
     if name not in usable:
         reasons = "; ".join(f"{each} {obstacle}" for each, obstacle in obstacles.items() if name in (each, "auto"))
-        fix = "set ATTN_BACKEND=auto" if usable else "install FlashAttention-3 or PyTorch 2.10"
+        install = "install FlashAttention-3 (on Hopper: pip install kernels) or PyTorch 2.10"
+        fix = "set ATTN_BACKEND=auto" if usable else install
         raise UserError(f"ATTN_BACKEND={name}: {reasons} (usable here: {', '.join(usable) or 'none'}); {fix}")
-    return name, {"fa3": attend_fa3, "sdpa": attend_sdpa}.get(name) or causal_varlen()
+    if name == "fa3":
+        functions = dict(dense=fa3.flash_attn_func, varlen=fa3.flash_attn_varlen_func)
+        return f"fa3 ({source})", functools.partial(attend_fa3, **functions)
+    without = f" (fa3 {source})" if config.attn_backend == "auto" and generation == 9 else ""
+    return name + without, attend_sdpa if name == "sdpa" else causal_varlen()
 
 
 def import_error(module: str) -> str:
@@ -5062,6 +5092,7 @@ def log_header(config: Config, origins: dict[str, str], run: Run, log: Log) -> N
         cuda=torch.version.cuda,
     )
     log("hardware", devices=hardware(run), threads=torch.get_num_threads())
+    log("attention", backend=choose_attention(config, run.device)[0])
     log("config", preset=config.preset, run_id=config.run_id, seed=config.seed, stages=config.stages)
     for name, origin in sorted(origins.items()):
         value = getattr(config, name) if name in FIELDS else ""

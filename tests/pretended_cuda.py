@@ -385,7 +385,7 @@ def pretended_cuda(
         synchronize=lambda device=None: rules.wait("synchronize"),
         _lazy_init=lambda: None,
     )
-    modules: dict[str, Any] = {"flash_attn_interface": None}
+    modules: dict[str, Any] = {"flash_attn_interface": None, "kernels": None}
     if fa3:
         functions = dict(flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
         modules["flash_attn_interface"] = module("flash_attn_interface", **functions)

@@ -286,7 +286,9 @@ def test_two_processes_run_all_stages_like_one(toy_data: ToyData, tmp_path: Path
     ]
     outputs = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "result {" in outputs[0][0] and outputs[1][0] == ""
+    # PyTorch 2.9 prints a line about its connections.
+    spoken = ["".join(line for line in out.splitlines(True) if not line.startswith("[Gloo] ")) for out, _ in outputs]
+    assert "result {" in spoken[0] and spoken[1] == ""
     two = json.loads((tmp_path / "two" / "result.json").read_text())
     assert two["ranks"] == 2 and two["valid"]
     config, per_document = tg.load_config(env)[0], documents(tmp_path / "two")

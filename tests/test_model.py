@@ -1,7 +1,14 @@
 """MODEL: the one forward pass against a slow reference written from the published equations."""
 
+import contextlib
+import copy
 import dataclasses
+import importlib
 import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -1059,6 +1066,107 @@ def test_attention_backend_that_cannot_run_is_refused() -> None:
     """Asking for a GPU back-end on a CPU names the setting and what is usable."""
     with pytest.raises(tg.UserError, match="ATTN_BACKEND=fa3.*sdpa"):
         tg.GPT(toy_config(ATTN_BACKEND="fa3"), tg.Run())
+
+
+# FlashAttention-3's functions with the names and order of their arguments; one result in a tuple, as older builds have it.
+FA3 = """
+import torch
+import train_gpt as tg
+
+def flash_attn_func(q, k, v, softmax_scale=None, causal=False):
+    assert causal
+    return tg.attend_sdpa(q, k, v, None), None
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None, softmax_scale=None,
+    causal=False,
+):
+    assert causal and cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
+    cu = cu_seqlens_q.tolist()
+    return torch.cat([tg.attend_sdpa(*(x[None, a:b] for x in (q, k, v)), None)[0] for a, b in zip(cu, cu[1:])])
+"""
+# The package `kernels`, release 0.17: it wants a version or a revision. `state` stands for the network.
+KERNELS = """
+import sys
+
+state, calls = "online", []
+
+def get_kernel(repo_id, *, revision=None, version=None, backend=None, user_agent=None, trust_remote_code=False):
+    assert (revision is None) != (version is None) and not trust_remote_code
+    calls.append(repo_id)
+    if state == "offline":
+        raise OSError("cannot reach the hub\\nsecond line")
+    return sys.modules["fa3"]
+"""
+
+
+@pytest.fixture
+def hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A Hopper GPU with the package `kernels`, as far as choose_attention looks; the folder of its modules."""
+    modules = {"kernels": KERNELS, "fa3": FA3}
+    for name, text in modules.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    for name in (*modules, "flash_attn_interface"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    tg.fetch_fa3.cache_clear()
+    importlib.import_module("fa3")
+    yield tmp_path
+    tg.fetch_fa3.cache_clear()
+    for name in (*modules, "flash_attn_interface"):
+        sys.modules.pop(name, None)
+
+
+def choose(**changes: Any) -> tuple[str, Any]:
+    return tg.choose_attention(toy_config(**changes), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("source", ["kernels", "flash_attn_interface"])
+def test_flash_attention_3_is_attention(hopper: Path, source: str) -> None:
+    """Installed or fetched once, it gives what SDPA gives, for dense and packed rows, captured in one graph too."""
+    if source == "flash_attn_interface":
+        (hopper / "flash_attn_interface.py").write_text(FA3)
+    names = {"kernels": "fa3 (kernels-community/flash-attn3)", "flash_attn_interface": "fa3 (flash_attn_interface)"}
+    (name, attend), again = choose(), choose(ATTN_BACKEND="fa3")
+    assert name == again[0] == names[source]
+    kernels = importlib.import_module("kernels")
+    assert kernels.calls == ["kernels-community/flash-attn3"] * (source == "kernels")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 24, heads, 8) for heads in (4, 2, 2))
+    for docs in (None, packed([5, 1, 18], 24)):
+        torch.testing.assert_close(attend(q, k, v, docs), tg.attend_sdpa(q, k, v, docs))
+    captured = torch.compile(attend, backend="eager", fullgraph=True)
+    torch.testing.assert_close(captured(q, k, v, None), attend(q, k, v, None))
+    copy.deepcopy(attend)  # as a model with it is copied
+
+
+def test_flash_attention_3_that_cannot_be_fetched_is_no_silent_loss(hopper: Path) -> None:
+    """auto takes the next back-end and its name says why, after one try; fa3 by name is refused with the reason."""
+    kernels = importlib.import_module("kernels")
+    kernels.state = "offline"
+    reason = "fa3 cannot be fetched from kernels-community/flash-attn3: OSError: cannot reach the hub"
+    with pytest.raises(tg.UserError, match=f"ATTN_BACKEND=fa3: {reason} .usable here"):
+        choose(ATTN_BACKEND="fa3")
+    if tg.import_error("torch.nn.attention.varlen"):  # PyTorch 2.9
+        with pytest.raises(tg.UserError, match=f"ATTN_BACKEND=auto: {reason};.* pip install kernels"):
+            choose()
+    else:
+        assert choose()[0] == f"varlen ({reason})"
+    assert len(kernels.calls) == 1
+
+
+@pytest.mark.parametrize(
+    "capability, backend", [((8, 0), "auto"), ((10, 0), "auto"), ((12, 0), "auto"), ((9, 0), "varlen")]
+)
+def test_flash_attention_3_is_not_fetched_in_vain(
+    hopper: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], backend: str
+) -> None:
+    """Nothing is downloaded for another GPU than Hopper, or where another back-end is named."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with contextlib.suppress(tg.UserError):  # PyTorch 2.9 has no variable-length attention
+        assert choose(ATTN_BACKEND=backend)[0] == "varlen"
+    assert importlib.import_module("kernels").calls == []
 
 
 def test_toy_configuration_has_every_mechanism_switched_on() -> None:

@@ -26,8 +26,8 @@ esac
 """
 NVIDIA_SMI = '#!/bin/sh\n[ -n "$DRIVER" ] || exit 9\nprintf "$DRIVER\\n$DRIVER\\n"\n'
 JOB = ["data/embedded.py", "train_gpt.py"]  # PRESET=tiny as one process
-WHEEL = ".venv/bin/python -m pip install torch==2.9.1 --index-url https://download.pytorch.org/whl/cu128"
-CPU, CUDA_12, CUDA_13 = "0 2.13.0+cpu None", "2.9.1+cu128 12.8", "2.13.0 13.0"  # usable GPUs (or not yet), versions
+WHEEL = ".venv/bin/python -m pip install torch==2.11.0 --index-url https://download.pytorch.org/whl/cu128"
+CPU, CUDA_12, CUDA_13 = "0 2.13.0+cpu None", "2.11.0+cu128 12.8", "2.13.0 13.0"  # usable GPUs (or not yet), versions
 
 
 @dataclasses.dataclass
