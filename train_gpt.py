@@ -5228,6 +5228,8 @@ def command_line() -> int:
         if config.stage_list == ["describe"]:
             print(json.dumps(describe(config), indent=1))
             return 0
+        # Compiled code stays with the runs: PyTorch's own folder for it is a temporary one.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.runs_dir, "compile-cache").resolve()))
         run = start_run(os.environ)
         return 0 if main(config, run, origins)["valid"] else 1
     except UserError as error:

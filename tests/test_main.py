@@ -341,6 +341,17 @@ def test_validity_judges_each_rule_and_only_what_it_can() -> None:
     assert not broken(fine | dict(train_seconds=5000, eval_seconds=5000), untimed)
 
 
+def test_compiled_code_is_kept_with_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script itself, so bare torchrun too, names RUNS_DIR/compile-cache to torch.compile; a given folder wins."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    env = {"RUNS_DIR": str(tmp_path / "runs"), "RUN_ID": "none", "STAGES": "evaluate", "DATA_DIR": str(tmp_path)}
+    for given, used in (({}, "runs/compile-cache"), ({"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "own")}, "own")):
+        monkeypatch.setattr(os, "environ", env | given)
+        assert tg.command_line() == 2  # there is nothing to evaluate
+        assert cache_dir() == str(tmp_path / used)
+
+
 def test_describe_prints_json_and_touches_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
