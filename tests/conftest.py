@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when Triton is first imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: the cores belong to other workers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
