@@ -1446,11 +1446,6 @@ class Call(NamedTuple):
     taps: Taps | None
     kernels: "Kernels"
 
-    @property
-    def bare(self) -> bool:
-        """Whether products with weights are nothing but products, so that kernels may take them in."""
-        return self.lora is None and self.taps is None
-
 
 def project(x: Tensor, name: str, visit: Visit, call: Call, lora_input: Tensor | None = None) -> Tensor:
     """x W^T for the weight `name` of a visit: (..., in) -> (..., out). The one place where weights are used.
@@ -1706,7 +1701,7 @@ class Block(nn.Module):
     def mlp(self, r: Tensor, visit: Visit, call: Call) -> Tensor:
         """What the MLP adds to the residual stream r (B, T, D). Its output gate looks at r itself (#1941)."""
         u = rms(r) * self.depth_scale
-        if call.bare:
+        if call.lora is None and call.taps is None:  # products are nothing but products, and a kernel may take them in
             up, down = (call.weights[name][visit.layer] for name in ("mlp.up", "mlp.down"))
             y = call.kernels.mlp(u, up, down, self.slope)
         else:
