@@ -7,7 +7,8 @@ The task (OpenAI's Parameter Golf): the best language model whose code and compr
     ./run.sh                                                        everything, on whatever this machine has
     SEED=42 torchrun --standalone --nproc_per_node=8 train_gpt.py   the full-size system on eight GPUs
     STAGES=evaluate RUN_ID=my-run python train_gpt.py               score an artifact that exists already
-    STAGES=describe python train_gpt.py                             sizes, FLOPs and artifact forecast; needs no data
+    STAGES=describe python train_gpt.py                             sizes, FLOPs, forecasts; needs no data
+    STAGES=check python train_gpt.py                                tries what all stages will need; writes nothing
 
 Every setting is an environment variable (section CONFIG); precedence is default < PRESET < environment.
 
@@ -24,6 +25,7 @@ The file is read once, from top to bottom, in the order in which the data moves:
     COMPRESS  weights + Hessians -> int6 codes -> artifact file -> weights again
     SCORE     artifact -> nats, tokens, bytes: every target exactly once
     ADAPT     the same, learning from what is already scored (test-time training)
+    CHECK     what would fail late is tried first: files, packages, device, memory, disk
     MAIN      stages, report, exit status
 
 Dimensions: B rows, T time, D model_dim, H query heads, K key/value heads, d head_dim, F mlp width, V vocabulary,
@@ -105,7 +107,7 @@ class Config:
     preset: str = "default"  # which row of PRESETS the values come from
     run_id: str = setting("")  # folder under runs_dir; empty: made from the time and the seed
     runs_dir: str = setting("runs")  # everything that a run writes goes to runs_dir/run_id
-    stages: str = setting("train,quantize,evaluate")  # comma list, in this order; or "describe"
+    stages: str = setting("train,quantize,evaluate")  # comma list, in this order; or describe, or check
     seed: int = setting(1337, 0, 2**32 - 1)  # initial weights and adapters; the data order never depends on it
     compile: str = setting("auto", choices=("auto", "0", "1"))  # torch.compile; auto: on a GPU only
     attn_backend: str = setting("auto", choices=("auto", "fa3", "varlen", "sdpa"))  # auto: the first that imports
@@ -202,7 +204,7 @@ class Config:
     # quantisation
     quant_scheme: str = setting("gptq", choices=("gptq", "gptq_lite", "intn_row", "int8_clip"))  # see QUANTIZERS
     matrix_bits: int = setting(6, 2, 8)
-    mlp_bits: int = setting(0, 0, 8)  # of the MLP matrices; 0: matrix_bits
+    mlp_bits: int = setting(0, 0, 8)  # of the MLP matrices, 2 to 8; 0: matrix_bits
     quant_scale_floor: float = setting(0.0, 0, 1)  # smallest step of MATRIX_BITS codes; it saves bytes
     embed_bits: int = setting(7, 2, 8)
     attn_clip_sigmas: float = setting(13.0, 1)  # row scale = clip * std(row) / (2^(bits-1) - 1)
@@ -694,14 +696,16 @@ def validate_stages(c: Config) -> None:
     )
     stages = ["train", "quantize", "evaluate"]
     picked = c.stage_list
+    alone = picked in (["describe"], ["check"])
     need(
-        picked == ["describe"] or (picked and picked == [stage for stage in stages if stage in picked]),
-        f"STAGES={c.stages}: give a comma list of {', '.join(stages)} in this order, or describe",
+        alone or (picked and picked == [stage for stage in stages if stage in picked]),
+        f"STAGES={c.stages}: give a comma list of {', '.join(stages)} in this order, or describe, or check",
     )
     need(
-        picked == ["describe"] or "train" in picked or c.run_id,
+        alone or "train" in picked or c.run_id,
         f"STAGES={c.stages}: without train it needs RUN_ID, the run whose files it continues from",
     )
+    need(c.mlp_bits != 1, "MLP_BITS=1: one bit has no levels; give 2 to 8, or 0 for MATRIX_BITS")
     plain = c.run_id not in (".", "..") and Path(c.run_id).name == c.run_id
     need(plain, f"RUN_ID={c.run_id}: must be a plain folder name")
 
@@ -1711,7 +1715,7 @@ class GPT(nn.Module):
         self.config, self.dtype = config, run.dtype
         on_meta = torch.device(device or "cpu").type == "meta"
         self.kernels = PLAIN if on_meta else choose_kernels(c.kernels, run.device)[1]
-        _, attend = choose_attention(config, run.device)
+        attend = attend_sdpa if on_meta else choose_attention(config, run.device)[1]
         kv_dim = c.num_kv_heads * c.head_dim
         with torch.device("meta" if on_meta else "cpu"):  # drawn on the CPU: the same weights on every machine
             self.tok_emb = nn.Embedding(c.vocab_size, d)
@@ -3952,12 +3956,18 @@ CODECS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes, int], bytes]]
 }
 
 
+def chosen_codec(config: Config) -> str:
+    """The codec of an artifact written here: COMPRESSOR=pergroup means lrzip where it is installed, else brotli."""
+    pergroup = "lrzip" if shutil.which("lrzip") else "brotli"
+    return pergroup if config.compressor == "pergroup" else config.compressor
+
+
 def save_artifact(path: Path, stored: Mapping[str, np.ndarray], config: Config) -> int:
     """Compresses the streams side by side and writes the artifact. Returns its size in bytes."""
     corrected = sorted(name.removesuffix(".lqer_a") for name in stored if name.endswith(".lqer_a"))
     table = artifact_table(config, corrected)
     streams = stream_bytes(sort_rows(stored, table), table)
-    codec = config.compressor if config.compressor != "pergroup" else "lrzip" if shutil.which("lrzip") else "brotli"
+    codec = chosen_codec(config)
 
     def pack(stream: str) -> bytes:
         if codec == "rans" and stream not in TWO_BYTES:
@@ -3971,16 +3981,22 @@ def save_artifact(path: Path, stored: Mapping[str, np.ndarray], config: Config) 
     return write_container(path, meta, [packed[stream] for stream in streams])
 
 
+def open_artifact(path: Path, config: Config) -> tuple[dict, list[memoryview]]:
+    """The header and the packed streams of an artifact. Raises UserError unless it is of the model of `config`."""
+    limit = sum(math.prod(e.shape) * np.dtype(e.dtype).itemsize for e in artifact_table(config))
+    meta, packed = read_container(path, HEADER_LIMIT + 2 * limit)
+    if odd := differing(artifact_settings(config), meta.get("model")):
+        raise UserError(f"{path}: made with {odd}; set the same values")
+    return meta, packed
+
+
 def load_artifact(path: Path, config: Config) -> dict[str, np.ndarray]:
     """The float32 parameters of an artifact file by name.
 
     Raises UserError when it is damaged, or of another model than `config` says. Decompression is bounded by the
     sizes that follow from the configuration.
     """
-    limit = sum(math.prod(e.shape) * np.dtype(e.dtype).itemsize for e in artifact_table(config))
-    meta, packed = read_container(path, HEADER_LIMIT + 2 * limit)
-    if odd := differing(artifact_settings(config), meta.get("model")):
-        raise UserError(f"{path}: made with {odd}; set the same values")
+    meta, packed = open_artifact(path, config)
     try:
         table, codec = artifact_table(config, corrected_names(meta.get("corrected"), config)), meta.get("codec")
         sizes: dict[str, int] = {}
@@ -4451,19 +4467,24 @@ def hint_sources(config: Config) -> list[tuple[bool, int]]:
     return [(True, order) for order in config.document_orders] + [(False, config.token_order)]
 
 
+def document_ids(tokens: np.ndarray, config: Config) -> np.ndarray:
+    """The ids (n,) made different in different documents. Raises UserError where they are too many to be told apart."""
+    documents = np.cumsum(tokens == BOS_ID)
+    most = config.vocab_size * (int(documents[-1]) + 1)
+    key = f"TOKEN_DOCUMENT_ORDERS={config.token_document_orders}"
+    need(not config.document_orders or most < 2**31, f"{key}: {most} pairs of document and token, 2^31 fit; unset it")
+    return tokens + config.vocab_size * documents
+
+
 def stream_hints(validation: Validation, config: Config, run: Run, log: Log) -> Tensor | None:
     """For each stream position the hinted id or -1, and its source as a number of hint_sources: (N, 2) int32.
 
-    Made on the main rank; None where NGRAM_TILT_ENABLED=0. Raises UserError for more documents than ids can tell apart.
+    Made on the main rank; None where NGRAM_TILT_ENABLED=0.
     """
     if not config.ngram_tilt_enabled:
         return None
     start, V, tokens = time.monotonic(), config.vocab_size, validation.tokens.numpy()
-    documents = np.cumsum(tokens == BOS_ID)
-    most = V * (int(documents[-1]) + 1)
-    key = f"TOKEN_DOCUMENT_ORDERS={config.token_document_orders}"
-    need(not config.document_orders or most < 2**31, f"{key}: {most} pairs of document and token, 2^31 fit; unset it")
-    streams = {False: tokens, True: tokens + V * documents}  # ids of different documents never match
+    streams = {False: tokens, True: document_ids(tokens, config)}
 
     def make() -> list[tuple[np.ndarray, np.ndarray]]:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -4738,6 +4759,152 @@ ADAPTERS = {"lora_phased": adapt, "chunk_sgd": adapt_chunks, "pre_eval_illegal":
 
 
 # ------------------------------------------------------------------------------------------------------------
+# CHECK
+#
+# What a later stage would fail at is tried before the first one starts: packages, files, the device, memory and disk.
+# Each item calls what the stages call, on real files and the real device, and says in a few words what it found.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def check(config: Config, run: Run, log: Log) -> None:
+    """Tries whatever the stages of a run need, a line for each item; STAGES=check stands for all stages.
+
+    Raises the first UserError when all items have been tried. Collective.
+    """
+    if config.stage_list == ["check"]:
+        config = dataclasses.replace(config, stages=",".join(STAGES))
+    failed = None
+    for item, attempt in CHECKS.items():
+        try:
+            ok, detail = True, attempt(config, run)
+        except UserError as error:
+            ok, detail, failed = False, str(error), failed or error
+        if detail:
+            log("check", item=item, ok=ok, detail=" ".join(detail.split()).replace(" ", "_"))
+    if failed:
+        raise failed
+
+
+def check_packages(config: Config, run: Run) -> str:
+    """Libraries that are imported where they are used."""
+    names = ["brotli", "sentencepiece", "tqdm"] + ["matplotlib"] * ("train" in config.stage_list)
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"{name}: cannot import it ({error}); pip install -r requirements.txt") from None
+    return ", ".join(names)
+
+
+def check_train_data(config: Config, run: Run) -> str:
+    if "train" not in config.stage_list:
+        return ""
+    stream = TokenStream(config.dataset_dir, "train", config.vocab_size)
+    return f"{len(stream)} tokens in {len(stream.shards)} shards"
+
+
+def check_validation(config: Config, run: Run) -> str:
+    """The validation shards with their bytes, the tokenizer, and the ids of hints."""
+    if config.stage_list == ["quantize"]:
+        return ""
+    validation = load_validation(config)
+    if config.ngram_tilt_enabled:
+        document_ids(validation.tokens.numpy(), config)
+    return f"{len(validation.tokens)} tokens, {len(validation.documents)} documents, {int(validation.bytes.sum())} bytes"
+
+
+def check_earlier(config: Config, run: Run) -> str:
+    """The file that the first stage continues from, which only the main rank needs to have."""
+    first, folder = config.stage_list[0], run_dir(config)
+    if first == "quantize":
+        run.on_main(lambda: bool(load_trained(config)))
+        return f"{folder / 'trained.bin'}"
+    if first == "evaluate":
+        run.on_main(lambda: bool(open_artifact(folder / "artifact.bin", config)))
+        return f"{folder / 'artifact.bin'}"
+    return ""
+
+
+def check_attention(config: Config, run: Run) -> str:
+    """The attention back-end forward and backward on two segments, which must agree with plain attention on each."""
+    name, attend = choose_attention(config, run.device)
+    random, lengths, d = torch.Generator().manual_seed(0), [40, 24], config.head_dim
+    shapes = [(1, sum(lengths), heads, d) for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+    qkv = [torch.randn(shape, generator=random).to(run.device, run.dtype).requires_grad_() for shape in shapes]
+    docs = pack_segments(np.array(lengths), max(lengths), run.device)
+    key = f"ATTN_BACKEND={name}: with {d} channels per head (MODEL_DIM / NUM_HEADS)"
+    try:
+        pieces = zip(*(x.split(lengths, 1) for x in qkv))
+        results = [attend(*qkv, docs), torch.cat([attend_sdpa(*piece, None) for piece in pieces], 1), attend(*qkv, None)]
+        slopes = [torch.autograd.grad(result.float().square().sum(), qkv)[0] for result in results]
+        errors = [float(((a - b).norm() / b.norm()).detach()) for a, b in (results[:2], slopes[:2])]
+    except RuntimeError as error:
+        raise UserError(f"{key} it fails: {str(error).splitlines()[0]}; set another back-end or NUM_HEADS") from None
+    need(max(errors) < 0.03, f"{key} it is wrong by {max(errors):.2g}; set another back-end")
+    return f"{name}, {d} channels per head"
+
+
+def check_kernels(config: Config, run: Run) -> str:
+    return choose_kernels(config.kernels, run.device)[0]
+
+
+def check_quantizer(config: Config, run: Run) -> str:
+    """The quantiser of each role, and the low-rank correction, on a small matrix on the device."""
+    random, found = torch.Generator().manual_seed(0), []
+    X, W = (torch.randn(1, rows, 16, generator=random).to(run.device) for rows in (64, 24))
+    for role in ("attn", "mlp", "embed"):
+        clip, bits, floor = precision(role, config)
+        codes, scale = QUANTIZERS[config.quant_scheme](W, X.mT @ X, clip, bits, floor)
+        rest = W - codes * scale.float().unsqueeze(-1)
+        if config.lqer_rank:
+            lqer_factors(rest[0], config.lqer_rank, config.lqer_asym_group, config.lqer_left_bits)
+        need(bool(rest.isfinite().all()), f"QUANT_SCHEME={config.quant_scheme}: {role} at {bits} bits is not finite")
+        found.append(f"{role} {bits} bits")
+    return f"{config.quant_scheme}, {', '.join(found)}"
+
+
+def check_artifact(config: Config, run: Run) -> str:
+    """The codec that will be used, on a few bytes, and the forecast of the size."""
+    codec, sample = chosen_codec(config), bytes(range(256)) * 8
+    pack, unpack = CODECS["brotli" if codec == "rans" else codec]
+    try:
+        unpack(pack(sample), len(sample))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"COMPRESSOR={config.compressor}: {error}; install it or set COMPRESSOR=brotli") from None
+    forecast = predicted_artifact_bytes(config)["total_bytes"]
+    used = codec if codec == config.compressor else f"{config.compressor} writes {codec}"
+    used += " because the program lrzip is not installed" if (used, codec) == ("pergroup writes brotli", "brotli") else ""
+    return f"{used}, {len(artifact_table(config))} arrays, forecast {forecast} of {ARTIFACT_LIMIT_BYTES} bytes"
+
+
+def check_disk(config: Config, run: Run) -> str:
+    """Room for the files of a run, each beside the one that it replaces."""
+    folder = next(path for path in (run_dir(config).absolute(), *run_dir(config).absolute().parents) if path.is_dir())
+    parameters = sum(p.numel() for p in GPT(config, Run(), "meta").parameters())
+    wanted = 3 * ARTIFACT_LIMIT_BYTES
+    if "train" in config.stage_list:
+        wanted += 4 * sum(map(math.prod, trained_shapes(config).values()))
+        wanted += 2 * 16 * parameters * bool(config.checkpoint_seconds)
+    free, key = shutil.disk_usage(folder).free, f"RUNS_DIR={config.runs_dir}"
+    need(os.access(folder, os.W_OK), f"{key}: cannot write in {folder}; choose another")
+    need(free > wanted, f"{key}: {free} bytes free in {folder}, a run writes {wanted}; free space or choose another")
+    return f"{wanted} bytes of {free}"
+
+
+CHECKS: dict[str, Callable[[Config, Run], str]] = {
+    "packages": check_packages,
+    "train_data": check_train_data,
+    "validation": check_validation,
+    "earlier": check_earlier,
+    "attention": check_attention,
+    "kernels": check_kernels,
+    "quantizer": check_quantizer,
+    "artifact": check_artifact,
+    "disk": check_disk,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
 # MAIN
 #
 # Three stages, each from the file that the one before it wrote: train -> trained.bin, quantize -> artifact.bin,
@@ -4758,12 +4925,7 @@ def make_artifact(config: Config, device: torch.device, log: Log) -> dict[str, A
     With FIT_ARTIFACT=fill, one far below the limit is quantised again with lower clips: every byte is used.
     """
     folder, (code_bytes, packed) = run_dir(config), counted_code_bytes()
-    source, target, oversize = folder / "trained.bin", folder / "artifact.bin", folder / "oversize.bin"
-    shapes = trained_shapes(config)
-    meta, arrays = load_arrays(source, HEADER_LIMIT + 4 * sum(math.prod(shape) for shape in shapes.values()))
-    if odd := differing(training_settings(config), meta.get("settings")):
-        raise UserError(f"{source}: made with {odd}; set the same values or train again")
-    check_arrays(source, arrays, shapes)
+    target, oversize, arrays = folder / "artifact.bin", folder / "oversize.bin", load_trained(config)
     oversize.unlink(missing_ok=True)
     codes = sum(math.prod(entry.shape) for entry in artifact_table(config) if entry.dtype == "i1")
     factor, fitting = 1.0, None
@@ -4799,6 +4961,16 @@ def make_artifact(config: Config, device: torch.device, log: Log) -> dict[str, A
         "compress_seconds": end - middle,
         "artifact_sha256": hashlib.sha256(target.read_bytes()).hexdigest(),
     }
+
+
+def load_trained(config: Config) -> dict[str, np.ndarray]:
+    """The arrays of trained.bin. Raises UserError when it is damaged, or of other settings."""
+    path, shapes = run_dir(config) / "trained.bin", trained_shapes(config)
+    meta, arrays = load_arrays(path, HEADER_LIMIT + 4 * sum(map(math.prod, shapes.values())))
+    if odd := differing(training_settings(config), meta.get("settings")):
+        raise UserError(f"{path}: made with {odd}; set the same values or train again")
+    check_arrays(path, arrays, shapes)
+    return arrays
 
 
 def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -5072,6 +5244,7 @@ def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> 
     log_header(config, dict(origins or {}), run, log)
     path, order, result = run_dir(config) / "result.json", list(STAGES), {}
     parts = earlier_parts(path, config, run)
+    check(config, run, log)
     program, before = Program(config, run), COMPILES.graphs()
     warm_up_evaluation(program, config, run, log)
     for stage in config.stage_list:
@@ -5177,6 +5350,9 @@ def command_line() -> int:
             print(json.dumps(describe(config), indent=1))
             return 0
         run = start_run(os.environ)
+        if config.stage_list == ["check"]:
+            check(config, run, Log(Path(os.devnull) if run.is_main else None))
+            return 0
         return 0 if main(config, run, origins)["valid"] else 1
     except UserError as error:
         return fail(2, str(error))
