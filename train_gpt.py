@@ -1715,7 +1715,7 @@ class GPT(nn.Module):
         self.config, self.dtype = config, run.dtype
         on_meta = torch.device(device or "cpu").type == "meta"
         self.kernels = PLAIN if on_meta else choose_kernels(c.kernels, run.device)[1]
-        attend = attend_sdpa if on_meta else choose_attention(config, run.device)[1]
+        attend = None if on_meta else choose_attention(config, run.device)[1]  # shapes alone need none
         kv_dim = c.num_kv_heads * c.head_dim
         with torch.device("meta" if on_meta else "cpu"):  # drawn on the CPU: the same weights on every machine
             self.tok_emb = nn.Embedding(c.vocab_size, d)
@@ -2410,13 +2410,19 @@ def disagreement(fused: Kernels, device: torch.device, dtype: torch.dtype = torc
     return worst
 
 
+def fused_for(wanted: str) -> Kernels:
+    """The fused functions of KERNELS=triton; auto leaves the two element-wise ones out: torch.compile fuses these by
+    itself, and into their neighbours too. Raises ImportError without Triton."""
+    plain = dict(mix_norm=PLAIN.mix_norm, exclusive_gate=PLAIN.exclusive_gate)
+    return fused_kernels()._replace(**plain) if wanted == "auto" else fused_kernels()
+
+
 @functools.cache
 def choose_kernels(wanted: str, device: torch.device) -> tuple[str, Kernels]:
     """What to log and which functions to use; `wanted` is auto, plain or triton.
 
-    The fused ones are taken on a GPU where a small launch of each agrees with the plain one. auto leaves the two
-    element-wise ones out: torch.compile fuses these by itself, and into their neighbours too. Raises UserError when
-    the fused ones are demanded and cannot be had.
+    The fused ones are taken on a GPU where a small launch of each agrees with the plain one. Raises UserError when they
+    are demanded and cannot be had.
     """
     reason = "there is no CUDA device" if device.type != "cuda" else ""
     if wanted == "plain":
@@ -2430,10 +2436,7 @@ def choose_kernels(wanted: str, device: torch.device) -> tuple[str, Kernels]:
         raise UserError(f"KERNELS=triton: the fused kernels cannot be used: {reason}; set KERNELS=auto")
     if reason:
         return f"plain ({reason})", PLAIN
-    fused = fused_kernels()
-    if wanted == "auto":
-        fused = fused._replace(mix_norm=PLAIN.mix_norm, exclusive_gate=PLAIN.exclusive_gate)
-    return "triton", fused
+    return "triton", fused_for(wanted)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4298,22 +4301,27 @@ def score(forward: Callable, validation: Validation, config: Config, run: Run, l
 # ------------------------------------------------------------------------------------------------------------
 
 
+def adapter_shapes(config: Config, model: GPT) -> dict[str, tuple[int, int, int]]:
+    """(visits, out, in) of the adapters of each kind of weight."""
+    slots = len(layer_plan(config, looping=True))
+    shapes = {name: (slots, *getattr(model, m.bank).shape[1:]) for name, m in MATRICES.items() if name != "mlp.up"}
+    shapes["mlp.down"] = (slots, config.model_dim, config.model_dim)  # reads the MLP's input: a path around the MLP
+    if not config.ttt_k_lora:
+        del shapes["attn.k"]
+    shapes["head"] = (1, config.vocab_size, config.model_dim)
+    shapes["attn.o"] = (slots, config.model_dim, config.model_dim)  # reads the block's input, not the attention result
+    return shapes
+
+
 class Adapters:
     """LoRA factors for a batch of documents, and their optimizer."""
 
     def __init__(self, config: Config, model: GPT, batch: int, seed: int):
         c, device = config, model.tok_emb.weight.device
         self.size = batch
-        slots, rank = len(layer_plan(c, looping=True)), c.ttt_lora_rank
-        shapes = {name: (slots, *getattr(model, m.bank).shape[1:]) for name, m in MATRICES.items() if name != "mlp.up"}
-        shapes["mlp.down"] = (slots, c.model_dim, c.model_dim)  # reads the MLP's input: a path around the whole MLP
-        if not c.ttt_k_lora:
-            del shapes["attn.k"]
-        shapes["head"] = (1, c.vocab_size, c.model_dim)
-        shapes["attn.o"] = (slots, c.model_dim, c.model_dim)  # reads the block's input, not the attention result
-        random = torch.Generator(device).manual_seed(seed)
+        rank, random = c.ttt_lora_rank, torch.Generator(device).manual_seed(seed)
         self.scale, self.factors = c.ttt_lora_alpha / rank, {}
-        for name, (n, out, width) in shapes.items():
+        for name, (n, out, width) in adapter_shapes(c, model).items():
             a = torch.empty(n, batch, rank, width, device=device).uniform_(-1, 1, generator=random) / math.sqrt(width)
             self.factors[name] = (
                 a.requires_grad_(),
@@ -4889,6 +4897,113 @@ def check_disk(config: Config, run: Run) -> str:
     need(os.access(folder, os.W_OK), f"{key}: cannot write in {folder}; choose another")
     need(free > wanted, f"{key}: {free} bytes free in {folder}, a run writes {wanted}; free space or choose another")
     return f"{wanted} bytes of {free}"
+
+
+PROBE_TOKENS = 10_007  # a prime: what grows with the row has a number of elements that it divides
+USABLE_MEMORY = 0.92  # of a GPU; the rest is for CUDA's context, the buffers of NCCL and cuBLAS, and fragmentation
+
+
+def kept_per_token(config: Config, plan: tuple[Visit, ...], compiled: bool = True, adapting: bool = False) -> float:
+    """Bytes per token that a forward pass on a GPU keeps for its backward pass, counted on fake tensors anywhere.
+
+    Eager: every storage that autograd saves. Compiled: what AOTAutograd passes from the forward to the backward graph;
+    its minimum cut computes cheap results anew instead. With `adapting`, only adapters have gradients.
+    """
+    from torch._functorch.aot_autograd import aot_function
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kept: dict[int, int] = {}  # storage -> its bytes
+
+    def keep(tensor: Any) -> Any:
+        if isinstance(tensor, Tensor) and tensor.numel() % PROBE_TOKENS == 0:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def keep_outputs(graph: Any, inputs: list) -> Any:
+        nodes = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+        [keep(node.meta.get("val")) for node in nodes if isinstance(node, torch.fx.Node) and node.op != "placeholder"]
+        return graph
+
+    with FakeTensorMode():
+        model = GPT(config, Run(device=torch.device("cuda")), "meta")
+        with contextlib.suppress(ImportError):  # without Triton the plain functions, which keep a little less
+            model.kernels = PLAIN if config.kernels == "plain" else fused_for(config.kernels)
+        for block in model.blocks:
+            block.attend = attend_sdpa
+        weights = {name: torch.empty(p.shape, requires_grad=not adapting) for name, p in model.named_parameters()}
+        inputs, R = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64), config.ttt_lora_rank
+        targets = inputs[:, :1] if adapting else inputs
+        pairs = {
+            name: (torch.empty(n, 1, R, width, requires_grad=True), torch.empty(n, 1, out, R, requires_grad=True))
+            for name, (n, out, width) in adapter_shapes(config, model).items()
+        }
+
+        def loss(weights: dict, pairs: dict, inputs: Tensor, targets: Tensor) -> Tensor:
+            lora = Lora(1.0, {name: list(zip(a.to(model.dtype).unbind(0), b.to(model.dtype).unbind(0))) for name, (a, b) in pairs.items()}) if adapting else None
+            return torch.func.functional_call(model, weights, (inputs, targets, plan), dict(lora=lora)).sum()
+
+        if compiled:
+            loss = aot_function(loss, keep_outputs, partition_fn=min_cut_rematerialization_partition)
+        with contextlib.nullcontext() if compiled else torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss(weights, pairs, inputs, targets)
+    return sum(kept.values()) / PROBE_TOKENS
+
+
+@functools.cache
+def row_bytes_per_token(config: Config) -> dict[str, float]:
+    """What a packed row keeps (`train` compiled, `eager`), and a batch of adapted documents (`adapt`), in bytes per token.
+
+    Cutting the graph of the whole plan takes a minute; visits of the same kind keep the same, so that each kind is
+    counted once, as a second visit. (Against the whole plan: see tests/test_check.py.)
+    """
+    plan = layer_plan(config, looping=True)
+    first = plan[0]._replace(push=True, skip=None)
+    base, train, kinds = kept_per_token(config, ()), 0.0, {}
+    one = kept_per_token(config, (first,)) - base
+    kind_of = lambda visit: (visit.wiring, visit.layer >= config.num_layers - config.xsa_last_n, visit.skip is None)
+    kinds = {kind_of(first): one}
+    for visit in plan:
+        if kind_of(visit) not in kinds:
+            pair = (first, visit._replace(push=False, skip=None if visit.skip is None else 0))
+            kinds[kind_of(visit)] = kept_per_token(config, pair) - base - one
+    adapting = kept_per_token(config, (first,), adapting=True) * len(plan)
+    return dict(
+        train=base + sum(kinds[kind_of(visit)] for visit in plan),
+        eager=kept_per_token(config, plan, compiled=False),
+        adapt=adapting,
+    )
+
+
+def memory_forecast(config: Config, ranks: int = 1) -> dict[str, dict[str, int]]:
+    """Bytes on one GPU at the peak of each stage, by what they are for."""
+    model = GPT(config, Run(), "meta")
+    sizes = {group: sum(p.numel() for p in members.values()) for group, members in model.groups().items()}
+    total, adamw, muon = sum(sizes.values()), sizes["embed"] + sizes["scalar"], sizes["matrix"]
+    kept = row_bytes_per_token(config)
+    hessians = sum(math.prod(shape) for name, shape in trained_shapes(config).items() if name.startswith("hessian"))
+    logits = 2 * config.vocab_size  # bytes per token of the logits or of their gradient
+    train = dict(
+        weights=4 * total, weights_in_bfloat16=2 * total, gradients=4 * total, average=4 * total, adamw_moments=8 * adamw,
+        muon_momentum=-(-2 * muon // ranks), copy_during_warm_up=8 * total + 8 * adamw + 4 * muon, hessians=4 * hessians,
+        row=kept["train"] * config.train_row_tokens, logits_gradient=logits * config.train_row_tokens,
+    )  # fmt: skip
+    evaluate = dict(weights=4 * total, weights_in_bfloat16=2 * total)
+    score = evaluate | dict(scoring_row=(2 * logits + 20 * config.model_dim) * config.score_row_tokens)
+    forecast = {"train": train, "score": score}
+    if config.ttt_enabled:
+        everything = dict(gradients=4 * total, optimizer=8 * total)
+        everything |= dict(row=(kept["eager"] + logits) * config.score_row_tokens)
+        forecast["learn"] = evaluate | everything
+    if config.ttt_enabled and config.ttt_kind == "lora_phased":
+        numbers = sum(n * (out + width) for n, out, width in adapter_shapes(config, model).values())
+        numbers *= config.ttt_lora_rank * config.ttt_batch_size
+        adapters = dict(adapters=4 * numbers, adapter_gradients=4 * numbers, adapter_moments=8 * numbers)
+        forecast["learn"] |= adapters
+        tokens = config.ttt_batch_size * config.ttt_eval_seq_len
+        batch = dict(adapters_in_bfloat16=2 * numbers, batch=kept["adapt"] * tokens)
+        forecast["adapt"] = evaluate | adapters | batch
+    return {stage: {what: round(size) for what, size in parts.items()} for stage, parts in forecast.items()}
 
 
 CHECKS: dict[str, Callable[[Config, Run], str]] = {

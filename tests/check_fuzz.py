@@ -8,6 +8,7 @@ A run that diverges after silly learning rates is a result; one that takes too l
 
 import collections
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -29,8 +30,9 @@ SECONDS_PER_RUN = 60  # a toy run takes one or two
 KEPT = ("run_id", "runs_dir", "stages", "data_dir", "data_path", "tokenizer_path", "compile", "checkpoint_seconds")
 # Of these a larger value only takes longer: iterations, and what is repeated or waited for.
 LONG = dict(
-    iterations=4, max_wallclock_seconds=2.0, warmup_steps=2, ttt_epochs=3, gptq_calibration_batches=8, eval_stride=None,
-    num_loops=4, num_layers=8, phased_ttt_num_phases=20, val_loss_every=None, lqer_rank=16,
+    iterations=4, max_wallclock_seconds=2.0, warmup_steps=2, ttt_epochs=3, gptq_calibration_batches=8,
+    num_loops=4, num_layers=8, phased_ttt_num_phases=20, lqer_rank=16, train_batch_tokens=1024, model_dim=64,
+    bigram_vocab_size=4096, bigram_dim=64, mlp_mult=8.0, ttt_lora_rank=64, swa_every=100,
 )  # fmt: skip
 TEXTS = dict(
     fp16_keep_name_patterns=["", "tok_emb", "blocks.{last}.attn.k", "blocks", "mlp.up,bigram", "x"],
@@ -59,7 +61,7 @@ def draw_value(dice: random.Random, name: str, for_a_run: bool) -> Any:
         return dice.choice(choices)
     low = -tg.LARGEST_NUMBER if low is None else low
     high = tg.LARGEST_NUMBER if high is None else high
-    if for_a_run and LONG.get(name):
+    if for_a_run and name in LONG:
         high = min(high, LONG[name])
     kind, span = dice.randrange(5), high - low
     if field.type is int:
@@ -73,14 +75,17 @@ def draw_value(dice: random.Random, name: str, for_a_run: bool) -> Any:
     return [low, min(low + tiny, high), wide, high if dice.random() < 0.3 else wide, field.default][kind]
 
 
-def draw_env(dice: random.Random, data: ToyData, runs: Path, for_a_run: bool = False) -> dict[str, str]:
-    """A preset at toy size with one to six settings drawn anew."""
+Env = dict[str, str]
+
+
+def draw_env(dice: random.Random, data: ToyData, runs: Path, for_a_run: bool = False) -> tuple[Env, Env]:
+    """A preset at toy size with one to six settings drawn anew, and these alone."""
     preset = dice.choice([name for name in tg.PRESETS if name != "tiny"])
     env = preset_env(preset, DATA_PATH=data.folder, TOKENIZER_PATH=data.tokenizer, RUNS_DIR=runs, CASEOPS_ENABLED=0)
     env |= dict(RUN_ID="fuzz", ITERATIONS="2")
-    for name in dice.sample([name for name in tg.FIELDS if name not in KEPT], dice.choice([1, 2, 3, 4, 6])):
-        env[name.upper()] = str(draw_value(dice, name, for_a_run))
-    return env
+    names = dice.sample([name for name in tg.FIELDS if name not in KEPT], dice.choice([1, 2, 3, 4, 6]))
+    drawn = {name.upper(): str(draw_value(dice, name, for_a_run)) for name in names}
+    return env | drawn, dict(PRESET=preset) | drawn
 
 
 def own_frames(error: BaseException) -> str:
@@ -99,9 +104,8 @@ def limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def check(env: dict[str, str]) -> tuple[str, str]:
+def check(env: Env) -> tuple[str, str]:
     """What the check says about these settings: passed, refused, or failed, which is a defect; and details."""
-    changed = {key: env[key] for key in env if key not in ("DATA_PATH", "TOKENIZER_PATH", "RUNS_DIR")}
     try:
         with limited(SECONDS_PER_RUN):
             config, _ = tg.load_config(env)
@@ -110,10 +114,10 @@ def check(env: dict[str, str]) -> tuple[str, str]:
     except tg.UserError as error:
         return "refused", str(error)
     except BaseException as error:  # noqa: BLE001 - whatever else comes out is what is looked for
-        return "failed", f"{type(error).__name__}: {str(error)[:200]} at {own_frames(error)}; {changed}"
+        return "failed", f"{type(error).__name__}: {str(error)[:200]} at {own_frames(error)}"
 
 
-def run(env: dict[str, str]) -> tuple[str, str]:
+def run(env: Env) -> tuple[str, str]:
     """All stages with settings that the check lets pass: ended, diverged, stopped; failed is a defect."""
     config, _ = tg.load_config(env)
     begun = []
@@ -132,10 +136,10 @@ def run(env: dict[str, str]) -> tuple[str, str]:
     except tg.TrainingDiverged as error:
         return "diverged", str(error)
     except TooLong:
-        return "stopped", str(env)
+        return "stopped", ""
     except BaseException as error:  # noqa: BLE001
         text = f"{type(error).__name__}: {str(error)[:300]} at {own_frames(error)}"
-        return "failed", f"{'late' if begun else 'early'}: {text}; {env}"
+        return "failed", f"{'late' if begun else 'early'}: {text}"
     finally:
         tg.Trainer.loop = loop
 
@@ -146,23 +150,24 @@ def campaign(root: Path, settings: int, runs: int, seed: int, data: ToyData | No
     defects, counts = [], {"check": collections.Counter(), "run": collections.Counter()}
     dice, begin = random.Random(f"{seed} settings"), time.monotonic()
     for _ in range(settings):
-        outcome, text = check(draw_env(dice, data, root / "runs"))
+        env, drawn = draw_env(dice, data, root / "runs")
+        outcome, text = check(env)
         counts["check"][outcome] += 1
         if outcome == "failed":
-            defects.append(text)
+            defects.append(f"check: {text}; {drawn}")
     assert not (root / "runs").exists(), "the check has written something"
     dice = random.Random(f"{seed} runs")
     while counts["run"].total() < runs:
-        env = draw_env(dice, data, root / f"runs{counts['run'].total()}", for_a_run=True)
+        env, drawn = draw_env(dice, data, root / f"runs{counts['run'].total()}", for_a_run=True)
         if check(env)[0] == "refused":
             counts["check"]["refused before a run"] += 1
             continue
         outcome, text = run(env)
         counts["run"][outcome] += 1
         if outcome in ("failed", "stopped"):
-            print(outcome, text, flush=True)
+            print(outcome, text, drawn, flush=True)
         if outcome == "failed":
-            defects.append(text)
+            defects.append(f"run: {text}; {drawn}")
     return dict(counts=counts, defects=defects, seconds=time.monotonic() - begin)
 
 
@@ -171,6 +176,7 @@ def main() -> int:
     settings, runs, seed = given + [2000, 150, 1][len(given) :]
     torch.set_num_threads(1)
     np.seterr(all="ignore")
+    tg.packed_script = functools.cache(tg.packed_script)  # a second each time
     with tempfile.TemporaryDirectory() as folder:
         report = campaign(Path(folder), settings, runs, seed)
     for kind, count in report["counts"].items():
