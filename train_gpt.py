@@ -126,7 +126,7 @@ class Config:
     varlen_attn: bool = setting(True)  # attention ends at documents; 0: windows of the plain stream, in scoring too
     caseops_enabled: bool = setting(False)  # the CaseOps export of the data and its tokenizer (#1729)
     marker_pair_mode: bool = setting(False)  # CaseOps data in which a space and the case marker behind it are one id
-    val_batch_tokens: int = setting(524_288, 1, 2**27)  # targets per scoring step over 8 ranks; one row holds an eighth
+    val_batch_tokens: int = setting(524_288, 1, 2**27)  # size of scoring: a row holds an eighth, adaptation a quarter
     eval_seq_len: int = setting(2048, 2, 2**20)  # longest context in scoring
 
     # schedule (progress runs from 0 to 1 over the time budget, or over iterations where there is none)
@@ -277,6 +277,11 @@ class Config:
     @property
     def score_row_tokens(self) -> int:
         return max(self.val_batch_tokens // 8, self.eval_seq_len)
+
+    @property
+    def adapt_tokens(self) -> int:
+        """Most tokens in a pass of test-time training with adapters; larger batches are passed in parts."""
+        return max(self.val_batch_tokens // 4, self.ttt_eval_seq_len)
 
     @property
     def dataset_dir(self) -> Path:
@@ -2889,10 +2894,12 @@ class Trainer:
         start, noise = time.monotonic(), NoiseStream(self.config.vocab_size)
         before = [{name: torch.as_tensor(a).clone() for name, a in arrays.items()} for arrays in self.state()]
         plans = (False, True) if self.config.num_loops else (False,)
-        for step in range(self.config.warmup_steps * len(plans)):
-            row = training_row(noise, step, self.config, self.run)
-            self.update([row], plans[step // self.config.warmup_steps], 1.0, 0.9)
-        self.set_state(*before)
+        try:
+            for step in range(self.config.warmup_steps * len(plans)):
+                row = training_row(noise, step, self.config, self.run)
+                self.update([row], plans[step // self.config.warmup_steps], 1.0, 0.9)
+        finally:
+            self.set_state(*before)
         self.log("warm_up", steps=self.config.warmup_steps * len(plans), seconds=time.monotonic() - start)
 
     def state(self) -> tuple[dict, dict, dict]:
@@ -3019,13 +3026,13 @@ def train(config: Config, run: Run, log: Log, program: Program) -> dict[str, Any
     """The train stage: writes trained.bin (averaged weights and the statistics that GPTQ wants) and returns its part of
     the result."""
     trainer = Trainer(config, run, log, program)
+    config = program.config = warm_up_fitting(trainer)
     log(
         "data",
         train_tokens=len(trainer.stream),
         val_tokens=len(trainer.validation.tokens),
         row_tokens=config.train_row_tokens,
     )
-    trainer.warm_up()
     trainer.restore_checkpoint()
     run.synchronize()
     with program.clock():
@@ -4342,14 +4349,17 @@ class Adapters:
             for buffer in state.values():
                 buffer.zero_()
 
-    def lora(self) -> Lora:
-        return Lora(self.scale, self.factors)
+    def lora(self, part: slice) -> Lora:
+        """The adapters of some documents of the batch."""
+        if len(range(self.size)[part]) == self.size:
+            return Lora(self.scale, self.factors)
+        parts = {name: (a[:, part].contiguous(), b[:, part].contiguous()) for name, (a, b) in self.factors.items()}
+        return Lora(self.scale, parts)
 
-    def update(self, loss: Tensor) -> None:
-        """One step on the loss of a chunk that has been tallied."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+    def step(self) -> None:
+        """One step on the gradients of a chunk that has been tallied."""
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def chunk_of(count: int, config: Config) -> int:
@@ -4599,19 +4609,25 @@ def score_and_adapt(
         if hints is not None:
             hinted, sources = hints[targets].long().unbind(-1)
             wanted = torch.stack([wanted, hinted], -1)  # (B, chunk, 2)
-        nll = forward(tokens, wanted.clamp(min=0).to(run.device), plan, None, adapters.lora())
-        scored = nll.detach().cpu()
-        if hints is not None:
-            raw, nll = scored, nll[..., 0]
-            scored = tilt(raw, wanted, boosts.boost(raw[..., 1], sources))
-        tally.add(scored[real], targets[real])
+        ids, teaches, nats, size = wanted.clamp(min=0).to(run.device), learns.to(run.device), [], len(batch)
+        count = max(config.adapt_tokens // len(columns), 1)  # documents in a pass: memory, not results, depends on it
+        for part in (slice(start, min(start + count, size)) for start in range(0, size, count)):
+            nll = forward(tokens[part], ids[part], plan, None, adapters.lora(part))
+            scored = nll.detach().cpu()
+            nats.append(scored)
+            if hints is not None:
+                nll, scored = nll[..., 0], tilt(scored, wanted[part], boosts.boost(scored[..., 1], sources[part]))
+            tally.add(scored[real[part]], targets[part][real[part]])
+            if learns[part].any():
+                tally.learn_from(targets[part][learns[part]], tally.times)
+                (nll.mean(1) * teaches[part]).sum().backward()
         known = real & boosts.learnt(sources) if hints is not None else torch.zeros_like(real)
         if known.any():
             tally.learn_from(targets[known], tally.times)
-            boosts.update(raw[..., 1][known], sources[known], (wanted[..., 0] == hinted)[known])
+            raw, hit = torch.cat(nats)[..., 1], wanted[..., 0] == hinted
+            boosts.update(raw[known], sources[known], hit[known])
         if learns.any():
-            tally.learn_from(targets[learns], tally.times)
-            adapters.update((nll.mean(1) * learns.to(run.device)).sum())
+            adapters.step()
 
 
 def update_weights(
@@ -4839,7 +4855,7 @@ def check_attention(config: Config, run: Run) -> str:
     random, lengths, d = torch.Generator().manual_seed(0), [40, 24], config.head_dim
     shapes = [(1, sum(lengths), heads, d) for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
     qkv = [torch.randn(shape, generator=random).to(run.device, run.dtype).requires_grad_() for shape in shapes]
-    docs = pack_segments(np.array(lengths), max(lengths), run.device)
+    docs = pack_segments(np.array(lengths), max(lengths), run)
     key = f"ATTN_BACKEND={name}: with {d} channels per head (MODEL_DIM / NUM_HEADS)"
     try:
         pieces = zip(*(x.split(lengths, 1) for x in qkv))
@@ -4940,7 +4956,7 @@ def kept_per_token(config: Config, plan: tuple[Visit, ...], compiled: bool = Tru
         }
 
         def loss(weights: dict, pairs: dict, inputs: Tensor, targets: Tensor) -> Tensor:
-            lora = Lora(1.0, {name: list(zip(a.to(model.dtype).unbind(0), b.to(model.dtype).unbind(0))) for name, (a, b) in pairs.items()}) if adapting else None
+            lora = Lora(1.0, pairs) if adapting else None
             return torch.func.functional_call(model, weights, (inputs, targets, plan), dict(lora=lora)).sum()
 
         if compiled:
@@ -4975,12 +4991,15 @@ def row_bytes_per_token(config: Config) -> dict[str, float]:
     )
 
 
-def memory_forecast(config: Config, ranks: int = 1) -> dict[str, dict[str, int]]:
-    """Bytes on one GPU at the peak of each stage, by what they are for."""
+def memory_forecast(config: Config, ranks: int = 1, kept: Mapping | None = None) -> dict[str, dict[str, int]]:
+    """Bytes on one GPU at the peak of each part of a run, by what they are for.
+
+    Training; scoring; adapting; and learning with all weights from what has been scored, which is not compiled.
+    """
+    kept = kept or row_bytes_per_token(dataclasses.replace(config, row_tokens=1, val_batch_tokens=1))
     model = GPT(config, Run(), "meta")
     sizes = {group: sum(p.numel() for p in members.values()) for group, members in model.groups().items()}
     total, adamw, muon = sum(sizes.values()), sizes["embed"] + sizes["scalar"], sizes["matrix"]
-    kept = row_bytes_per_token(config)
     hessians = sum(math.prod(shape) for name, shape in trained_shapes(config).items() if name.startswith("hessian"))
     logits = 2 * config.vocab_size  # bytes per token of the logits or of their gradient
     train = dict(
@@ -5000,10 +5019,91 @@ def memory_forecast(config: Config, ranks: int = 1) -> dict[str, dict[str, int]]
         numbers *= config.ttt_lora_rank * config.ttt_batch_size
         adapters = dict(adapters=4 * numbers, adapter_gradients=4 * numbers, adapter_moments=8 * numbers)
         forecast["learn"] |= adapters
-        tokens = config.ttt_batch_size * config.ttt_eval_seq_len
+        tokens = min(config.ttt_batch_size * config.ttt_eval_seq_len, config.adapt_tokens)
         batch = dict(adapters_in_bfloat16=2 * numbers, batch=kept["adapt"] * tokens)
         forecast["adapt"] = evaluate | adapters | batch
     return {stage: {what: round(size) for what, size in parts.items()} for stage, parts in forecast.items()}
+
+
+def row_choices(config: Config) -> list[int]:
+    """Lengths of a row that may stand for ROW_TOKENS, the longest first."""
+    longest, unit = config.train_row_tokens, config.train_seq_len if config.loader == "coprime" else 1
+    counts = range(config.rows_per_step, min(config.train_batch_tokens // config.train_seq_len, 2**16) + 1)
+    rows = (config.train_batch_tokens // count for count in counts if config.train_batch_tokens % count == 0)
+    return [row for row in rows if row <= longest and row % unit == 0]
+
+
+def fit_rows(config: Config, memory: float, ranks: int = 1) -> Config:
+    """`config` with ROW_TOKENS, unless it is set, and VAL_BATCH_TOKENS so low that the forecast is below `memory` bytes.
+
+    Where nothing is low enough, the lowest. No score depends on VAL_BATCH_TOKENS; rows of training cut documents.
+    """
+
+    def fits(config: Config, *parts: str) -> bool:
+        forecast = memory_forecast(config, ranks)
+        return all(sum(forecast[part].values()) <= memory for part in parts if part in forecast)
+
+    if "train" in config.stage_list and not config.row_tokens:
+        choices = [dataclasses.replace(config, row_tokens=row) for row in row_choices(config)]
+        if not fits(config, "train"):
+            config = next((choice for choice in choices if fits(choice, "train")), choices[-1])
+    smallest = min(8 * config.eval_seq_len, 4 * config.ttt_eval_seq_len)
+    while config.val_batch_tokens > smallest and not fits(config, "score", "learn", "adapt"):
+        config = dataclasses.replace(config, val_batch_tokens=max(config.val_batch_tokens // 2, smallest))
+    return config
+
+
+def fit_device(config: Config, run: Run, log: Log) -> Config:
+    """fit_rows for the memory of the GPU; a CPU takes the rows as they are."""
+    if run.device.type != "cuda":
+        return config
+    memory = USABLE_MEMORY * run.share(torch.cuda.get_device_properties(run.device).total_memory)
+    fitting = fit_rows(config, memory, run.world_size)
+    forecast = {part: sum(sizes.values()) / 2**30 for part, sizes in memory_forecast(fitting, run.world_size).items()}
+    rows = dict(row_tokens=fitting.train_row_tokens, val_batch_tokens=fitting.val_batch_tokens)
+    log("memory", usable_gib=memory / 2**30, **rows, **{f"{part}_gib": size for part, size in forecast.items()})
+    if fitting != config:
+        log("warning", reason="rows_are_shorter_because_of_the_memory", **rows)
+    return fitting
+
+
+def check_memory(config: Config, run: Run) -> str:
+    """The forecast against the memory of the GPU; on a CPU, its part that does not depend on rows against all memory."""
+    if run.device.type == "cuda":
+        usable, kept = USABLE_MEMORY * torch.cuda.get_device_properties(run.device).total_memory, None
+    else:
+        usable = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        kept = dict(train=0, eager=0, adapt=0)
+    forecast = {part: sum(sizes.values()) for part, sizes in memory_forecast(config, run.world_size, kept).items()}
+    fixes = dict(train="ROW_TOKENS", score="VAL_BATCH_TOKENS", learn="TTT_BATCH_SIZE", adapt="TTT_BATCH_SIZE")
+    if "evaluate" not in config.stage_list:
+        forecast = {"train": forecast["train"]} if "train" in config.stage_list else {}
+    for part, size in forecast.items():
+        key = f"{fixes[part]}={getattr(config, fixes[part].lower())}"
+        text = f"{key}: {part} needs {size / 2**30:.1f} GiB of {usable / 2**30:.1f}; lower it, MODEL_DIM or NUM_LAYERS"
+        need(size <= usable, text)
+    return ", ".join(f"{part} {size / 2**30:.1f} GiB" for part, size in forecast.items())
+
+
+def warm_up_fitting(trainer: Trainer) -> Config:
+    """Trainer.warm_up; where memory runs out all the same, again with rows of half the length or the next that is
+    possible. Returns the configuration that the trainer goes on with.
+
+    Not with several ranks: those that have memory left would wait for the others in an exchange.
+    """
+    while True:
+        config, run = trainer.config, trainer.run
+        try:
+            trainer.warm_up()
+            return config
+        except torch.OutOfMemoryError:
+            shorter = [row for row in row_choices(config) if 2 * row <= config.train_row_tokens]
+            if run.world_size > 1 or not shorter:
+                raise
+        trainer.config = dataclasses.replace(config, row_tokens=shorter[0])
+        trainer.model.zero_grad(set_to_none=True)
+        trainer.log("warning", reason="out_of_memory_in_the_warm_up", row_tokens=shorter[0])
+        torch.cuda.empty_cache()
 
 
 CHECKS: dict[str, Callable[[Config, Run], str]] = {
@@ -5013,6 +5113,7 @@ CHECKS: dict[str, Callable[[Config, Run], str]] = {
     "earlier": check_earlier,
     "attention": check_attention,
     "kernels": check_kernels,
+    "memory": check_memory,
     "quantizer": check_quantizer,
     "artifact": check_artifact,
     "disk": check_disk,
@@ -5267,6 +5368,19 @@ def describe(config: Config) -> dict[str, Any]:
     }
 
 
+def describe_memory(config: Config) -> dict[str, Any]:
+    """The forecast for one GPU, and what rows would be on GPUs of common sizes."""
+    config, rows = dataclasses.replace(config, stages=",".join(STAGES)), {}
+    for size in (24, 40, 80):
+        fitting = fit_rows(config, USABLE_MEMORY * size * 2**30)
+        peak = max(sum(parts.values()) for parts in memory_forecast(fitting).values())
+        rows[f"{size} GiB"] = dict(
+            row_tokens=fitting.train_row_tokens, val_batch_tokens=fitting.val_batch_tokens, peak_bytes=peak,
+            fits=peak <= USABLE_MEMORY * size * 2**30,
+        )  # fmt: skip
+    return {"bytes": memory_forecast(config), "gpus": rows}
+
+
 def skip_pairs(plan: tuple[Visit, ...]) -> list[list[int]]:
     """[connection, into layer, from layer] of every skip connection of a plan."""
     kept = [visit.layer for visit in plan if visit.push]
@@ -5359,6 +5473,7 @@ def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> 
     log_header(config, dict(origins or {}), run, log)
     path, order, result = run_dir(config) / "result.json", list(STAGES), {}
     parts = earlier_parts(path, config, run)
+    config = fit_device(config, run, log)
     check(config, run, log)
     program, before = Program(config, run), COMPILES.graphs()
     warm_up_evaluation(program, config, run, log)
@@ -5367,7 +5482,7 @@ def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> 
             parts.pop(outdated, None)
         start = time.monotonic()
         program.in_clock = 0
-        parts[stage] = STAGES[stage](config, run, log, program)
+        parts[stage] = STAGES[stage](program.config, run, log, program)
         parts[stage]["stage_seconds"] = {stage: time.monotonic() - start}
         parts[stage]["stage_graphs"] = {stage: compile_report(stage, program, COMPILES.graphs().since(before), run, log)}
         before = COMPILES.graphs()
@@ -5462,11 +5577,12 @@ def command_line() -> int:
     try:
         config, origins = load_config(os.environ)
         if config.stage_list == ["describe"]:
-            print(json.dumps(describe(config), indent=1))
+            print(json.dumps(describe(config) | {"memory": describe_memory(config)}, indent=1))
             return 0
         run = start_run(os.environ)
         if config.stage_list == ["check"]:
-            check(config, run, Log(Path(os.devnull) if run.is_main else None))
+            log = Log(Path(os.devnull) if run.is_main else None)
+            check(fit_device(config, run, log), run, log)
             return 0
         return 0 if main(config, run, origins)["valid"] else 1
     except UserError as error:
