@@ -4791,12 +4791,8 @@ ADAPTERS = {"lora_phased": adapt, "chunk_sgd": adapt_chunks, "pre_eval_illegal":
 
 
 def check(config: Config, run: Run, log: Log) -> None:
-    """Tries whatever the stages of a run need, a line for each item; STAGES=check stands for all stages.
-
-    Raises the first UserError when all items have been tried. Collective.
-    """
-    if config.stage_list == ["check"]:
-        config = dataclasses.replace(config, stages=",".join(STAGES))
+    """Tries whatever the stages of a run need, a line for each item. Raises the first UserError when all items have been
+    tried. Collective."""
     failed = None
     for item, attempt in CHECKS.items():
         try:
@@ -4807,6 +4803,11 @@ def check(config: Config, run: Run, log: Log) -> None:
             log("check", item=item, ok=ok, detail=" ".join(detail.split()).replace(" ", "_"))
     if failed:
         raise failed
+
+
+def all_stages(config: Config) -> Config:
+    """What STAGES=check and STAGES=describe are about."""
+    return dataclasses.replace(config, stages=",".join(STAGES))
 
 
 def check_packages(config: Config, run: Run) -> str:
@@ -4975,7 +4976,7 @@ def row_bytes_per_token(config: Config) -> dict[str, float]:
     """
     plan = layer_plan(config, looping=True)
     first = plan[0]._replace(push=True, skip=None)
-    base, train, kinds = kept_per_token(config, ()), 0.0, {}
+    base = kept_per_token(config, ())
     one = kept_per_token(config, (first,)) - base
     kind_of = lambda visit: (visit.wiring, visit.layer >= config.num_layers - config.xsa_last_n, visit.skip is None)
     kinds = {kind_of(first): one}
@@ -5055,7 +5056,7 @@ def fit_rows(config: Config, memory: float, ranks: int = 1) -> Config:
 
 def fit_device(config: Config, run: Run, log: Log) -> Config:
     """fit_rows for the memory of the GPU; a CPU takes the rows as they are."""
-    if run.device.type != "cuda":
+    if run.device.type != "cuda" or config.stage_list == ["quantize"]:
         return config
     memory = USABLE_MEMORY * run.share(torch.cuda.get_device_properties(run.device).total_memory)
     fitting = fit_rows(config, memory, run.world_size)
@@ -5370,7 +5371,7 @@ def describe(config: Config) -> dict[str, Any]:
 
 def describe_memory(config: Config) -> dict[str, Any]:
     """The forecast for one GPU, and what rows would be on GPUs of common sizes."""
-    config, rows = dataclasses.replace(config, stages=",".join(STAGES)), {}
+    config, rows = all_stages(config), {}
     for size in (24, 40, 80):
         fitting = fit_rows(config, USABLE_MEMORY * size * 2**30)
         peak = max(sum(parts.values()) for parts in memory_forecast(fitting).values())
@@ -5582,7 +5583,7 @@ def command_line() -> int:
         run = start_run(os.environ)
         if config.stage_list == ["check"]:
             log = Log(Path(os.devnull) if run.is_main else None)
-            check(fit_device(config, run, log), run, log)
+            check(fit_device(all_stages(config), run, log), run, log)
             return 0
         return 0 if main(config, run, origins)["valid"] else 1
     except UserError as error:
