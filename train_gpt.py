@@ -7,7 +7,8 @@ The task (OpenAI's Parameter Golf): the best language model whose code and compr
     ./run.sh                                                        everything, on whatever this machine has
     SEED=42 torchrun --standalone --nproc_per_node=8 train_gpt.py   the full-size system on eight GPUs
     STAGES=evaluate RUN_ID=my-run python train_gpt.py               score an artifact that exists already
-    STAGES=describe python train_gpt.py                             sizes, FLOPs and artifact forecast; needs no data
+    STAGES=describe python train_gpt.py                             sizes, FLOPs, forecasts; needs no data
+    STAGES=check python train_gpt.py                                tries what all stages will need; writes nothing
 
 Every setting is an environment variable (section CONFIG); precedence is default < PRESET < environment.
 
@@ -24,6 +25,7 @@ The file is read once, from top to bottom, in the order in which the data moves:
     COMPRESS  weights + Hessians -> int6 codes -> artifact file -> weights again
     SCORE     artifact -> nats, tokens, bytes: every target exactly once
     ADAPT     the same, learning from what is already scored (test-time training)
+    CHECK     what would fail late is tried first: files, packages, device, memory, disk
     MAIN      stages, report, exit status
 
 Dimensions: B rows, T time, D model_dim, H query heads, K key/value heads, d head_dim, F mlp width, V vocabulary,
@@ -105,7 +107,7 @@ class Config:
     preset: str = "default"  # which row of PRESETS the values come from
     run_id: str = setting("")  # folder under runs_dir; empty: made from the time and the seed
     runs_dir: str = setting("runs")  # everything that a run writes goes to runs_dir/run_id
-    stages: str = setting("train,quantize,evaluate")  # comma list, in this order; or "describe"
+    stages: str = setting("train,quantize,evaluate")  # comma list, in this order; or describe, or check
     seed: int = setting(1337, 0, 2**32 - 1)  # initial weights and adapters; the data order never depends on it
     compile: str = setting("auto", choices=("auto", "0", "1"))  # torch.compile; auto: on a GPU only
     attn_backend: str = setting("auto", choices=("auto", "fa3", "varlen", "sdpa"))  # auto: the first that can run
@@ -124,7 +126,7 @@ class Config:
     varlen_attn: bool = setting(True)  # attention ends at documents; 0: windows of the plain stream, in scoring too
     caseops_enabled: bool = setting(False)  # the CaseOps export of the data and its tokenizer (#1729)
     marker_pair_mode: bool = setting(False)  # CaseOps data in which a space and the case marker behind it are one id
-    val_batch_tokens: int = setting(524_288, 1, 2**27)  # targets per scoring step over 8 ranks; one row holds an eighth
+    val_batch_tokens: int = setting(524_288, 1, 2**27)  # size of scoring: a row holds an eighth, adaptation a quarter
     eval_seq_len: int = setting(2048, 2, 2**20)  # longest context in scoring
 
     # schedule (progress runs from 0 to 1 over the time budget, or over iterations where there is none)
@@ -202,7 +204,7 @@ class Config:
     # quantisation
     quant_scheme: str = setting("gptq", choices=("gptq", "gptq_lite", "intn_row", "int8_clip"))  # see QUANTIZERS
     matrix_bits: int = setting(6, 2, 8)
-    mlp_bits: int = setting(0, 0, 8)  # of the MLP matrices; 0: matrix_bits
+    mlp_bits: int = setting(0, 0, 8)  # of the MLP matrices, 2 to 8; 0: matrix_bits
     quant_scale_floor: float = setting(0.0, 0, 1)  # smallest step of MATRIX_BITS codes; it saves bytes
     embed_bits: int = setting(7, 2, 8)
     attn_clip_sigmas: float = setting(13.0, 1)  # row scale = clip * std(row) / (2^(bits-1) - 1)
@@ -275,6 +277,11 @@ class Config:
     @property
     def score_row_tokens(self) -> int:
         return max(self.val_batch_tokens // 8, self.eval_seq_len)
+
+    @property
+    def adapt_tokens(self) -> int:
+        """Most tokens in a pass of test-time training with adapters; larger batches are passed in parts."""
+        return max(self.val_batch_tokens // 4, self.ttt_eval_seq_len)
 
     @property
     def dataset_dir(self) -> Path:
@@ -694,14 +701,16 @@ def validate_stages(c: Config) -> None:
     )
     stages = ["train", "quantize", "evaluate"]
     picked = c.stage_list
+    alone = picked in (["describe"], ["check"])
     need(
-        picked == ["describe"] or (picked and picked == [stage for stage in stages if stage in picked]),
-        f"STAGES={c.stages}: give a comma list of {', '.join(stages)} in this order, or describe",
+        alone or (picked and picked == [stage for stage in stages if stage in picked]),
+        f"STAGES={c.stages}: give a comma list of {', '.join(stages)} in this order, or describe, or check",
     )
     need(
-        picked == ["describe"] or "train" in picked or c.run_id,
+        alone or "train" in picked or c.run_id,
         f"STAGES={c.stages}: without train it needs RUN_ID, the run whose files it continues from",
     )
+    need(c.mlp_bits != 1, "MLP_BITS=1: one bit has no levels; give 2 to 8, or 0 for MATRIX_BITS")
     plain = c.run_id not in (".", "..") and Path(c.run_id).name == c.run_id
     need(plain, f"RUN_ID={c.run_id}: must be a plain folder name")
 
@@ -2450,13 +2459,19 @@ def disagreement(fused: Kernels, device: torch.device, dtype: torch.dtype = torc
     return worst
 
 
+def fused_for(wanted: str) -> Kernels:
+    """The fused functions of KERNELS=triton; auto leaves the two element-wise ones out: torch.compile fuses these by
+    itself, and into their neighbours too. Raises ImportError without Triton."""
+    plain = dict(mix_norm=PLAIN.mix_norm, exclusive_gate=PLAIN.exclusive_gate)
+    return fused_kernels()._replace(**plain) if wanted == "auto" else fused_kernels()
+
+
 @functools.cache
 def choose_kernels(wanted: str, device: torch.device) -> tuple[str, Kernels]:
     """What to log and which functions to use; `wanted` is auto, plain or triton.
 
-    The fused ones are taken on a GPU where a small launch of each agrees with the plain one. auto leaves the two
-    element-wise ones out: torch.compile fuses these by itself, and into their neighbours too. Raises UserError when
-    the fused ones are demanded and cannot be had.
+    The fused ones are taken on a GPU where a small launch of each agrees with the plain one. Raises UserError when they
+    are demanded and cannot be had.
     """
     reason = "there is no CUDA device" if device.type != "cuda" else ""
     if wanted == "plain":
@@ -2470,10 +2485,7 @@ def choose_kernels(wanted: str, device: torch.device) -> tuple[str, Kernels]:
         raise UserError(f"KERNELS=triton: the fused kernels cannot be used: {reason}; set KERNELS=auto")
     if reason:
         return f"plain ({reason})", PLAIN
-    fused = fused_kernels()
-    if wanted == "auto":
-        fused = fused._replace(mix_norm=PLAIN.mix_norm, exclusive_gate=PLAIN.exclusive_gate)
-    return "triton", fused
+    return "triton", fused_for(wanted)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2928,10 +2940,12 @@ class Trainer:
         start, noise = time.monotonic(), NoiseStream(self.config.vocab_size)
         before = [{name: torch.as_tensor(a).clone() for name, a in arrays.items()} for arrays in self.state()]
         plans = (False, True) if self.config.num_loops else (False,)
-        for step in range(self.config.warmup_steps * len(plans)):
-            row = training_row(noise, step, self.config, self.run)
-            self.update([row], plans[step // self.config.warmup_steps], 1.0, 0.9)
-        self.set_state(*before)
+        try:
+            for step in range(self.config.warmup_steps * len(plans)):
+                row = training_row(noise, step, self.config, self.run)
+                self.update([row], plans[step // self.config.warmup_steps], 1.0, 0.9)
+        finally:
+            self.set_state(*before)
         self.log("warm_up", steps=self.config.warmup_steps * len(plans), seconds=time.monotonic() - start)
 
     def state(self) -> tuple[dict, dict, dict]:
@@ -3058,13 +3072,13 @@ def train(config: Config, run: Run, log: Log, program: Program) -> dict[str, Any
     """The train stage: writes trained.bin (averaged weights and the statistics that GPTQ wants) and returns its part of
     the result."""
     trainer = Trainer(config, run, log, program)
+    config = program.config = warm_up_fitting(trainer)
     log(
         "data",
         train_tokens=len(trainer.stream),
         val_tokens=len(trainer.validation.tokens),
         row_tokens=config.train_row_tokens,
     )
-    trainer.warm_up()
     trainer.restore_checkpoint()
     run.synchronize()
     with program.clock():
@@ -3998,12 +4012,18 @@ CODECS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes, int], bytes]]
 }
 
 
+def chosen_codec(config: Config) -> str:
+    """The codec of an artifact written here: COMPRESSOR=pergroup means lrzip where it is installed, else brotli."""
+    pergroup = "lrzip" if shutil.which("lrzip") else "brotli"
+    return pergroup if config.compressor == "pergroup" else config.compressor
+
+
 def save_artifact(path: Path, stored: Mapping[str, np.ndarray], config: Config) -> int:
     """Compresses the streams side by side and writes the artifact. Returns its size in bytes."""
     corrected = sorted(name.removesuffix(".lqer_a") for name in stored if name.endswith(".lqer_a"))
     table = artifact_table(config, corrected)
     streams = stream_bytes(sort_rows(stored, table), table)
-    codec = config.compressor if config.compressor != "pergroup" else "lrzip" if shutil.which("lrzip") else "brotli"
+    codec = chosen_codec(config)
 
     def pack(stream: str) -> bytes:
         if codec == "rans" and stream not in TWO_BYTES:
@@ -4017,16 +4037,22 @@ def save_artifact(path: Path, stored: Mapping[str, np.ndarray], config: Config) 
     return write_container(path, meta, [packed[stream] for stream in streams])
 
 
+def open_artifact(path: Path, config: Config) -> tuple[dict, list[memoryview]]:
+    """The header and the packed streams of an artifact. Raises UserError unless it is of the model of `config`."""
+    limit = sum(math.prod(e.shape) * np.dtype(e.dtype).itemsize for e in artifact_table(config))
+    meta, packed = read_container(path, HEADER_LIMIT + 2 * limit)
+    if odd := differing(artifact_settings(config), meta.get("model")):
+        raise UserError(f"{path}: made with {odd}; set the same values")
+    return meta, packed
+
+
 def load_artifact(path: Path, config: Config) -> dict[str, np.ndarray]:
     """The float32 parameters of an artifact file by name.
 
     Raises UserError when it is damaged, or of another model than `config` says. Decompression is bounded by the
     sizes that follow from the configuration.
     """
-    limit = sum(math.prod(e.shape) * np.dtype(e.dtype).itemsize for e in artifact_table(config))
-    meta, packed = read_container(path, HEADER_LIMIT + 2 * limit)
-    if odd := differing(artifact_settings(config), meta.get("model")):
-        raise UserError(f"{path}: made with {odd}; set the same values")
+    meta, packed = open_artifact(path, config)
     try:
         table, codec = artifact_table(config, corrected_names(meta.get("corrected"), config)), meta.get("codec")
         sizes: dict[str, int] = {}
@@ -4328,22 +4354,27 @@ def score(forward: Callable, validation: Validation, config: Config, run: Run, l
 # ------------------------------------------------------------------------------------------------------------
 
 
+def adapter_shapes(config: Config, model: GPT) -> dict[str, tuple[int, int, int]]:
+    """(visits, out, in) of the adapters of each kind of weight."""
+    slots = len(layer_plan(config, looping=True))
+    shapes = {name: (slots, *getattr(model, m.bank).shape[1:]) for name, m in MATRICES.items() if name != "mlp.up"}
+    shapes["mlp.down"] = (slots, config.model_dim, config.model_dim)  # reads the MLP's input: a path around the MLP
+    if not config.ttt_k_lora:
+        del shapes["attn.k"]
+    shapes["head"] = (1, config.vocab_size, config.model_dim)
+    shapes["attn.o"] = (slots, config.model_dim, config.model_dim)  # reads the block's input, not the attention result
+    return shapes
+
+
 class Adapters:
     """LoRA factors for a batch of documents, and their optimizer."""
 
     def __init__(self, config: Config, model: GPT, batch: int, seed: int):
         c, device = config, model.tok_emb.weight.device
         self.size = batch
-        slots, rank = len(layer_plan(c, looping=True)), c.ttt_lora_rank
-        shapes = {name: (slots, *getattr(model, m.bank).shape[1:]) for name, m in MATRICES.items() if name != "mlp.up"}
-        shapes["mlp.down"] = (slots, c.model_dim, c.model_dim)  # reads the MLP's input: a path around the whole MLP
-        if not c.ttt_k_lora:
-            del shapes["attn.k"]
-        shapes["head"] = (1, c.vocab_size, c.model_dim)
-        shapes["attn.o"] = (slots, c.model_dim, c.model_dim)  # reads the block's input, not the attention result
-        random = torch.Generator(device).manual_seed(seed)
+        rank, random = c.ttt_lora_rank, torch.Generator(device).manual_seed(seed)
         self.scale, self.factors = c.ttt_lora_alpha / rank, {}
-        for name, (n, out, width) in shapes.items():
+        for name, (n, out, width) in adapter_shapes(c, model).items():
             a = torch.empty(n, batch, rank, width, device=device).uniform_(-1, 1, generator=random) / math.sqrt(width)
             self.factors[name] = (
                 a.requires_grad_(),
@@ -4364,14 +4395,17 @@ class Adapters:
             for buffer in state.values():
                 buffer.zero_()
 
-    def lora(self) -> Lora:
-        return Lora(self.scale, self.factors)
+    def lora(self, part: slice) -> Lora:
+        """The adapters of some documents of the batch."""
+        if len(range(self.size)[part]) == self.size:
+            return Lora(self.scale, self.factors)
+        parts = {name: (a[:, part].contiguous(), b[:, part].contiguous()) for name, (a, b) in self.factors.items()}
+        return Lora(self.scale, parts)
 
-    def update(self, loss: Tensor) -> None:
-        """One step on the loss of a chunk that has been tallied."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+    def step(self) -> None:
+        """One step on the gradients of a chunk that has been tallied."""
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 def chunk_of(count: int, config: Config) -> int:
@@ -4497,19 +4531,24 @@ def hint_sources(config: Config) -> list[tuple[bool, int]]:
     return [(True, order) for order in config.document_orders] + [(False, config.token_order)]
 
 
+def document_ids(tokens: np.ndarray, config: Config) -> np.ndarray:
+    """The ids (n,) made different in different documents. Raises UserError where they are too many to be told apart."""
+    documents = np.cumsum(tokens == BOS_ID)
+    most = config.vocab_size * (int(documents[-1]) + 1)
+    key = f"TOKEN_DOCUMENT_ORDERS={config.token_document_orders}"
+    need(not config.document_orders or most < 2**31, f"{key}: {most} pairs of document and token, 2^31 fit; unset it")
+    return tokens + config.vocab_size * documents
+
+
 def stream_hints(validation: Validation, config: Config, run: Run, log: Log) -> Tensor | None:
     """For each stream position the hinted id or -1, and its source as a number of hint_sources: (N, 2) int32.
 
-    Made on the main rank; None where NGRAM_TILT_ENABLED=0. Raises UserError for more documents than ids can tell apart.
+    Made on the main rank; None where NGRAM_TILT_ENABLED=0.
     """
     if not config.ngram_tilt_enabled:
         return None
     start, V, tokens = time.monotonic(), config.vocab_size, validation.tokens.numpy()
-    documents = np.cumsum(tokens == BOS_ID)
-    most = V * (int(documents[-1]) + 1)
-    key = f"TOKEN_DOCUMENT_ORDERS={config.token_document_orders}"
-    need(not config.document_orders or most < 2**31, f"{key}: {most} pairs of document and token, 2^31 fit; unset it")
-    streams = {False: tokens, True: tokens + V * documents}  # ids of different documents never match
+    streams = {False: tokens, True: document_ids(tokens, config)}
 
     def make() -> list[tuple[np.ndarray, np.ndarray]]:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -4616,19 +4655,26 @@ def score_and_adapt(
         if hints is not None:
             hinted, sources = hints[targets].long().unbind(-1)
             wanted = torch.stack([wanted, hinted], -1)  # (B, chunk, 2)
-        nll = forward(tokens, move(wanted.clamp(min=0), run.device), plan, None, adapters.lora())
-        scored = nll.detach().cpu()
-        if hints is not None:
-            raw, nll = scored, nll[..., 0]
-            scored = tilt(raw, wanted, boosts.boost(raw[..., 1], sources))
-        tally.add(scored[real], targets[real])
+        ids, teaches = move(wanted.clamp(min=0), run.device), move(learns, run.device)
+        nats, size = [], len(batch)
+        count = max(config.adapt_tokens // len(columns), 1)  # documents in a pass: memory, not results, depends on it
+        for part in (slice(start, min(start + count, size)) for start in range(0, size, count)):
+            nll = forward(tokens[part], ids[part], plan, None, adapters.lora(part))
+            scored = nll.detach().cpu()
+            nats.append(scored)
+            if hints is not None:
+                nll, scored = nll[..., 0], tilt(scored, wanted[part], boosts.boost(scored[..., 1], sources[part]))
+            tally.add(scored[real[part]], targets[part][real[part]])
+            if learns[part].any():
+                tally.learn_from(targets[part][learns[part]], tally.times)
+                (nll.mean(1) * teaches[part]).sum().backward()
         known = real & boosts.learnt(sources) if hints is not None else torch.zeros_like(real)
         if known.any():
             tally.learn_from(targets[known], tally.times)
-            boosts.update(raw[..., 1][known], sources[known], (wanted[..., 0] == hinted)[known])
+            raw, hit = torch.cat(nats)[..., 1], wanted[..., 0] == hinted
+            boosts.update(raw[known], sources[known], hit[known])
         if learns.any():
-            tally.learn_from(targets[learns], tally.times)
-            adapters.update((nll.mean(1) * move(learns, run.device)).sum())
+            adapters.step()
 
 
 def update_weights(
@@ -4784,6 +4830,345 @@ ADAPTERS = {"lora_phased": adapt, "chunk_sgd": adapt_chunks, "pre_eval_illegal":
 
 
 # ------------------------------------------------------------------------------------------------------------
+# CHECK
+#
+# What a later stage would fail at is tried before the first one starts: packages, files, the device, memory and disk.
+# Each item calls what the stages call, on real files and the real device, and says in a few words what it found.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def check(config: Config, run: Run, log: Log) -> None:
+    """Tries whatever the stages of a run need, a line for each item. Raises the first UserError when all items have been
+    tried. Collective."""
+    failed = None
+    for item, attempt in CHECKS.items():
+        try:
+            ok, detail = True, attempt(config, run)
+        except UserError as error:
+            ok, detail, failed = False, str(error), failed or error
+        if detail:
+            log("check", item=item, ok=ok, detail=" ".join(detail.split()).replace(" ", "_"))
+    if failed:
+        raise failed
+
+
+def all_stages(config: Config) -> Config:
+    """What STAGES=check and STAGES=describe are about."""
+    return dataclasses.replace(config, stages=",".join(STAGES))
+
+
+def check_packages(config: Config, run: Run) -> str:
+    """Libraries that are imported where they are used."""
+    names = ["brotli", "sentencepiece", "tqdm"] + ["matplotlib"] * ("train" in config.stage_list)
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"{name}: cannot import it ({error}); pip install -r requirements.txt") from None
+    return ", ".join(names)
+
+
+def check_train_data(config: Config, run: Run) -> str:
+    if "train" not in config.stage_list:
+        return ""
+    stream = TokenStream(config.dataset_dir, "train", config.vocab_size)
+    return f"{len(stream)} tokens in {len(stream.shards)} shards"
+
+
+def check_validation(config: Config, run: Run) -> str:
+    """The validation shards with their bytes, the tokenizer, and the ids of hints."""
+    if config.stage_list == ["quantize"]:
+        return ""
+    validation = load_validation(config)
+    if config.ngram_tilt_enabled:
+        document_ids(validation.tokens.numpy(), config)
+    return f"{len(validation.tokens)} tokens, {len(validation.documents)} documents, {int(validation.bytes.sum())} bytes"
+
+
+def check_earlier(config: Config, run: Run) -> str:
+    """The file that the first stage continues from, which only the main rank needs to have."""
+    first, folder = config.stage_list[0], run_dir(config)
+    if first == "quantize":
+        run.on_main(lambda: bool(load_trained(config)))
+        return f"{folder / 'trained.bin'}"
+    if first == "evaluate":
+        run.on_main(lambda: bool(open_artifact(folder / "artifact.bin", config)))
+        return f"{folder / 'artifact.bin'}"
+    return ""
+
+
+def check_attention(config: Config, run: Run) -> str:
+    """The attention back-end forward and backward on two segments, which must agree with plain attention on each."""
+    name, attend = choose_attention(config, run.device)
+    random, lengths, d = torch.Generator().manual_seed(0), [40, 24], config.head_dim
+    shapes = [(1, sum(lengths), heads, d) for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+    qkv = [torch.randn(shape, generator=random).to(run.device, run.dtype).requires_grad_() for shape in shapes]
+    docs = pack_segments(np.array(lengths), max(lengths), run)
+    key = f"ATTN_BACKEND={name}: with {d} channels per head (MODEL_DIM / NUM_HEADS)"
+    try:
+        pieces = zip(*(x.split(lengths, 1) for x in qkv))
+        results = [attend(*qkv, docs), torch.cat([attend_sdpa(*piece, None) for piece in pieces], 1), attend(*qkv, None)]
+        slopes = [torch.autograd.grad(result.float().square().sum(), qkv)[0] for result in results]
+        errors = [float(((a - b).norm() / b.norm()).detach()) for a, b in (results[:2], slopes[:2])]
+    except RuntimeError as error:
+        raise UserError(f"{key} it fails: {str(error).splitlines()[0]}; set another back-end or NUM_HEADS") from None
+    need(max(errors) < 0.03, f"{key} it is wrong by {max(errors):.2g}; set another back-end")
+    return f"{name}, {d} channels per head"
+
+
+def check_kernels(config: Config, run: Run) -> str:
+    return choose_kernels(config.kernels, run.device)[0]
+
+
+def check_quantizer(config: Config, run: Run) -> str:
+    """The quantiser of each role, and the low-rank correction, on a small matrix on the device."""
+    random, found = torch.Generator().manual_seed(0), []
+    X, W = (torch.randn(1, rows, 16, generator=random).to(run.device) for rows in (64, 24))
+    for role in ("attn", "mlp", "embed"):
+        clip, bits, floor = precision(role, config)
+        codes, scale = QUANTIZERS[config.quant_scheme](W, X.mT @ X, clip, bits, floor)
+        rest = W - codes * scale.float().unsqueeze(-1)
+        if config.lqer_rank:
+            lqer_factors(rest[0], config.lqer_rank, config.lqer_asym_group, config.lqer_left_bits)
+        need(bool(rest.isfinite().all()), f"QUANT_SCHEME={config.quant_scheme}: {role} at {bits} bits is not finite")
+        found.append(f"{role} {bits} bits")
+    return f"{config.quant_scheme}, {', '.join(found)}"
+
+
+def check_artifact(config: Config, run: Run) -> str:
+    """The codec that will be used, on a few bytes, and the forecast of the size."""
+    codec, sample = chosen_codec(config), bytes(range(256)) * 8
+    pack, unpack = CODECS["brotli" if codec == "rans" else codec]
+    try:
+        unpack(pack(sample), len(sample))
+    except (ImportError, ValueError) as error:
+        raise UserError(f"COMPRESSOR={config.compressor}: {error}; install it or set COMPRESSOR=brotli") from None
+    forecast = predicted_artifact_bytes(config)["total_bytes"]
+    used = codec if codec == config.compressor else f"{config.compressor} writes {codec}"
+    used += " because the program lrzip is not installed" if (used, codec) == ("pergroup writes brotli", "brotli") else ""
+    return f"{used}, {len(artifact_table(config))} arrays, forecast {forecast} of {ARTIFACT_LIMIT_BYTES} bytes"
+
+
+def check_disk(config: Config, run: Run) -> str:
+    """Room for the files of a run, each beside the one that it replaces."""
+    folder = next(path for path in (run_dir(config).absolute(), *run_dir(config).absolute().parents) if path.is_dir())
+    parameters = sum(p.numel() for p in GPT(config, Run(), "meta").parameters())
+    wanted = 3 * ARTIFACT_LIMIT_BYTES
+    if "train" in config.stage_list:
+        wanted += 4 * sum(map(math.prod, trained_shapes(config).values()))
+        wanted += 2 * 16 * parameters * bool(config.checkpoint_seconds)
+    free, key = shutil.disk_usage(folder).free, f"RUNS_DIR={config.runs_dir}"
+    need(os.access(folder, os.W_OK), f"{key}: cannot write in {folder}; choose another")
+    need(free > wanted, f"{key}: {free} bytes free in {folder}, a run writes {wanted}; free space or choose another")
+    return f"{wanted} bytes of {free}"
+
+
+PROBE_TOKENS = 10_007  # a prime: what grows with the row has a number of elements that it divides
+USABLE_MEMORY = 0.92  # of a GPU; the rest is for CUDA's context, the buffers of NCCL and cuBLAS, and fragmentation
+
+
+def kept_per_token(config: Config, plan: tuple[Visit, ...], compiled: bool = True, adapting: bool = False) -> float:
+    """Bytes per token that a forward pass on a GPU keeps for its backward pass, counted on fake tensors anywhere.
+
+    Eager: every storage that autograd saves. Compiled: what AOTAutograd passes from the forward to the backward graph;
+    its minimum cut computes cheap results anew instead. With `adapting`, only adapters have gradients.
+    """
+    from torch._functorch.aot_autograd import aot_function
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kept: dict[int, int] = {}  # storage -> its bytes
+
+    def keep(tensor: Any) -> Any:
+        if isinstance(tensor, Tensor) and tensor.numel() % PROBE_TOKENS == 0:
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def keep_outputs(graph: Any, inputs: list) -> Any:
+        nodes = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+        [keep(node.meta.get("val")) for node in nodes if isinstance(node, torch.fx.Node) and node.op != "placeholder"]
+        return graph
+
+    with FakeTensorMode():
+        model = GPT(config, Run(device=torch.device("cuda")), "meta")
+        with contextlib.suppress(ImportError):  # without Triton the plain functions, which keep a little less
+            model.kernels = PLAIN if config.kernels == "plain" else fused_for(config.kernels)
+        for block in model.blocks:
+            block.attend = attend_sdpa
+        weights = {name: torch.empty(p.shape, requires_grad=not adapting) for name, p in model.named_parameters()}
+        inputs, R = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64), config.ttt_lora_rank
+        targets = inputs[:, :1] if adapting else inputs
+        pairs = {
+            name: (torch.empty(n, 1, R, width, requires_grad=True), torch.empty(n, 1, out, R, requires_grad=True))
+            for name, (n, out, width) in adapter_shapes(config, model).items()
+        }
+
+        def loss(weights: dict, pairs: dict, inputs: Tensor, targets: Tensor) -> Tensor:
+            lora = Lora(1.0, pairs) if adapting else None
+            return torch.func.functional_call(model, weights, (inputs, targets, plan), dict(lora=lora)).sum()
+
+        if compiled:
+            loss = aot_function(loss, keep_outputs, partition_fn=min_cut_rematerialization_partition)
+        with contextlib.nullcontext() if compiled else torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss(weights, pairs, inputs, targets)
+    return sum(kept.values()) / PROBE_TOKENS
+
+
+@functools.cache
+def row_bytes_per_token(config: Config) -> dict[str, float]:
+    """What a packed row keeps (`train` compiled, `eager`), and a batch of adapted documents (`adapt`), in bytes per token.
+
+    Cutting the graph of the whole plan takes a minute; visits of the same kind keep the same, so that each kind is
+    counted once, as a second visit. (Against the whole plan: see tests/test_check.py.)
+    """
+    plan = layer_plan(config, looping=True)
+    first = plan[0]._replace(push=True, skip=None)
+    base = kept_per_token(config, ())
+    one = kept_per_token(config, (first,)) - base
+    kind_of = lambda visit: (visit.wiring, visit.layer >= config.num_layers - config.xsa_last_n, visit.skip is None)
+    kinds = {kind_of(first): one}
+    for visit in plan:
+        if kind_of(visit) not in kinds:
+            pair = (first, visit._replace(push=False, skip=None if visit.skip is None else 0))
+            kinds[kind_of(visit)] = kept_per_token(config, pair) - base - one
+    adapting = kept_per_token(config, (first,), adapting=True) * len(plan)
+    return dict(
+        train=base + sum(kinds[kind_of(visit)] for visit in plan),
+        eager=kept_per_token(config, plan, compiled=False),
+        adapt=adapting,
+    )
+
+
+def memory_forecast(config: Config, ranks: int = 1, kept: Mapping | None = None) -> dict[str, dict[str, int]]:
+    """Bytes on one GPU at the peak of each part of a run, by what they are for.
+
+    Training; scoring; adapting; and learning with all weights from what has been scored, which is not compiled.
+    """
+    kept = kept or row_bytes_per_token(dataclasses.replace(config, row_tokens=1, val_batch_tokens=1))
+    model = GPT(config, Run(), "meta")
+    sizes = {group: sum(p.numel() for p in members.values()) for group, members in model.groups().items()}
+    total, adamw, muon = sum(sizes.values()), sizes["embed"] + sizes["scalar"], sizes["matrix"]
+    hessians = sum(math.prod(shape) for name, shape in trained_shapes(config).items() if name.startswith("hessian"))
+    logits = 2 * config.vocab_size  # bytes per token of the logits or of their gradient
+    train = dict(
+        weights=4 * total, weights_in_bfloat16=2 * total, gradients=4 * total, average=4 * total, adamw_moments=8 * adamw,
+        muon_momentum=-(-2 * muon // ranks), copy_during_warm_up=8 * total + 8 * adamw + 4 * muon, hessians=4 * hessians,
+        row=kept["train"] * config.train_row_tokens, logits_gradient=logits * config.train_row_tokens,
+    )  # fmt: skip
+    evaluate = dict(weights=4 * total, weights_in_bfloat16=2 * total)
+    score = evaluate | dict(scoring_row=(2 * logits + 20 * config.model_dim) * config.score_row_tokens)
+    forecast = {"train": train, "score": score}
+    if config.ttt_enabled:
+        everything = dict(gradients=4 * total, optimizer=8 * total)
+        everything |= dict(row=(kept["eager"] + logits) * config.score_row_tokens)
+        forecast["learn"] = evaluate | everything
+    if config.ttt_enabled and config.ttt_kind == "lora_phased":
+        numbers = sum(n * (out + width) for n, out, width in adapter_shapes(config, model).values())
+        numbers *= config.ttt_lora_rank * config.ttt_batch_size
+        adapters = dict(adapters=4 * numbers, adapter_gradients=4 * numbers, adapter_moments=8 * numbers)
+        forecast["learn"] |= adapters
+        tokens = min(config.ttt_batch_size * config.ttt_eval_seq_len, config.adapt_tokens)
+        batch = dict(adapters_in_bfloat16=2 * numbers, batch=kept["adapt"] * tokens)
+        forecast["adapt"] = evaluate | adapters | batch
+    return {stage: {what: round(size) for what, size in parts.items()} for stage, parts in forecast.items()}
+
+
+def row_choices(config: Config) -> list[int]:
+    """Lengths of a row that may stand for ROW_TOKENS, the longest first."""
+    longest, unit = config.train_row_tokens, config.train_seq_len if config.loader == "coprime" else 1
+    counts = range(config.rows_per_step, min(config.train_batch_tokens // config.train_seq_len, 2**16) + 1)
+    rows = (config.train_batch_tokens // count for count in counts if config.train_batch_tokens % count == 0)
+    return [row for row in rows if row <= longest and row % unit == 0]
+
+
+def fit_rows(config: Config, memory: float, ranks: int = 1) -> Config:
+    """`config` with ROW_TOKENS, unless it is set, and VAL_BATCH_TOKENS so low that the forecast is below `memory` bytes.
+
+    Where nothing is low enough, the lowest. No score depends on VAL_BATCH_TOKENS; rows of training cut documents.
+    """
+
+    def fits(config: Config, *parts: str) -> bool:
+        forecast = memory_forecast(config, ranks)
+        return all(sum(forecast[part].values()) <= memory for part in parts if part in forecast)
+
+    if "train" in config.stage_list and not config.row_tokens:
+        choices = [dataclasses.replace(config, row_tokens=row) for row in row_choices(config)]
+        if not fits(config, "train"):
+            config = next((choice for choice in choices if fits(choice, "train")), choices[-1])
+    smallest = min(8 * config.eval_seq_len, 4 * config.ttt_eval_seq_len)
+    while config.val_batch_tokens > smallest and not fits(config, "score", "learn", "adapt"):
+        config = dataclasses.replace(config, val_batch_tokens=max(config.val_batch_tokens // 2, smallest))
+    return config
+
+
+def fit_device(config: Config, run: Run, log: Log) -> Config:
+    """fit_rows for the memory of the GPU; a CPU takes the rows as they are."""
+    if run.device.type != "cuda" or config.stage_list == ["quantize"]:
+        return config
+    memory = USABLE_MEMORY * run.share(torch.cuda.get_device_properties(run.device).total_memory)
+    fitting = fit_rows(config, memory, run.world_size)
+    forecast = {part: sum(sizes.values()) / 2**30 for part, sizes in memory_forecast(fitting, run.world_size).items()}
+    rows = dict(row_tokens=fitting.train_row_tokens, val_batch_tokens=fitting.val_batch_tokens)
+    log("memory", usable_gib=memory / 2**30, **rows, **{f"{part}_gib": size for part, size in forecast.items()})
+    if fitting != config:
+        log("warning", reason="rows_are_shorter_because_of_the_memory", **rows)
+    return fitting
+
+
+def check_memory(config: Config, run: Run) -> str:
+    """The forecast against the memory of the GPU; on a CPU, its part that does not depend on rows against all memory."""
+    if run.device.type == "cuda":
+        usable, kept = USABLE_MEMORY * torch.cuda.get_device_properties(run.device).total_memory, None
+    else:
+        usable = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        kept = dict(train=0, eager=0, adapt=0)
+    forecast = {part: sum(sizes.values()) for part, sizes in memory_forecast(config, run.world_size, kept).items()}
+    fixes = dict(train="ROW_TOKENS", score="VAL_BATCH_TOKENS", learn="TTT_BATCH_SIZE", adapt="TTT_BATCH_SIZE")
+    if "evaluate" not in config.stage_list:
+        forecast = {"train": forecast["train"]} if "train" in config.stage_list else {}
+    for part, size in forecast.items():
+        key = f"{fixes[part]}={getattr(config, fixes[part].lower())}"
+        text = f"{key}: {part} needs {size / 2**30:.1f} GiB of {usable / 2**30:.1f}; lower it, MODEL_DIM or NUM_LAYERS"
+        need(size <= usable, text)
+    return ", ".join(f"{part} {size / 2**30:.1f} GiB" for part, size in forecast.items())
+
+
+def warm_up_fitting(trainer: Trainer) -> Config:
+    """Trainer.warm_up; where memory runs out all the same, again with rows of half the length or the next that is
+    possible. Returns the configuration that the trainer goes on with.
+
+    Not with several ranks: those that have memory left would wait for the others in an exchange.
+    """
+    while True:
+        config, run = trainer.config, trainer.run
+        try:
+            trainer.warm_up()
+            return config
+        except torch.OutOfMemoryError:
+            shorter = [row for row in row_choices(config) if 2 * row <= config.train_row_tokens]
+            if run.world_size > 1 or not shorter:
+                raise
+        trainer.config = dataclasses.replace(config, row_tokens=shorter[0])
+        trainer.model.zero_grad(set_to_none=True)
+        trainer.log("warning", reason="out_of_memory_in_the_warm_up", row_tokens=shorter[0])
+        torch.cuda.empty_cache()
+
+
+CHECKS: dict[str, Callable[[Config, Run], str]] = {
+    "packages": check_packages,
+    "train_data": check_train_data,
+    "validation": check_validation,
+    "earlier": check_earlier,
+    "attention": check_attention,
+    "kernels": check_kernels,
+    "memory": check_memory,
+    "quantizer": check_quantizer,
+    "artifact": check_artifact,
+    "disk": check_disk,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
 # MAIN
 #
 # Three stages, each from the file that the one before it wrote: train -> trained.bin, quantize -> artifact.bin,
@@ -4804,12 +5189,7 @@ def make_artifact(config: Config, device: torch.device, log: Log) -> dict[str, A
     With FIT_ARTIFACT=fill, one far below the limit is quantised again with lower clips: every byte is used.
     """
     folder, (code_bytes, packed) = run_dir(config), counted_code_bytes()
-    source, target, oversize = folder / "trained.bin", folder / "artifact.bin", folder / "oversize.bin"
-    shapes = trained_shapes(config)
-    meta, arrays = load_arrays(source, HEADER_LIMIT + 4 * sum(math.prod(shape) for shape in shapes.values()))
-    if odd := differing(training_settings(config), meta.get("settings")):
-        raise UserError(f"{source}: made with {odd}; set the same values or train again")
-    check_arrays(source, arrays, shapes)
+    target, oversize, arrays = folder / "artifact.bin", folder / "oversize.bin", load_trained(config)
     oversize.unlink(missing_ok=True)
     codes = sum(math.prod(entry.shape) for entry in artifact_table(config) if entry.dtype == "i1")
     factor, fitting = 1.0, None
@@ -4845,6 +5225,16 @@ def make_artifact(config: Config, device: torch.device, log: Log) -> dict[str, A
         "compress_seconds": end - middle,
         "artifact_sha256": hashlib.sha256(target.read_bytes()).hexdigest(),
     }
+
+
+def load_trained(config: Config) -> dict[str, np.ndarray]:
+    """The arrays of trained.bin. Raises UserError when it is damaged, or of other settings."""
+    path, shapes = run_dir(config) / "trained.bin", trained_shapes(config)
+    meta, arrays = load_arrays(path, HEADER_LIMIT + 4 * sum(map(math.prod, shapes.values())))
+    if odd := differing(training_settings(config), meta.get("settings")):
+        raise UserError(f"{path}: made with {odd}; set the same values or train again")
+    check_arrays(path, arrays, shapes)
+    return arrays
 
 
 def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -5026,6 +5416,19 @@ def describe(config: Config) -> dict[str, Any]:
     }
 
 
+def describe_memory(config: Config) -> dict[str, Any]:
+    """The forecast for one GPU, and what rows would be on GPUs of common sizes."""
+    config, rows = all_stages(config), {}
+    for size in (24, 40, 80):
+        fitting = fit_rows(config, USABLE_MEMORY * size * 2**30)
+        peak = max(sum(parts.values()) for parts in memory_forecast(fitting).values())
+        rows[f"{size} GiB"] = dict(
+            row_tokens=fitting.train_row_tokens, val_batch_tokens=fitting.val_batch_tokens, peak_bytes=peak,
+            fits=peak <= USABLE_MEMORY * size * 2**30,
+        )  # fmt: skip
+    return {"bytes": memory_forecast(config), "gpus": rows}
+
+
 def skip_pairs(plan: tuple[Visit, ...]) -> list[list[int]]:
     """[connection, into layer, from layer] of every skip connection of a plan."""
     kept = [visit.layer for visit in plan if visit.push]
@@ -5119,6 +5522,8 @@ def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> 
     log_header(config, dict(origins or {}), run, log)
     path, order, result = run_dir(config) / "result.json", list(STAGES), {}
     parts = earlier_parts(path, config, run)
+    config = fit_device(config, run, log)
+    check(config, run, log)
     program, before = Program(config, run), COMPILES.graphs()
     warm_up_evaluation(program, config, run, log)
     for stage in config.stage_list:
@@ -5126,7 +5531,7 @@ def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> 
             parts.pop(outdated, None)
         start = time.monotonic()
         program.in_clock = 0
-        parts[stage] = STAGES[stage](config, run, log, program)
+        parts[stage] = STAGES[stage](program.config, run, log, program)
         parts[stage]["stage_seconds"] = {stage: time.monotonic() - start}
         parts[stage]["stage_graphs"] = {stage: compile_report(stage, program, COMPILES.graphs().since(before), run, log)}
         before = COMPILES.graphs()
@@ -5221,11 +5626,15 @@ def command_line() -> int:
     try:
         config, origins = load_config(os.environ)
         if config.stage_list == ["describe"]:
-            print(json.dumps(describe(config), indent=1))
+            print(json.dumps(describe(config) | {"memory": describe_memory(config)}, indent=1))
             return 0
         # Compiled code stays with the runs: PyTorch's own folder for it is a temporary one.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.runs_dir, "compile-cache").resolve()))
         run = start_run(os.environ)
+        if config.stage_list == ["check"]:
+            log = Log(Path(os.devnull) if run.is_main else None)
+            check(fit_device(all_stages(config), run, log), run, log)
+            return 0
         return 0 if main(config, run, origins)["valid"] else 1
     except UserError as error:
         return fail(2, str(error))

@@ -643,6 +643,7 @@ def test_packed_script_runs_alone_and_its_length_is_what_counts(tmp_path: Path) 
     )
     assert done.returncode == 0, done.stderr
     described = json.loads(done.stdout)
+    assert described.pop("memory")["gpus"]["80 GiB"]["fits"]
     assert described == json.loads(json.dumps(tg.describe(tg.load_config({})[0])))
     assert described["forecast"]["code_bytes"] == len(packed)
     assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["train_gpt.py"]
