@@ -117,6 +117,17 @@ def test_nothing_is_compiled_after_the_warm_up(preset: str, toy_data: ToyData, t
     assert not any(part.fallbacks for part in warm.values()), warm
 
 
+def test_batches_that_are_passed_in_parts_are_warmed_up_too(toy_data: ToyData, tmp_path: Path) -> None:
+    """A batch of three documents in windows of 32 tokens, of which two fit into a pass."""
+    changes = dict(TTT_BATCH_SIZE=3, VAL_BATCH_TOKENS=256, STAGES="evaluate")
+    config, run = shallow(toy_data, "pr2135", RUNS_DIR=tmp_path, RUN_ID="a", **changes), PaddedRun()
+    assert config.adapt_tokens == 64 and config.ttt_eval_seq_len == 32
+    program = tg.Program(config, run)
+    tg.warm_up_evaluation(program, config, run, QUIET)
+    found = compiled_by(lambda: tg.adapt(program, varied_validation(20), config, run, QUIET))
+    assert found[:2] == (0, 0)
+
+
 def test_planted_warm_up_on_one_tensor_is_noticed(
     toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
