@@ -391,12 +391,17 @@ def pretended_cuda(
         modules["flash_attn_interface"] = module("flash_attn_interface", **functions)
     if flagged_varlen:
         modules["torch.nn.attention.varlen"] = module("torch.nn.attention.varlen", varlen_attn=varlen_attn)
+    replaced = {name: sys.modules[name] for name in modules if name in sys.modules}
     lifted, precision = torch._C._only_lift_cpu_tensors(), torch.get_float32_matmul_precision()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes a host tensor first, and copies it in the open
     try:
-        with mock.patch.multiple(torch.cuda, **queries), mock.patch.dict(sys.modules, modules):
-            with mock.patch.object(torch, "Generator", PretendedGenerator), rules:
+        sys.modules.update(modules)
+        with mock.patch.multiple(torch.cuda, **queries), mock.patch.object(torch, "Generator", PretendedGenerator):
+            with rules:
                 yield rules
     finally:
+        for module_name in modules:
+            sys.modules.pop(module_name)
+        sys.modules.update(replaced)
         torch._C._set_only_lift_cpu_tensors(lifted)
         torch.set_float32_matmul_precision(precision)

@@ -23,7 +23,7 @@ import train_gpt as tg
 
 PRESETS = [name for name in tg.PRESETS if name != "tiny"]
 SIZES = dict(
-    NUM_LAYERS=5, ITERATIONS=3, ROW_TOKENS=128, GPTQ_CALIBRATION_BATCHES=1, MATRIX_LR=0.3, MIN_LR=1, EVAL_STRIDE=16,
+    NUM_LAYERS=4, ITERATIONS=2, ROW_TOKENS=128, VAL_BATCH_TOKENS=2048, GPTQ_CALIBRATION_BATCHES=1, MATRIX_LR=0.3, MIN_LR=1, EVAL_STRIDE=16,
     TTT_BATCH_SIZE=26, TTT_CHUNK_SIZE=32, GLOBAL_TTT_CHUNK_TOKENS=512, TTT_EPOCHS=1, TTT_BATCH_SEQS=2, COMPILE=0,
 )  # fmt: skip
 NAMED = {"default": "fa3", "pr1880": "fa3", "baseline": "varlen", "frontier": "varlen"}  # the others: auto
@@ -31,16 +31,18 @@ FLAGGED = tg.import_error("torch.nn.attention.varlen") != ""
 
 
 def small_env(preset: str, **changes: Any) -> dict[str, str]:
-    """A preset whose every kind of layer exists among five."""
+    """A preset whose every kind of layer exists among four."""
     own = tg.load_config({"PRESET": preset})[0]
     layers = dict(
         NUM_LOOPS=min(own.num_loops, 1),
         LOOP_START=1,
         LOOP_END=2,
-        PARALLEL_START_LAYER=4 if own.parallel_start_layer else 0,
+        PARALLEL_START_LAYER=3 if own.parallel_start_layer else 0,
         PARALLEL_RESIDUAL_START=3 if own.parallel_residual_start >= 0 else -1,
         XSA_LAST_N=min(own.xsa_last_n, 3),
         EMA_DECAY=0.3 if own.ema_decay else 0,
+        TTT_CHUNK_STEPS="64:16" if own.ttt_chunk_steps else "",
+        FIT_ARTIFACT=1,
     )
     return preset_env(preset, **(SIZES | layers | changes))
 
@@ -143,3 +145,287 @@ def test_host_waits_at_most_twice_in_a_chunk(preset: str, finished: Callable[...
     assert bool(batches) == (own.ttt_kind == "lora_phased")
     for chunks, waits in batches:
         assert chunks > 1 and len(waits) <= 2 * chunks, waits
+
+
+def test_kernels_run_where_the_device_is_one(finished: Callable[..., Finished]) -> None:
+    """The Triton kernels (interpreted) train on the device as the plain functions do."""
+    changes = dict(STAGES="train", ITERATIONS=1, ROW_TOKENS=64, TRAIN_BATCH_TOKENS=64, VAL_BATCH_TOKENS=256)
+    fused = finished("baseline", True, KERNELS="triton", **changes).result
+    plain = finished("baseline", True, **changes).result
+    assert fused["kernels"] == "triton" and plain["kernels"] == "plain"
+    assert fused["prequant_val_bpb"] == pytest.approx(plain["prequant_val_bpb"], rel=0.005)
+
+
+# Choice of the attention
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted", "outcome"),
+    [
+        (dict(), {}, "fa3"),
+        (dict(fa3=False, flagged_varlen=True), {}, "varlen"),
+        (dict(capability=(10, 0), flagged_varlen=True), {}, "varlen"),  # FlashAttention-3 has no kernels for Blackwell
+        (dict(capability=(8, 0), flagged_varlen=True), dict(ATTN_BACKEND="fa3"), "fa3 needs a Hopper.*usable.*varlen"),
+        (dict(fa3=False, flagged_varlen=True), dict(ATTN_BACKEND="fa3"), "flash_attn_interface.*varlen.*=auto"),
+        (dict(), dict(ATTN_BACKEND="sdpa"), "sdpa is for a CPU.*fa3"),
+        (dict(capability=(7, 5)), {}, "Hopper.*Ampere.*none.*install"),
+        (dict(), dict(MODEL_DIM=48, ROPE_DIMS=4), "MODEL_DIM / NUM_HEADS=12 .*multiple of 8"),
+    ],
+)
+def test_attention_is_settled_before_training(
+    options: dict, wanted: dict, outcome: str, toy_data: ToyData, tmp_path: Path
+) -> None:
+    """The first back-end that this GPU can run, or one line that says what is missing, before any row is read."""
+    config = toy_data.config(RUNS_DIR=tmp_path, RUN_ID="toy", KERNELS="plain", **wanted)
+    with device(**options):
+        if outcome in ("fa3", "varlen"):
+            assert tg.choose_attention(config, CUDA)[0] == outcome
+            return
+        with pytest.raises(tg.UserError, match=outcome), mock.patch.object(tg, "training_row", side_effect=AssertionError):
+            tg.main(config, tg.start_run({}))
+
+
+def test_varlen_attention_of_the_installed_release_is_called_as_it_wants() -> None:
+    """Every argument that attend_varlen passes exists there, and one of them says causal; else it is refused."""
+    config = toy_config(ATTN_BACKEND="varlen")
+    with device():
+        if FLAGGED:  # before 2.10
+            with pytest.raises(tg.UserError, match="varlen cannot be imported"):
+                tg.choose_attention(config, CUDA)
+            return
+        causal = tg.choose_attention(config, CUDA)[1].keywords["causal"]
+    from torch.nn.attention.varlen import varlen_attn
+
+    names = list(inspect.signature(varlen_attn).parameters)
+    assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert set(causal) <= set(names) and causal in ({"is_causal": True}, {"window_size": (-1, 0)})
+
+
+BACKENDS = [("fa3", False), ("varlen", True)] + [("varlen", False)] * (not FLAGGED)
+
+
+@pytest.mark.parametrize(("name", "flagged"), BACKENDS)
+def test_attention_on_the_device_is_that_of_the_cpu(name: str, flagged: bool) -> None:
+    """Packed and dense, results and gradients, with grouped heads, a segment of one token and a padded table."""
+    random, config = torch.Generator().manual_seed(0), toy_config(ATTN_BACKEND=name)
+    shapes = [(1, 40, 4, 8), (1, 40, 2, 8), (1, 40, 2, 8), (1, 40, 4, 8)]
+    q, k, v, g = (torch.randn(shape, generator=random).bfloat16() for shape in shapes)
+    lengths = np.array([17, 1, 22])
+    with device(flagged_varlen=flagged):
+        run = tg.start_run({})
+        attend = tg.choose_attention(config, run.device)[1]
+        for docs in (tg.pack_segments(lengths, 32, run), None):
+            there = [x.to(run.device).requires_grad_() for x in (q, k, v)]
+            out = attend(*there, docs)
+            assert out.is_cuda and out.dtype == torch.bfloat16 and out.shape == q.shape
+            out.backward(g.to(run.device))
+            found = [x.detach().cpu().float() for x in (out, *(x.grad for x in there))]
+            here = [x.float().requires_grad_() for x in (q, k, v)]
+            expected = tg.attend_sdpa(*here, docs and tg.pack_segments(lengths, 32, tg.Run()))
+            expected.backward(g.float())
+            for a, b in zip(found, (expected.detach(), *(x.grad for x in here))):
+                torch.testing.assert_close(a, b, atol=0.03, rtol=0.03)
+
+
+# The device itself
+
+
+@pytest.fixture
+def rules() -> Iterator[Rules]:
+    with pretend() as rules:
+        yield rules
+
+
+MIXED = {
+    "sum": lambda here, there: here + there,
+    "sum into the host": lambda here, there: here.add_(there),
+    "host vector with a number there": lambda here, there: here + there.sum(),
+    "product": lambda here, there: there @ here,
+    "cat": lambda here, there: torch.cat([here, there]),
+    "where": lambda here, there: torch.where(there > 0, here, there),
+    "stack of numbers": lambda here, there: torch.stack([here[0], there[0]]),
+    "loss": lambda here, there: torch.nn.functional.linear(there, here),
+    "foreach": lambda here, there: torch._foreach_mul_([there], here[0]),
+    "host data by an index there": lambda here, there: here[there.long()],
+    "lookup": lambda here, there: torch.nn.functional.embedding(here.long(), there[:, None]),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_tensors_of_both_devices_do_not_mix(name: str, rules: Rules) -> None:
+    """Neither forward nor in place, whichever of the two comes first."""
+    with pytest.raises(RuntimeError, match="same device|on cpu"):
+        MIXED[name](torch.ones(3), torch.ones(3, device=CUDA))
+
+
+def test_a_host_number_goes_with_a_tensor_of_the_device(rules: Rules) -> None:
+    """Tensors of no dimension in element-wise operators, without a wait."""
+    there, number = torch.ones(3, device=CUDA), torch.tensor(2.0)
+    for result in (there * number, number * there, there.add_(number), torch.where(there > 0, number, there)):
+        assert isinstance(result, PretendedTensor) and result.device == CUDA and result.is_cuda
+    assert not rules.waits
+
+
+WAITS: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda x: x.sum().item(),
+    "float": lambda x: float(x.sum()),
+    "bool": lambda x: bool(x.sum()),
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "to": lambda x: x.to("cpu", non_blocking=True),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "write by a mask": lambda x: x.__setitem__(x > 0, torch.zeros(3, device=CUDA)),
+    "index of the host": lambda x: x[torch.tensor([0, 1])],
+    "unique": lambda x: x.unique(),
+    "equal": lambda x: torch.equal(x, x),
+    "unpinned": lambda x: torch.ones(3).to(CUDA, non_blocking=True),
+    "blocking": lambda x: torch.ones(3).pin_memory().to(CUDA),
+    "new": lambda x: torch.tensor([1.0], device=CUDA),
+    "copy_": lambda x: x.copy_(torch.ones(3)),
+    "synchronize": lambda x: torch.cuda.synchronize(),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_each_wait_is_written_down_once(name: str, rules: Rules) -> None:
+    """What makes a host wait for its GPU: numbers, sizes and copies that are not asynchronous from pinned memory."""
+    x = torch.ones(3, device=CUDA)
+    WAITS[name](x)
+    assert len(rules.waits) == 1, rules.waits
+
+
+def test_what_stays_on_the_device_does_not_wait(rules: Rules) -> None:
+    """Work, gradients, optimizer steps, fills, whole-number indices, and pinned asynchronous copies."""
+    row = tg.move(torch.arange(3), CUDA)
+    layer = torch.nn.Linear(3, 3, device=CUDA)
+    torch.nn.init.constant_(layer.bias, 0.5)
+    optimizer = torch.optim.AdamW([layer.bias], lr=0.1, fused=True)
+    layer(torch.eye(3, device=CUDA)[row]).square().sum().backward()
+    optimizer.step()
+    torch.nn.utils.clip_grad_norm_([layer.bias], 1.0)
+    x = torch.zeros(4, device=CUDA)
+    x[row] = 1.0
+    x[x > 0.5] = 2.0  # a fill, not a search
+    assert not rules.waits
+    assert x.tolist() == [2, 2, 2, 0] and bool((layer.bias.cpu() != 0.5).any())
+
+
+def test_device_refuses_what_cuda_refuses(rules: Rules) -> None:
+    """numpy, pinning, another ordinal, a generator of the host, and threads that have not chosen the device."""
+    x = torch.ones(3, device=CUDA)
+    for refused in (x.numpy, lambda: np.asarray(x), x.pin_memory, lambda: torch.ones(2, device="cuda:1")):
+        with pytest.raises((TypeError, RuntimeError)):
+            refused()
+    drawn = torch.empty(3, device=CUDA).uniform_(generator=torch.Generator(CUDA).manual_seed(1))
+    assert torch.equal(drawn.cpu(), torch.empty(3).uniform_(generator=torch.Generator().manual_seed(1)))
+    with pytest.raises(RuntimeError, match="generator"):
+        x.uniform_(generator=torch.Generator())
+    problems: list[str] = []
+
+    def work(choose: bool) -> None:
+        try:
+            if choose:
+                torch.cuda.set_device(CUDA)
+            (x + 1).cpu()
+        except RuntimeError as error:
+            problems.append(str(error))
+
+    for choose in (True, False):
+        thread = threading.Thread(target=work, args=(choose,))
+        thread.start()
+        thread.join()
+    assert len(problems) == 1 and "set_device" in problems[0]
+    assert len([wait for wait in rules.waits if wait.startswith("copy to the host")]) == 2  # one of the good thread
+
+
+def test_nothing_of_the_device_is_left_behind() -> None:
+    """Outside of the context, torch is as before."""
+    before = torch.cuda.is_available(), torch.Generator, torch.get_float32_matmul_precision(), tg.Run().padded
+    with device():
+        assert tg.start_run({}).device == CUDA and tg.start_run({}).dtype == torch.bfloat16
+    assert before == (torch.cuda.is_available(), torch.Generator, torch.get_float32_matmul_precision(), False)
+    assert tg.import_error("flash_attn_interface") and torch.tensor([1.0]).device.type == "cpu"
+
+
+def attention_arguments(**changes: Any) -> dict[str, Any]:
+    """Arguments that FlashAttention takes, but for the changes."""
+    cu = torch.tensor([0, 3, 3, 8], dtype=torch.int32, device=CUDA)
+    shapes = dict(q=(8, 4, 16), k=(8, 2, 16), v=(8, 2, 16))
+    tensors = {name: torch.ones(shape, dtype=torch.bfloat16, device=CUDA) for name, shape in shapes.items()}
+    return tensors | dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=5, max_seqlen_k=5, causal=True) | changes
+
+
+def offsets(*numbers: int, dtype: torch.dtype = torch.int32) -> dict[str, Tensor]:
+    return dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.tensor(numbers, dtype=dtype, device=CUDA))
+
+
+def bad_heads(*shape: int) -> dict[str, Tensor]:
+    return {name: torch.ones(shape, dtype=torch.bfloat16, device=CUDA) for name in "kv"}
+
+
+WRONG: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "float32": (lambda: dict(q=torch.ones(8, 4, 16, device=CUDA)), "bf16"),
+    "two dtypes": (lambda: dict(k=torch.ones(8, 2, 16, device=CUDA).half()), "key and value of"),
+    "host offsets": (lambda: dict(cu_seqlens_q=torch.tensor([0, 8], dtype=torch.int32)), "on CUDA"),
+    "int64 offsets": (lambda: offsets(0, 3, 3, 8, dtype=torch.int64), "int32"),
+    "falling offsets": (lambda: offsets(0, 5, 3, 8), "rise"),
+    "offsets from 1": (lambda: offsets(1, 3, 8), "rise"),
+    "offsets that end early": (lambda: offsets(0, 3, 7), "rise"),
+    "too small a maximum": (lambda: dict(max_seqlen_q=4), "max_seqlen is 4"),
+    "a tensor as maximum": (lambda: dict(max_seqlen_k=torch.tensor(5)), "not int"),
+    "strided channels": (lambda: dict(q=torch.ones(8, 16, 4, device=CUDA).bfloat16().mT), "contiguous"),
+    "heads": (lambda: bad_heads(8, 3, 16), "heads"),
+    "lengths": (lambda: bad_heads(7, 2, 16), "lengths"),
+    "head dimension": (lambda: bad_heads(8, 2, 12) | dict(q=bad_heads(8, 4, 12)["k"]), "head dimension"),
+    "dense": (lambda: dict(q=bad_heads(1, 8, 4, 16)["k"]), "packed"),
+    "segments": (lambda: dict(cu_seqlens_k=offsets(0, 4, 8)["cu_seqlens_q"]), "different segments"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_attention_refuses_wrong_arguments(name: str, rules: Rules) -> None:
+    """What a build of FlashAttention refuses or silently misreads."""
+    assert pretended_cuda.flash_attn_varlen_func(**attention_arguments()).shape == (8, 4, 16)
+    make, message = WRONG[name]
+    with pytest.raises(RuntimeError, match=message):
+        pretended_cuda.flash_attn_varlen_func(**attention_arguments(**make()))
+
+
+# Planted faults: the tests above would notice them
+
+
+def train_once(toy_data: ToyData, tmp_path: Path) -> list[list[str]]:
+    """The waits of the steps of a small training run."""
+    changes = dict(DATA_PATH=toy_data.folder, TOKENIZER_PATH=toy_data.tokenizer, RUNS_DIR=tmp_path, RUN_ID="fault")
+    config = tg.load_config(small_env("baseline", STAGES="train", KERNELS="plain", **changes))[0]
+    steps: list[list[str]] = []
+    with device() as rules, watched(rules.waits, steps, []):
+        tg.main(config, tg.start_run({}))
+    return steps
+
+
+def test_planted_waits_and_mixtures_are_noticed(
+    toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second wait in a step, a row that stays on the host, unpinned rows, and int64 offsets."""
+    step = tg.Optimizer.step
+
+    def waiting_step(self: tg.Optimizer, gradients: list[Tensor], *rest: float) -> None:
+        assert float(gradients[0].sum()) < 1e9
+        step(self, gradients, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tg.Optimizer, "step", waiting_step)
+        assert {len(waits) for waits in train_once(toy_data, tmp_path)} == {2}
+    with monkeypatch.context() as patch:
+        patch.setattr(tg, "move", lambda tensor, device: tensor.to(device, non_blocking=True))
+        assert max(len(waits) for waits in train_once(toy_data, tmp_path)) > 1
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="cpu"):
+        patch.setattr(tg, "move", lambda tensor, device: tensor)
+        train_once(toy_data, tmp_path)
+    pack = tg.pack_segments
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="int32"):
+        wide = lambda *args: (docs := pack(*args))._replace(cu_seqlens=docs.cu_seqlens.long())
+        patch.setattr(tg, "pack_segments", wide)
+        train_once(toy_data, tmp_path)
