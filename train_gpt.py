@@ -2430,6 +2430,7 @@ def fused_kernels() -> Kernels:
     )
 
 
+@torch.enable_grad()  # the first model may be asked for by a scorer, which has none
 def disagreement(fused: Kernels, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
     """The largest |fused - plain| / |plain| among results and gradients of all kernels on small odd-sized inputs."""
     random = torch.Generator().manual_seed(0)

@@ -346,7 +346,7 @@ def module(name: str, **functions: Callable) -> ModuleType:
 
 @contextlib.contextmanager
 def pretended_cuda(
-    fa3: bool = True, flagged_varlen: bool = False, capability: tuple[int, int] = (9, 0)
+    fa3: bool = True, flagged_varlen: bool = False, capability: tuple[int, int] = (9, 0), memory: int = 80 * 2**30
 ) -> Iterator[Rules]:
     """torch with one pretended GPU, FlashAttention-3 (`fa3`), and with `flagged_varlen` the varlen_attn of 2.10.
 
@@ -361,7 +361,7 @@ def pretended_cuda(
             Rules(rules.waits).__enter__()  # for as long as the thread lives
             threads.entered = True
 
-    name, memory = "NVIDIA H100 80GB HBM3", 80 * 2**30
+    name = "NVIDIA H100 80GB HBM3"
     properties = dict(name=name, total_memory=memory, multi_processor_count=132)
     properties |= dict(zip(("major", "minor"), capability))
     queries = dict(
@@ -383,6 +383,8 @@ def pretended_cuda(
         reset_peak_memory_stats=lambda device=None: None,
         empty_cache=lambda: None,
         synchronize=lambda device=None: rules.wait("synchronize"),
+        get_rng_state=lambda device=None: torch.get_rng_state(),
+        set_rng_state=lambda state, device=None: None,
         _lazy_init=lambda: None,
     )
     modules: dict[str, Any] = {"flash_attn_interface": None, "kernels": None}

@@ -13,38 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-interpreter = pytest.importorskip("triton.runtime.interpreter")
+pytest.importorskip("triton.runtime.interpreter")
 import train_gpt as tg
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of NumPy, about the interpreter
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of NumPy, about the interpreter
+    pytest.mark.usefixtures("exact_bfloat16"),
+]
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of |result - reference| / |reference|
 FUSED = tg.fused_kernels()
-
-
-@pytest.fixture(autouse=True)
-def exact_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16 as a GPU treats it: the interpreter truncates where a GPU rounds, and multiplies bit patterns."""
-    builder, tl = interpreter.InterpreterBuilder, tg.tl
-    cast, multiply = builder.cast_impl, builder.create_dot
-
-    def exact_cast(self: Any, x: Any, target: Any) -> Any:
-        kinds, data = (x.dtype.scalar, target.scalar), np.ascontiguousarray(x.data)
-        if kinds == (tl.float32, tl.bfloat16):
-            bits = torch.from_numpy(data).bfloat16().view(torch.int16).numpy().view(np.uint16)
-        elif kinds == (tl.bfloat16, tl.float32):
-            bits = torch.from_numpy(data.view(np.int16)).view(torch.bfloat16).float().numpy()
-        else:
-            return cast(self, x, target)
-        return interpreter.TensorHandle(bits.reshape(x.data.shape), target.scalar)
-
-    def exact_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        a, b = (exact_cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-        return multiply(self, a, b, *rest)
-
-    monkeypatch.setattr(builder, "cast_impl", exact_cast)
-    monkeypatch.setattr(builder, "create_dot", exact_dot)
 
 
 @pytest.fixture(autouse=True)

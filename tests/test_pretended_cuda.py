@@ -15,7 +15,7 @@ import numpy as np
 import pretended_cuda
 import pytest
 import torch
-from conftest import ToyData, preset_env, toy_config
+from conftest import QUIET, ToyData, preset_env, toy_config
 from pretended_cuda import CUDA, PretendedTensor, Rules, pretended_cuda as pretend
 from torch import Tensor
 
@@ -85,9 +85,11 @@ def watched(waits: list[str], steps: list[list[str]], batches: list[tuple[int, l
 
 @contextlib.contextmanager
 def device(**options: Any) -> Iterator[Rules]:
-    """The pretended device, without answers about kernels that were given for another one."""
-    with pretend(**options) as rules, mock.patch.object(tg, "choose_kernels", tg.choose_kernels.__wrapped__):
-        yield rules
+    """The pretended device, without two slow answers: whether kernels agree, and what a row keeps in memory."""
+    kernels = lambda wanted, device: ("triton", tg.fused_kernels()) if wanted == "triton" else ("plain", tg.PLAIN)
+    with pretend(**options) as rules, mock.patch.object(tg, "choose_kernels", kernels):
+        with mock.patch.object(tg, "row_bytes_per_token", lambda config: dict(train=1e4, eager=1e4, adapt=1e4)):
+            yield rules
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +127,7 @@ def test_every_preset_runs_all_stages_as_on_a_cpu(preset: str, finished: Callabl
     assert len(scores) >= 3 and {"train", "quantize", "evaluate"} == there["stage_seconds"].keys()
     for key in scores:
         print("agreement", preset, key, here[key], there[key], there[key] / here[key] - 1)
-        assert there[key] == pytest.approx(here[key], rel=0.02), key
+        assert there[key] == pytest.approx(here[key], rel=0.005), key
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -147,13 +149,44 @@ def test_host_waits_at_most_twice_in_a_chunk(preset: str, finished: Callable[...
         assert chunks > 1 and len(waits) <= 2 * chunks, waits
 
 
-def test_kernels_run_where_the_device_is_one(finished: Callable[..., Finished]) -> None:
-    """The Triton kernels (interpreted) train on the device as the plain functions do."""
-    changes = dict(STAGES="train", ITERATIONS=1, ROW_TOKENS=64, TRAIN_BATCH_TOKENS=64, VAL_BATCH_TOKENS=256)
-    fused = finished("baseline", True, KERNELS="triton", **changes).result
-    plain = finished("baseline", True, **changes).result
-    assert fused["kernels"] == "triton" and plain["kernels"] == "plain"
-    assert fused["prequant_val_bpb"] == pytest.approx(plain["prequant_val_bpb"], rel=0.005)
+@pytest.mark.filterwarnings("ignore")  # of NumPy, about the interpreter
+def test_kernels_train_on_the_device_as_the_plain_functions(exact_bfloat16: None) -> None:
+    """Triton's interpreter computes what lies inside of the tensors of the device: a row, its gradients, an update."""
+    config = tg.load_config(small_env("default", NUM_LAYERS=2, NUM_LOOPS=0, PARALLEL_START_LAYER=0, ROW_TOKENS=32, MUON_BACKEND_STEPS=1))[0]
+    results = []
+    for wanted in ("triton", "plain"):
+        with device():
+            run = tg.start_run({})
+            model = tg.GPT(dataclasses.replace(config, kernels=wanted), run)
+            optimizer, plan = tg.Optimizer(model, config, run), tg.layer_plan(config, False)
+            row = tg.training_row(tg.NoiseStream(config.vocab_size), 0, config, run)
+            losses = []
+            for _ in range(2):
+                loss = model(row.inputs, row.targets, plan, row.docs).mean()
+                loss.backward()
+                gradients, numbers = optimizer.exchange(plan, [loss.detach()])
+                optimizer.step(gradients, 1.0, 0.9)
+                losses += numbers.tolist()
+            results.append(losses)
+    assert results[0] != results[1] and results[0] == pytest.approx(results[1], rel=0.01)
+
+
+def test_kernels_are_compared_on_the_device_even_where_gradients_are_off() -> None:
+    """Inputs of the comparison lie on the device; a scorer may ask for the first model under no_grad."""
+    with pretend(), torch.no_grad():
+        assert tg.disagreement(tg.PLAIN, CUDA) == 0
+
+
+def test_rows_follow_the_memory_of_the_device() -> None:
+    """All of TRAIN_BATCH_TOKENS / 8 where it fits, less on a small GPU, and never another length than ROW_TOKENS."""
+    env = small_env("baseline", ROW_TOKENS=0, TRAIN_BATCH_TOKENS=8192, VAL_BATCH_TOKENS=256)
+    config, rows = tg.load_config(env)[0], []
+    for memory, row in ((2**30, 0), (2**22, 0), (2**22, 512)):
+        with device(memory=memory) as rules:
+            wanted = dataclasses.replace(config, row_tokens=row)
+            rows.append(tg.fit_device(wanted, tg.start_run({}), QUIET).train_row_tokens)
+            assert not rules.waits
+    assert rows[0] == 1024 and 32 <= rows[1] < 1024 and rows[2] == 512
 
 
 # Choice of the attention
@@ -179,7 +212,7 @@ def test_attention_is_settled_before_training(
     config = toy_data.config(RUNS_DIR=tmp_path, RUN_ID="toy", KERNELS="plain", **wanted)
     with device(**options):
         if outcome in ("fa3", "varlen"):
-            assert tg.choose_attention(config, CUDA)[0] == outcome
+            assert tg.choose_attention(config, CUDA)[0].startswith(outcome)
             return
         with pytest.raises(tg.UserError, match=outcome), mock.patch.object(tg, "training_row", side_effect=AssertionError):
             tg.main(config, tg.start_run({}))
@@ -306,9 +339,8 @@ def test_what_stays_on_the_device_does_not_wait(rules: Rules) -> None:
     torch.nn.utils.clip_grad_norm_([layer.bias], 1.0)
     x = torch.zeros(4, device=CUDA)
     x[row] = 1.0
-    x[x > 0.5] = 2.0  # a fill, not a search
     assert not rules.waits
-    assert x.tolist() == [2, 2, 2, 0] and bool((layer.bias.cpu() != 0.5).any())
+    assert x.tolist() == [1, 1, 1, 0] and bool((layer.bias.cpu() != 0.5).any())
 
 
 def test_device_refuses_what_cuda_refuses(rules: Rules) -> None:
@@ -395,19 +427,16 @@ def test_attention_refuses_wrong_arguments(name: str, rules: Rules) -> None:
 # Planted faults: the tests above would notice them
 
 
-def train_once(toy_data: ToyData, tmp_path: Path) -> list[list[str]]:
+def train_once(toy_data: ToyData) -> list[list[str]]:
     """The waits of the steps of a small training run."""
-    changes = dict(DATA_PATH=toy_data.folder, TOKENIZER_PATH=toy_data.tokenizer, RUNS_DIR=tmp_path, RUN_ID="fault")
-    config = tg.load_config(small_env("baseline", STAGES="train", KERNELS="plain", **changes))[0]
-    steps: list[list[str]] = []
+    env = small_env("baseline", KERNELS="plain", DATA_PATH=toy_data.folder, TOKENIZER_PATH=toy_data.tokenizer)
+    config, steps = tg.load_config(env)[0], []
     with device() as rules, watched(rules.waits, steps, []):
-        tg.main(config, tg.start_run({}))
+        tg.Trainer(config, tg.start_run({}), QUIET).loop()
     return steps
 
 
-def test_planted_waits_and_mixtures_are_noticed(
-    toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_planted_waits_and_mixtures_are_noticed(toy_data: ToyData, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second wait in a step, a row that stays on the host, unpinned rows, and int64 offsets."""
     step = tg.Optimizer.step
 
@@ -417,15 +446,15 @@ def test_planted_waits_and_mixtures_are_noticed(
 
     with monkeypatch.context() as patch:
         patch.setattr(tg.Optimizer, "step", waiting_step)
-        assert {len(waits) for waits in train_once(toy_data, tmp_path)} == {2}
+        assert {len(waits) for waits in train_once(toy_data)} == {2}
     with monkeypatch.context() as patch:
         patch.setattr(tg, "move", lambda tensor, device: tensor.to(device, non_blocking=True))
-        assert max(len(waits) for waits in train_once(toy_data, tmp_path)) > 1
+        assert max(len(waits) for waits in train_once(toy_data)) > 1
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="cpu"):
         patch.setattr(tg, "move", lambda tensor, device: tensor)
-        train_once(toy_data, tmp_path)
+        train_once(toy_data)
     pack = tg.pack_segments
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="int32"):
         wide = lambda *args: (docs := pack(*args))._replace(cu_seqlens=docs.cu_seqlens.long())
         patch.setattr(tg, "pack_segments", wide)
-        train_once(toy_data, tmp_path)
+        train_once(toy_data)
