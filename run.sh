@@ -99,7 +99,8 @@ fi
 
 if [ "${1:-}" = test ]; then
     shift
-    exec "$python" -m pytest tests -m "not slow" -n auto --maxprocesses 16 "$@"
+    # Each worker begins with a run of neighbouring tests, so that hardly a fixture of a file is built twice.
+    exec "$python" -m pytest tests -m "not slow" -n auto --maxprocesses 16 --dist worksteal "$@"
 fi
 
 # Not device_count alone: it asks the driver, and counts GPUs that this PyTorch cannot use.

@@ -176,7 +176,7 @@ def test_first_word_chooses_what_runs(machine: Machine) -> None:
     venv, folder = machine.ready(), "records/2026-04-29_MLPGateOut"
     assert machine.run(folder, "42", VENV=venv)[1] == [f"records/reproduce.py {folder} 42"]
     calls = machine.run("test", "-x", "-n", "2", VENV=venv)[1]
-    assert calls == ["-m pytest tests -m not slow -n auto --maxprocesses 16 -x -n 2"]
+    assert calls == ["-m pytest tests -m not slow -n auto --maxprocesses 16 --dist worksteal -x -n 2"]
     done, calls = machine.run("records/nothing", VENV=venv)
     assert done.returncode == 2 and not calls and "'records/nothing' is neither a folder nor" in done.stderr
     usage = machine.run("--help")[0].stdout
