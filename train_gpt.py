@@ -5633,13 +5633,13 @@ def command_line() -> int:
         if config.stage_list == ["describe"]:
             print(json.dumps(describe(config) | {"memory": describe_memory(config)}, indent=1))
             return 0
-        # Compiled code stays with the runs: PyTorch's own folder for it is a temporary one.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.runs_dir, "compile-cache").resolve()))
         run = start_run(os.environ)
         if config.stage_list == ["check"]:
             log = Log(Path(os.devnull) if run.is_main else None)
             check(fit_device(all_stages(config), run, log), run, log)
             return 0
+        # Compiled code stays with the runs: PyTorch's own folder for it is a temporary one.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.runs_dir, "compile-cache").resolve()))
         return 0 if main(config, run, origins)["valid"] else 1
     except UserError as error:
         return fail(2, str(error))
