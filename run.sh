@@ -17,7 +17,8 @@ The environment is passed through. What people set most:
            pr1941, pr1855, pr2135. Unset: default where there are GPUs and the FineWeb shards in DATA_DIR, else tiny
   SEED     initial weights (1337)
   RUN_ID   folder under runs/ for log, weights, artifact, result.json and picture
-  STAGES   train,quantize,evaluate or a part of it; describe prints sizes and needs no data
+  STAGES   train,quantize,evaluate or a part of it; describe prints sizes and needs no data; check
+           tries what the stages will need and writes nothing
   any other setting of train_gpt.py, for example ITERATIONS=50
 And for this script: NPROC (processes; default one per GPU), PYTHON (python3), VENV (.venv). VENV=none makes and installs
 nothing: PYTHON runs everything with the packages that it has, such as a PyTorch that fits the driver, or FlashAttention.

@@ -786,6 +786,15 @@ class Run:
             raise error
         return value
 
+    def agree(self, error: Exception | None) -> None:
+        """Raises the error of the first rank that has one, on every rank. Collective."""
+        errors = [error]
+        if self.world_size > 1:
+            errors = [None] * self.world_size
+            dist.all_gather_object(errors, error)
+        for error in filter(None, errors):
+            raise error
+
     def share_weights(self, model: nn.Module) -> None:
         """Rank 0's parameters on every rank."""
         if self.world_size > 1:
@@ -4849,8 +4858,7 @@ def check(config: Config, run: Run, log: Log) -> None:
             ok, detail, failed = False, str(error), failed or error
         if detail:
             log("check", item=item, ok=ok, detail=" ".join(detail.split()).replace(" ", "_"))
-    if failed:
-        raise failed
+    run.agree(failed)
 
 
 def all_stages(config: Config) -> Config:
@@ -4911,8 +4919,9 @@ def check_attention(config: Config, run: Run) -> str:
         results = [attend(*qkv, docs), torch.cat([attend_sdpa(*piece, None) for piece in pieces], 1), attend(*qkv, None)]
         slopes = [torch.autograd.grad(result.float().square().sum(), qkv)[0] for result in results]
         errors = [float(((a - b).norm() / b.norm()).detach()) for a, b in (results[:2], slopes[:2])]
-    except RuntimeError as error:
-        raise UserError(f"{key} it fails: {str(error).splitlines()[0]}; set another back-end or NUM_HEADS") from None
+    except Exception as error:  # noqa: BLE001 - whatever another release of it may raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{key} it fails: {reason}; set another back-end or NUM_HEADS") from None
     need(max(errors) < 0.03, f"{key} it is wrong by {max(errors):.2g}; set another back-end")
     return f"{name}, {d} channels per head"
 
@@ -4945,8 +4954,7 @@ def check_artifact(config: Config, run: Run) -> str:
     except (ImportError, ValueError) as error:
         raise UserError(f"COMPRESSOR={config.compressor}: {error}; install it or set COMPRESSOR=brotli") from None
     forecast = predicted_artifact_bytes(config)["total_bytes"]
-    used = codec if codec == config.compressor else f"{config.compressor} writes {codec}"
-    used += " because the program lrzip is not installed" if (used, codec) == ("pergroup writes brotli", "brotli") else ""
+    used = {"lrzip": "pergroup writes lrzip", config.compressor: codec}.get(codec, "pergroup writes brotli without lrzip")
     return f"{used}, {len(artifact_table(config))} arrays, forecast {forecast} of {ARTIFACT_LIMIT_BYTES} bytes"
 
 
@@ -5054,23 +5062,19 @@ def memory_forecast(config: Config, ranks: int = 1, kept: Mapping | None = None)
     train = dict(
         weights=4 * total, weights_in_bfloat16=2 * total, gradients=4 * total, average=4 * total, adamw_moments=8 * adamw,
         muon_momentum=-(-2 * muon // ranks), copy_during_warm_up=8 * total + 8 * adamw + 4 * muon, hessians=4 * hessians,
-        row=kept["train"] * config.train_row_tokens, logits_gradient=logits * config.train_row_tokens,
+        row=kept["eager" if config.compile == "0" else "train"] * config.train_row_tokens,
+        logits_gradient=logits * config.train_row_tokens,
     )  # fmt: skip
-    evaluate = dict(weights=4 * total, weights_in_bfloat16=2 * total)
-    score = evaluate | dict(scoring_row=(2 * logits + 20 * config.model_dim) * config.score_row_tokens)
-    forecast = {"train": train, "score": score}
+    weights, row = dict(weights=4 * total, weights_in_bfloat16=2 * total), config.score_row_tokens
+    forecast = {"train": train, "score": weights | dict(row=(2 * logits + 20 * config.model_dim) * row)}
     if config.ttt_enabled:
-        everything = dict(gradients=4 * total, optimizer=8 * total)
-        everything |= dict(row=(kept["eager"] + logits) * config.score_row_tokens)
-        forecast["learn"] = evaluate | everything
-    if config.ttt_enabled and config.ttt_kind == "lora_phased":
         numbers = sum(n * (out + width) for n, out, width in adapter_shapes(config, model).values())
-        numbers *= config.ttt_lora_rank * config.ttt_batch_size
+        numbers *= config.ttt_lora_rank * config.ttt_batch_size * (config.ttt_kind == "lora_phased")
         adapters = dict(adapters=4 * numbers, adapter_gradients=4 * numbers, adapter_moments=8 * numbers)
-        forecast["learn"] |= adapters
-        tokens = min(config.ttt_batch_size * config.ttt_eval_seq_len, config.adapt_tokens)
-        batch = dict(adapters_in_bfloat16=2 * numbers, batch=kept["adapt"] * tokens)
-        forecast["adapt"] = evaluate | adapters | batch
+        learning = dict(gradients=4 * total, optimizer=8 * total, row=(kept["eager"] + logits) * row)
+        forecast["learn"] = weights | adapters | learning
+        tokens = min(config.ttt_batch_size * config.ttt_eval_seq_len, config.adapt_tokens) if numbers else 0
+        forecast["adapt"] = weights | adapters | dict(adapters_in_bfloat16=2 * numbers, batch=kept["adapt"] * tokens)
     return {stage: {what: round(size) for what, size in parts.items()} for stage, parts in forecast.items()}
 
 
@@ -5083,9 +5087,10 @@ def row_choices(config: Config) -> list[int]:
 
 
 def fit_rows(config: Config, memory: float, ranks: int = 1) -> Config:
-    """`config` with ROW_TOKENS, unless it is set, and VAL_BATCH_TOKENS so low that the forecast is below `memory` bytes.
+    """`config` with ROW_TOKENS, unless it is set, and VAL_BATCH_TOKENS so low that the forecast is at most `memory`
+    bytes; where nothing is low enough, the lowest.
 
-    Where nothing is low enough, the lowest. No score depends on VAL_BATCH_TOKENS; rows of training cut documents.
+    No score depends on VAL_BATCH_TOKENS. Training does depend on ROW_TOKENS a little: the ends of rows cut documents.
     """
 
     def fits(config: Config, *parts: str) -> bool:
@@ -5135,8 +5140,8 @@ def check_memory(config: Config, run: Run) -> str:
 
 
 def warm_up_fitting(trainer: Trainer) -> Config:
-    """Trainer.warm_up; where memory runs out all the same, again with rows of half the length or the next that is
-    possible. Returns the configuration that the trainer goes on with.
+    """Trainer.warm_up; where memory runs out all the same, again with rows of half the length or less. Returns the
+    configuration that the trainer goes on with.
 
     Not with several ranks: those that have memory left would wait for the others in an exchange.
     """
@@ -5629,13 +5634,13 @@ def command_line() -> int:
         if config.stage_list == ["describe"]:
             print(json.dumps(describe(config) | {"memory": describe_memory(config)}, indent=1))
             return 0
-        # Compiled code stays with the runs: PyTorch's own folder for it is a temporary one.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.runs_dir, "compile-cache").resolve()))
         run = start_run(os.environ)
         if config.stage_list == ["check"]:
             log = Log(Path(os.devnull) if run.is_main else None)
             check(fit_device(all_stages(config), run, log), run, log)
             return 0
+        # Compiled code stays with the runs: PyTorch's own folder for it is a temporary one.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.runs_dir, "compile-cache").resolve()))
         return 0 if main(config, run, origins)["valid"] else 1
     except UserError as error:
         return fail(2, str(error))
