@@ -1,7 +1,7 @@
 """Counts what a training step moves and multiplies on a GPU, without having one; prints tables and a forecast in ms.
 
-    python tests/bench_traffic.py                   the model of PRESET and other settings, KERNELS=plain and auto
-    python tests/bench_traffic.py auto kernels      only KERNELS=auto, and every kernel of the looped plan
+    python tests/bench_traffic.py                   the model of PRESET and other settings, plain and with Triton
+    python tests/bench_traffic.py triton kernels    only with Triton, and every kernel of the looped plan
 
 The forward and backward pass over one row of ROW_TOKENS goes through torch.compile as far as inductor's schedule, which
 says what is fused into which kernel; no kernel is compiled or launched. Tracing happens on the CPU in bfloat16; then
@@ -266,10 +266,7 @@ def kernels_of(config: tg.Config, kernels: str, looping: bool) -> tuple[list[Ker
 
     run, schedule, T = tg.Run(), Schedule(config), config.train_row_tokens
     model = tg.GPT(config, run, "meta").to_empty(device="cpu")
-    model.dtype, model.kernels = torch.bfloat16, tg.PLAIN
-    if kernels != "plain":
-        with mock.patch.object(tg, "disagreement", lambda *arguments: 0.0):
-            model.kernels = tg.choose_kernels.__wrapped__(kernels, CUDA)[1]
+    model.dtype, model.kernels = torch.bfloat16, tg.PLAIN if kernels == "plain" else tg.fused_kernels()
     for block in model.blocks:
         block.attend = lambda q, k, v, docs: attend(q, k, v, docs.cu_seqlens)[0]
     ids = torch.zeros(2, 1, T, dtype=torch.long)
@@ -352,8 +349,8 @@ def report(config: tg.Config, kernels: str, each: bool) -> None:
 def main() -> None:
     config, _ = tg.load_config({"PRESET": "default"} | dict(os.environ))
     print(f"torch:{torch.__version__} preset:{config.preset} row_tokens:{config.train_row_tokens}")
-    wanted = [word for word in sys.argv[1:] if word in ("plain", "auto", "triton")]
-    for kernels in wanted or ("plain", "auto"):
+    wanted = [word for word in sys.argv[1:] if word in ("plain", "triton")]
+    for kernels in wanted or ("plain", "triton"):
         report(config, kernels, "kernels" in sys.argv)
 
 
