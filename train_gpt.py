@@ -1941,10 +1941,11 @@ class GPT(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # KERNELS
 #
-# Functions of MODEL and OPTIMIZER that exist twice: the plain one is the definition, the fused one (Triton, CUDA)
-# computes the same with fewer passes over memory: tests/bench_traffic.py counts them. Sums are float32 and every result is rounded once, to the dtype
-# of its input. Triton is optional and imported when the fused functions are asked for: a kernel is an ordinary
-# function until `jit` takes it. Names: M, N, K of a matrix product; everything else as in the legend above.
+# Functions of MODEL and OPTIMIZER that exist twice: the plain one is the definition, the fused one (CUDA, most of them
+# in Triton) computes the same with fewer passes over memory, which tests/bench_traffic.py counts. Sums are float32 and
+# every result is rounded once, to the dtype of its input. Triton is optional and imported when the fused functions are
+# asked for: a kernel is an ordinary function until `jit` takes it. Names: M, N, K of a matrix product; everything else
+# as in the legend above.
 # ------------------------------------------------------------------------------------------------------------
 
 tl: Any = types.SimpleNamespace(constexpr="tl.constexpr")  # stands in for triton.language, which `jit` puts here
@@ -2158,8 +2159,8 @@ def nll_slope(logits: Tensor, targets: Tensor, total: Tensor, g: Tensor, softcap
     return out
 
 
-# What stands before attention: queries and keys from one product, which reads its input once; then the norm of every
-# head, its rotation and the gain of the queries, in one kernel.
+# Queries and keys come from one product, which reads its input once. Then norm and rotation of every head and the gain
+# of the queries are one kernel.
 
 
 def plain_joint_linear(x: Tensor, *weights: Tensor) -> Tensor:
@@ -2180,50 +2181,44 @@ def plain_heads(qk: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
 
 def heads_kernel(
     qk, gain, cos, sin, q, k, out, dgain, eps, N, T, H, K, d, half,
-    BACKWARD: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PROGRAMS: tl.constexpr,
+    BACKWARD: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Forward: results into q and k. Backward: their gradients are there; that of qk into out, a share of dgain each.
 
     With u = x / rms(x), y = gain (u cos + u' sin), where u' is the channel's partner and sin has the sign of its side:
     du = gain (dy cos - dy' sin), dx = (du - u mean(du u)) / rms(x).
     """
-    heads, channels = tl.arange(0, HEADS), tl.arange(0, WIDTH)
-    left, has_partner = channels < half, (channels < 2 * half)[None, None, :]
+    heads, channels = tl.arange(0, HEADS)[None, :, None], tl.arange(0, WIDTH)[None, None, :]
+    left, turned = channels < half, channels < 2 * half
     partner, angle = tl.where(left, channels + half, channels - half), tl.where(left, channels, channels - half)
-    is_q = heads < H
-    factor = tl.load(gain + heads, mask=is_q, other=1.0).to(qk.dtype.element_ty).to(tl.float32)[None, :, None]
-    opening = tl.zeros((HEADS,), tl.float32)
-    for start in range(tl.program_id(0) * ROWS, N, PROGRAMS * ROWS):
-        rows = start + tl.arange(0, ROWS)
-        turned = (rows < N)[:, None] & (channels < 2 * half)[None, :]
-        at_angle = (rows % T)[:, None] * half + angle[None, :]
-        c = tl.load(cos + at_angle, mask=turned, other=1.0)[:, None, :]
-        s = tl.load(sin + at_angle, mask=turned, other=0.0)[:, None, :] * tl.where(left, 1.0, -1.0)[None, None, :]
-        rows = rows.to(tl.int64)[:, None, None]
-        inside = (rows < N) & (channels < d)[None, None, :]
-        in_q, in_k = inside & is_q[None, :, None], inside & ((heads >= H) & (heads < H + K))[None, :, None]
-        row_q = (rows * H + heads[None, :, None]) * d
-        row_k = (rows * K + heads[None, :, None] - H) * d
-        row = (rows * (H + K) + heads[None, :, None]) * d
+    factor = tl.load(gain + heads, mask=heads < H, other=1.0).to(qk.dtype.element_ty).to(tl.float32)
+    total = tl.zeros((1, HEADS, 1), tl.float32)
+    for start in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
+        rows = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
+        inside = (rows < N) & (channels < d)
+        in_q, in_k = inside & (heads < H), inside & (heads >= H) & (heads < H + K)
         both = in_q | in_k
-        x = tl.load(qk + row + channels[None, None, :], mask=both, other=0.0).to(tl.float32)
-        x_partner = tl.load(qk + row + partner[None, None, :], mask=both & has_partner, other=0.0).to(tl.float32)
-        inverse = (1 / tl.sqrt(tl.sum(x * x, 2) / d + eps))[:, :, None]
+        at, at_q, at_k = (rows * (H + K) + heads) * d, (rows * H + heads) * d, (rows * K + heads - H) * d
+        at_angle = rows % T * half + angle
+        c = tl.load(cos + at_angle, mask=(rows < N) & turned, other=1.0)
+        s = tl.load(sin + at_angle, mask=(rows < N) & turned, other=0.0) * tl.where(left, 1.0, -1.0)
+        x = tl.load(qk + at + channels, mask=both, other=0.0).to(tl.float32)
+        x_partner = tl.load(qk + at + partner, mask=both & turned, other=0.0).to(tl.float32)
+        inverse = 1 / tl.sqrt(tl.sum(x * x, 2, keep_dims=True) / d + eps)
         y = inverse * (x * c + x_partner * s)
         if BACKWARD:
-            g = tl.load(q + row_q + channels[None, None, :], mask=in_q, other=0.0).to(tl.float32)
-            g += tl.load(k + row_k + channels[None, None, :], mask=in_k, other=0.0).to(tl.float32)
-            g_partner = tl.load(q + row_q + partner[None, None, :], mask=in_q & has_partner, other=0.0).to(tl.float32)
-            g_partner += tl.load(k + row_k + partner[None, None, :], mask=in_k & has_partner, other=0.0).to(tl.float32)
-            opening += tl.sum(tl.sum(g * y, 2), 0)
-            u, du = x * inverse, factor * (g * c - g_partner * s)
-            dx = inverse * (du - u * (tl.sum(du * u, 2) / d)[:, :, None])
-            tl.store(out + row + channels[None, None, :], dx, mask=both)
+            dy = tl.load(q + at_q + channels, mask=in_q, other=0.0).to(tl.float32)
+            dy += tl.load(k + at_k + channels, mask=in_k, other=0.0).to(tl.float32)
+            dy_partner = tl.load(q + at_q + partner, mask=in_q & turned, other=0.0).to(tl.float32)
+            dy_partner += tl.load(k + at_k + partner, mask=in_k & turned, other=0.0).to(tl.float32)
+            total += tl.sum(tl.sum(dy * y, 2, keep_dims=True), 0, keep_dims=True)
+            u, du = x * inverse, factor * (dy * c - dy_partner * s)
+            tl.store(out + at + channels, inverse * (du - u * tl.sum(du * u, 2, keep_dims=True) / d), mask=both)
         else:
-            tl.store(q + row_q + channels[None, None, :], factor * y, mask=in_q)
-            tl.store(k + row_k + channels[None, None, :], factor * y, mask=in_k)
+            tl.store(q + at_q + channels, factor * y, mask=in_q)
+            tl.store(k + at_k + channels, factor * y, mask=in_k)
     if BACKWARD:
-        tl.store(dgain + tl.program_id(0) * H + heads, opening, mask=is_q)
+        tl.store(dgain + tl.program_id(0) * H + heads, total, mask=heads < H)
 
 
 def launch_heads(
@@ -2238,7 +2233,7 @@ def launch_heads(
     dgain = torch.empty(0 if out is None else count, H, dtype=torch.float32, device=q.device)
     inputs = (tensor.contiguous() for tensor in (qk, gain, cos, sin))
     sizes = (NORM_EPS, N, qk.size(1), H, K, d, cos.size(-1))
-    launch(heads_kernel, (count,), *inputs, q, k, out, dgain, *sizes, ROWS=rows, PROGRAMS=count, **block)
+    launch(heads_kernel, (count,), *inputs, q, k, out, dgain, *sizes, ROWS=rows, **block)
     return dgain
 
 
