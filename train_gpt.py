@@ -1463,6 +1463,7 @@ class Call(NamedTuple):
     lora: dict[str, list[tuple[Tensor, Tensor]]] | None  # as from Lora.by_slot
     taps: Taps | None
     kernels: "Kernels"
+    bare: bool  # no adapters, no taps: products with weights are nothing but products, and kernels may take them in
 
 
 def project(x: Tensor, name: str, visit: Visit, call: Call, lora_input: Tensor | None = None) -> Tensor:
@@ -1493,13 +1494,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     u, v = x[..., :half].float(), x[..., half : 2 * half].float()
     turned = torch.addcmul(u * cos, v, sin), torch.addcmul(v * cos, u, sin, value=-1)
     return torch.cat([*(part.to(x.dtype) for part in turned), x[..., 2 * half :]], -1)
-
-
-def mix_and_norm(x: Tensor, x0: Tensor, mix: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """m = mix[0] x + mix[1] x0, channel by channel, and scale * rms(m)."""
-    keep, fresh = mix.to(x.dtype)
-    m = keep * x + fresh * x0
-    return m, rms(m) * scale
 
 
 def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -1693,18 +1687,21 @@ class Block(nn.Module):
             self.post_lambdas = nn.Parameter(torch.empty(2, 2))  # from attention, MLP (rows) into each lane
             self.resid_lambdas = nn.Parameter(torch.empty(2))
 
-    def mix(self, x: Tensor, x0: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    def mix(self, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream with the embedding mixed in again, and what attention reads of it."""
-        return call.kernels.mix_norm(x, x0, self.resid_mix, self.depth_scale)
+        keep, fresh = self.resid_mix.to(x.dtype)
+        m = keep * x + fresh * x0
+        return m, rms(m) * self.depth_scale
 
     def attention(self, n: Tensor, visit: Visit, call: Call) -> Tensor:
         """What attention, reading n (B, T, D), adds to the residual stream."""
-        q = project(n, "attn.q", visit, call).unflatten(-1, (self.num_heads, -1))  # (B, T, H, d)
-        k = project(n, "attn.k", visit, call).unflatten(-1, (self.num_kv_heads, -1))  # (B, T, K, d)
-        v = project(n, "attn.v", visit, call).unflatten(-1, (self.num_kv_heads, -1))
-        heads = rotate(rms(torch.cat([q, k], 2)), call.cos, call.sin)
-        q, k = heads.split([self.num_heads, self.num_kv_heads], 2)
-        q = q * self.q_gain.to(q.dtype).unsqueeze(-1)
+        if call.bare:
+            qk = call.kernels.joint_linear(n, *(call.weights[name][visit.layer] for name in ("attn.q", "attn.k")))
+        else:
+            qk = torch.cat([project(n, name, visit, call) for name in ("attn.q", "attn.k")], -1)
+        qk = qk.unflatten(-1, (self.num_heads + self.num_kv_heads, -1))  # (B, T, H + K, d)
+        q, k = call.kernels.heads(qk, self.q_gain, call.cos, call.sin)
+        v = project(n, "attn.v", visit, call).unflatten(-1, (self.num_kv_heads, -1))  # (B, T, K, d)
         y = self.finish(self.attend(q, k, v, call.docs), v, n, call)
         return self.attn_scale.to(y.dtype) * project(y.flatten(2), "attn.o", visit, call, lora_input=n)
 
@@ -1719,7 +1716,7 @@ class Block(nn.Module):
     def mlp(self, r: Tensor, visit: Visit, call: Call) -> Tensor:
         """What the MLP adds to the residual stream r (B, T, D). Its output gate looks at r itself (#1941)."""
         u = rms(r) * self.depth_scale
-        if call.lora is None and call.taps is None:  # products are nothing but products, and a kernel may take them in
+        if call.bare:
             up, down = (call.weights[name][visit.layer] for name in ("mlp.up", "mlp.down"))
             y = call.kernels.mlp(u, up, down, self.slope)
         else:
@@ -1736,7 +1733,7 @@ Lanes = tuple[Tensor, Tensor]  # (attn_lane, mlp_lane), each (B, T, D); the same
 
 def serial(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> Lanes:
     """Attention, then the MLP, on one stream."""
-    m, n = block.mix(lanes[0], x0, call)
+    m, n = block.mix(lanes[0], x0)
     r = m + block.attention(n, visit, call)
     x = r + block.mlp(r, visit, call)
     return x, x
@@ -1744,7 +1741,7 @@ def serial(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> 
 
 def parallel(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> Lanes:
     """Attention and MLP side by side on one stream: both read the same input."""
-    m, n = block.mix(lanes[0], x0, call)
+    m, n = block.mix(lanes[0], x0)
     x = m + block.attention(n, visit, call) + block.mlp(m, visit, call)
     return x, x
 
@@ -1752,7 +1749,7 @@ def parallel(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -
 def two_lane(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> Lanes:
     """Attention and MLP side by side, each on its own lane; both write to both lanes."""
     attn_lane, mlp_lane = lanes
-    a = block.attention(block.mix(attn_lane, x0, call)[1], visit, call)
+    a = block.attention(block.mix(attn_lane, x0)[1], visit, call)
     m = block.mlp(mlp_lane, visit, call)
     post, keep = block.post_lambdas.to(a.dtype), block.resid_lambdas.to(a.dtype)
     return (
@@ -1858,7 +1855,7 @@ class GPT(nn.Module):
             e = e + self.bigram_scale.to(e.dtype) * F.linear(pairs.to(e.dtype), self.bigram_bank[0].to(e.dtype))
         if c.smear_gate_enabled and c.smear_gate_pos == "pre_norm":
             e = self.smear(e, inputs, positions)
-        e = rms(e)
+        e = rms(self.kernels.stored(e))
         if c.smear_gate_enabled and c.smear_gate_pos == "post_norm":
             e = self.smear(e, inputs, positions)
         if c.smear_perdim_enabled:  # a constant mixture of both tokens (#489)
@@ -1895,9 +1892,9 @@ class GPT(nn.Module):
         steps = torch.arange(half, device=inputs.device, dtype=torch.float32) / max(half, 1)
         angles = positions.float()[:, None, None] * self.config.rotary_base**-steps  # (T, 1, half)
         weights = self.matrices()
-        kernels = self.kernels if lora is None and taps is None else PLAIN
+        bare = lora is None and taps is None
         deltas = (lora.scale, lora.by_slot(self.dtype)) if lora else (1.0, None)
-        call = Call(weights, docs, angles.cos(), angles.sin(), *deltas, taps, kernels)
+        call = Call(weights, docs, angles.cos(), angles.sin(), *deltas, taps, self.kernels if bare else PLAIN, bare)
 
         x0 = self.embed(inputs, weights["head"][0], positions)
         lanes, kept = (x0, x0), []
@@ -1909,7 +1906,7 @@ class GPT(nn.Module):
             if visit.push:
                 kept.append(lanes[0])
         x = rms(0.5 * (lanes[0] + lanes[1]))[:, inputs.size(1) - targets.size(1) :]
-        return kernels.nll(project(x, "head", HEAD, call), targets, self.config.logit_softcap)
+        return call.kernels.nll(project(x, "head", HEAD, call), targets, self.config.logit_softcap)
 
     def take_skip(self, skip: int, kept: Tensor, x: Tensor) -> Tensor:
         """Brings a kept output into the stream: added, or blended as sigmoid(gate) of x and the rest of the skip."""
@@ -1953,10 +1950,11 @@ class GPT(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # KERNELS
 #
-# Five functions of MODEL and OPTIMIZER, each twice: the plain one is the definition, the fused one (Triton, CUDA)
-# computes the same with fewer passes over memory. Sums are float32 and every result is rounded once, to the dtype
-# of its input. Triton is optional and imported when the fused functions are asked for: a kernel is an ordinary
-# function until `jit` takes it. Names: M, N, K of a matrix product; everything else as in the legend above.
+# Functions of MODEL and OPTIMIZER that exist twice: the plain one is the definition, the fused one (CUDA, most of them
+# in Triton) computes the same with fewer passes over memory, which tests/bench_traffic.py counts. Sums are float32 and
+# every result is rounded once, to the dtype of its input. Triton is optional and imported when the fused functions are
+# asked for: a kernel is an ordinary function until `jit` takes it. Names: M, N, K of a matrix product; everything else
+# as in the legend above.
 # ------------------------------------------------------------------------------------------------------------
 
 tl: Any = types.SimpleNamespace(constexpr="tl.constexpr")  # stands in for triton.language, which `jit` puts here
@@ -2170,71 +2168,99 @@ def nll_slope(logits: Tensor, targets: Tensor, total: Tensor, g: Tensor, softcap
     return out
 
 
-# mix_and_norm: what stands before a sub-layer. With mix = (1, attn_scale) and a sub-layer's output as x0, the same pair
-# of results is the residual addition after it and the norm of the next one.
+# Queries and keys come from one product, which reads its input once. Then norm and rotation of every head and the gain
+# of the queries are one kernel.
 
 
-def mix_norm_kernel(
-    x, x0, mix, dm, dn, out, out0, dmix, scale, eps, N, D,
-    BACKWARD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PROGRAMS: tl.constexpr,
+def plain_joint_linear(x: Tensor, *weights: Tensor) -> Tensor:
+    """x W^T of several weights (rows, D) side by side: x (..., D) -> (..., all rows)."""
+    return torch.cat([F.linear(x, weight) for weight in weights], -1)
+
+
+def fused_joint_linear(x: Tensor, *weights: Tensor) -> Tensor:
+    """The same from one product. Values stay out of it: joining their gradient to the others' would cost 4 passes."""
+    return F.linear(x, torch.cat(weights))
+
+
+def plain_heads(qk: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys that attention takes, from products qk (B, T, H + K, d): normed, rotated, times gain (H,)."""
+    q, k = rotate(rms(qk), cos, sin).split([len(gain), qk.size(2) - len(gain)], 2)
+    return q * gain.to(q.dtype).unsqueeze(-1), k
+
+
+def heads_kernel(
+    qk, gain, cos, sin, q, k, out, dgain, eps, N, T, H, K, d, half,
+    BACKWARD: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Forward: m into out, n into out0. Backward: gradients of x and x0 there, and a share of dmix per program.
+    """Forward: results into q and k. Backward: their gradients are there; that of qk into out, a share of dgain each.
 
-    With u = m / rms(m), the gradient of m is dm + scale / rms(m) (dn - u mean(dn u)); m is computed anew for it.
+    With u = x / rms(x), y = gain (u cos + u' sin), where u' is the channel's partner and sin has the sign of its side:
+    du = gain (dy cos - dy' sin), dx = (du - u mean(du u)) / rms(x).
     """
-    columns = tl.arange(0, WIDTH)
-    keep = tl.load(mix + columns, mask=columns < D, other=0.0).to(x.dtype.element_ty).to(tl.float32)
-    fresh = tl.load(mix + D + columns, mask=columns < D, other=0.0).to(x.dtype.element_ty).to(tl.float32)
-    dkeep, dfresh = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
-    for start in range(tl.program_id(0) * ROWS, N, PROGRAMS * ROWS):
-        rows = start + tl.arange(0, ROWS)
-        inside = (rows < N)[:, None] & (columns < D)[None, :]
-        at = rows.to(tl.int64)[:, None] * D + columns[None, :]
-        old = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        new = tl.load(x0 + at, mask=inside, other=0.0).to(tl.float32)
-        rounded = (keep[None, :] * old + fresh[None, :] * new).to(out.dtype.element_ty)
-        m = rounded.to(tl.float32)  # the norm is that of the stream as stored
-        inverse = (1 / tl.sqrt(tl.sum(m * m, 1) / D + eps))[:, None]
+    heads, channels = tl.arange(0, HEADS)[None, :, None], tl.arange(0, WIDTH)[None, None, :]
+    left, turned = channels < half, channels < 2 * half
+    partner, angle = tl.where(left, channels + half, channels - half), tl.where(left, channels, channels - half)
+    factor = tl.load(gain + heads, mask=heads < H, other=1.0).to(qk.dtype.element_ty).to(tl.float32)
+    total = tl.zeros((1, HEADS, 1), tl.float32)
+    for start in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
+        rows = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
+        inside = (rows < N) & (channels < d)
+        in_q, in_k = inside & (heads < H), inside & (heads >= H) & (heads < H + K)
+        both = in_q | in_k
+        at, at_q, at_k = (rows * (H + K) + heads) * d, (rows * H + heads) * d, (rows * K + heads - H) * d
+        at_angle = rows % T * half + angle
+        c = tl.load(cos + at_angle, mask=(rows < N) & turned, other=1.0)
+        s = tl.load(sin + at_angle, mask=(rows < N) & turned, other=0.0) * tl.where(left, 1.0, -1.0)
+        x = tl.load(qk + at + channels, mask=both, other=0.0).to(tl.float32)
+        x_partner = tl.load(qk + at + partner, mask=both & turned, other=0.0).to(tl.float32)
+        inverse = 1 / tl.sqrt(tl.sum(x * x, 2, keep_dims=True) / d + eps)
+        y = inverse * (x * c + x_partner * s)
         if BACKWARD:
-            u, g = m * inverse, tl.load(dn + at, mask=inside, other=0.0).to(tl.float32)
-            g = scale * inverse * (g - u * (tl.sum(g * u, 1) / D)[:, None])
-            g += tl.load(dm + at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(out + at, g * keep[None, :], mask=inside)
-            tl.store(out0 + at, g * fresh[None, :], mask=inside)
-            dkeep += tl.sum(g * old, 0)
-            dfresh += tl.sum(g * new, 0)
+            dy = tl.load(q + at_q + channels, mask=in_q, other=0.0).to(tl.float32)
+            dy += tl.load(k + at_k + channels, mask=in_k, other=0.0).to(tl.float32)
+            dy_partner = tl.load(q + at_q + partner, mask=in_q & turned, other=0.0).to(tl.float32)
+            dy_partner += tl.load(k + at_k + partner, mask=in_k & turned, other=0.0).to(tl.float32)
+            total += tl.sum(tl.sum(dy * y, 2, keep_dims=True), 0, keep_dims=True)
+            u, du = x * inverse, factor * (dy * c - dy_partner * s)
+            tl.store(out + at + channels, inverse * (du - u * tl.sum(du * u, 2, keep_dims=True) / d), mask=both)
         else:
-            tl.store(out + at, rounded, mask=inside)
-            tl.store(out0 + at, scale * inverse * m, mask=inside)
+            tl.store(q + at_q + channels, factor * y, mask=in_q)
+            tl.store(k + at_k + channels, factor * y, mask=in_k)
     if BACKWARD:
-        dmix += tl.program_id(0) * 2 * D
-        tl.store(dmix + columns, dkeep, mask=columns < D)
-        tl.store(dmix + D + columns, dfresh, mask=columns < D)
+        tl.store(dgain + tl.program_id(0) * H + heads, total, mask=heads < H)
 
 
-def mix_norm(x: Tensor, x0: Tensor, mix: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """m and n."""
-    m, n, D = x.new_empty(x.shape), x.new_empty(x.shape), x.size(-1)
-    rows, N = max(ELEMENT_BLOCK // block_size(D), 1), x.numel() // D
-    count = -(-N // rows)
-    block = dict(BACKWARD=False, ROWS=rows, WIDTH=block_size(D), PROGRAMS=count)
-    inputs = (x.contiguous(), x0.contiguous(), mix.contiguous())
-    launch(mix_norm_kernel, (count,), *inputs, None, None, m, n, None, scale, NORM_EPS, N, D, **block)
-    return m, n
+def launch_heads(
+    qk: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Launches heads_kernel, backward where there is an `out`. Returns every program's share of dgain."""
+    (H, K, d), N = (q.size(2), k.size(2), q.size(3)), q.numel() // (q.size(2) * q.size(3))
+    block = dict(BACKWARD=out is not None, HEADS=block_size(H + K), WIDTH=block_size(d))
+    rows = max(ELEMENT_BLOCK // (block["HEADS"] * block["WIDTH"]), 1)
+    # Several programs per multiprocessor hide each other's loads; in the backward pass each sums up a share of dgain.
+    count = -(-N // rows) if out is None else min(16 * multiprocessors(q), -(-N // rows))
+    dgain = torch.empty(0 if out is None else count, H, dtype=torch.float32, device=q.device)
+    inputs = (tensor.contiguous() for tensor in (qk, gain, cos, sin))
+    sizes = (NORM_EPS, N, qk.size(1), H, K, d, cos.size(-1))
+    launch(heads_kernel, (count,), *inputs, q, k, out, dgain, *sizes, ROWS=rows, **block)
+    return dgain
 
 
-def mix_norm_slope(
-    x: Tensor, x0: Tensor, mix: Tensor, dm: Tensor, dn: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, x0 and mix. The order of the sums is fixed for a GPU: equal inputs give equal bits."""
-    dx, dx0, D = x.new_empty(x.shape), x.new_empty(x.shape), x.size(-1)
-    rows, N = max(ELEMENT_BLOCK // block_size(D), 1), x.numel() // D
-    count = min(8 * multiprocessors(x), -(-N // rows))  # several per multiprocessor hide each other's loads
-    dmix = torch.empty(count, *mix.shape, dtype=torch.float32, device=x.device)
-    block = dict(BACKWARD=True, ROWS=rows, WIDTH=block_size(D), PROGRAMS=count)
-    inputs = (tensor.contiguous() for tensor in (x, x0, mix, dm, dn))
-    launch(mix_norm_kernel, (count,), *inputs, dx, dx0, dmix, scale, NORM_EPS, N, D, **block)
-    return dx, dx0, dmix.sum(0).to(mix.dtype)
+def heads(qk: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k."""
+    B, T, both, d = qk.shape
+    q, k = qk.new_empty(B, T, len(gain), d), qk.new_empty(B, T, both - len(gain), d)
+    launch_heads(qk, gain, cos, sin, q, k)
+    return q, k
+
+
+def heads_slope(
+    qk: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, dq: Tensor, dk: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qk and gain. The order of the sums is fixed for a GPU: equal inputs give equal bits."""
+    out = qk.new_empty(qk.shape)
+    dgain = launch_heads(qk, gain, cos, sin, dq.contiguous(), dk.contiguous(), out)
+    return out, dgain.sum(0).to(gain.dtype)
 
 
 # Exclusive self-attention and head gate. Query head h belongs to value head h // G, G = H / K, so contiguous
@@ -2357,6 +2383,12 @@ def symmetric(a: Tensor, base: Tensor | None, alpha: float, beta: float) -> Tens
     return out
 
 
+def stored(x: Tensor) -> Tensor:
+    """x itself, which torch.compile now has to keep in memory. Otherwise it makes x anew wherever it is read, here
+    from a float32 tensor of twice the size."""
+    return x.clone()
+
+
 def register(function: Callable, shapes: Callable, gradients: Callable | None = None, saved: tuple = ()) -> None:
     """Makes a function an operator of PyTorch; `saved` are the places of the tensors that its gradients need.
 
@@ -2369,7 +2401,7 @@ def register(function: Callable, shapes: Callable, gradients: Callable | None = 
         tensors = (*inputs, *(output if isinstance(output, tuple) else [output]))
         ctx.save_for_backward(*(tensors[i] for i in saved))
         ctx.numbers = [number for number in inputs if isinstance(number, float)]
-        ctx.set_materialize_grads(function is mix_norm)  # no zeros as gradients of pre, h and total
+        ctx.set_materialize_grads(function is heads)  # no zeros as gradients of pre, h and total
 
     registered = torch.library.custom_op(f"parameter_golf::{function.__name__}", function, mutates_args=())
     registered.register_fake(shapes)
@@ -2382,12 +2414,16 @@ class Kernels(NamedTuple):
 
     mlp: Callable
     nll: Callable
-    mix_norm: Callable
+    joint_linear: Callable
+    heads: Callable
     exclusive_gate: Callable
     symmetric: Callable
+    stored: Callable
 
 
-PLAIN = Kernels(plain_mlp, softcapped_nll, mix_and_norm, plain_exclusive_gate, plain_symmetric)
+PLAIN = Kernels(
+    plain_mlp, softcapped_nll, plain_joint_linear, plain_heads, plain_exclusive_gate, plain_symmetric, lambda x: x
+)
 
 
 @functools.cache
@@ -2403,11 +2439,15 @@ def fused_kernels() -> Kernels:
         pre = x.new_empty(x.numel() // x.size(-1), len(up))
         return *like(x), *like(pre, pre)
 
+    def two_kinds(qk: Tensor, gain: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        B, T, both, d = qk.shape
+        return qk.new_empty(B, T, len(gain), d), qk.new_empty(B, T, both - len(gain), d)
+
     def nll_gradients(ctx: Any, g: Tensor, unused: None) -> tuple:
         return ops.nll_slope(*ctx.saved_tensors, g, *ctx.numbers), None, None
 
-    def mix_norm_gradients(ctx: Any, dm: Tensor, dn: Tensor) -> tuple:
-        return *ops.mix_norm_slope(*ctx.saved_tensors, dm, dn, *ctx.numbers), None
+    def heads_gradients(ctx: Any, dq: Tensor, dk: Tensor) -> tuple:
+        return *ops.heads_slope(*ctx.saved_tensors, dq, dk), None, None
 
     def gate_gradients(ctx: Any, g: Tensor) -> tuple:
         return ops.exclusive_gate_slope(*ctx.saved_tensors, g)
@@ -2420,8 +2460,9 @@ def fused_kernels() -> Kernels:
     register(mlp_slope, lambda g, down, pre, slope: like(pre)[0])
     register(nll, lambda logits, targets, softcap: like(*[targets.float()] * 2), nll_gradients, saved=(0, 1, 4))
     register(nll_slope, lambda logits, *rest: like(logits)[0])
-    register(mix_norm, lambda x, *rest: like(x, x), mix_norm_gradients, saved=(0, 1, 2))
-    register(mix_norm_slope, lambda x, x0, mix, *rest: like(x, x0, mix))
+    register(heads, two_kinds, heads_gradients, saved=(0, 1, 2, 3))
+    register(heads_slope, lambda qk, gain, *rest: like(qk, gain))
+    register(stored, lambda x: like(x)[0], lambda ctx, g: g)
     register(exclusive_gate, lambda y, *rest: like(y)[0], gate_gradients, saved=(0, 1, 2))
     register(exclusive_gate_slope, lambda y, v, gate, g: like(y, v, gate))
     register(symmetric, lambda a, *rest: a.new_empty(*a.shape[:2], a.size(1)), symmetric_gradients, saved=(0,))
@@ -2433,9 +2474,11 @@ def fused_kernels() -> Kernels:
     return Kernels(
         lambda x, up, down, slope: ops.mlp(x, up, down, slope)[0],
         fused_nll,
-        ops.mix_norm,
+        fused_joint_linear,
+        ops.heads,
         ops.exclusive_gate,
         lambda a, base=None, alpha=1.0, beta=0.0: ops.symmetric(a, base, alpha, beta),
+        ops.stored,
     )
 
 
@@ -2448,32 +2491,28 @@ def disagreement(fused: Kernels, device: torch.device, dtype: torch.dtype = torc
         return torch.randn(shape, generator=random).to(device, dtype).requires_grad_()
 
     targets = torch.randint(1100, (150,), generator=random).to(device)
+    angles = torch.rand(150, 1, 8, generator=random).to(device)
     x, worst = draw(150, 72), 0.0
     cases = [
         ("mlp", (x, draw(304, 72), draw(72, 304)), (0.5,)),
         ("nll", (draw(150, 1100),), (targets, 30.0)),
-        ("mix_norm", (x, draw(150, 72), draw(2, 72)), (0.7,)),
+        ("joint_linear", (x, draw(304, 72), draw(40, 72)), ()),
+        ("heads", (draw(1, 150, 12, 64), draw(8)), (angles.cos(), angles.sin())),
         ("exclusive_gate", (draw(150, 8, 64), draw(150, 4, 64), draw(150, 8)), ()),
         ("symmetric", (draw(3, 150, 72),), ()),
         ("symmetric", (draw(64, 150, 24),), ()),  # enough for the large tiles
     ]
     for name, tensors, rest in cases:
-        values = []
+        values, upstream = [], None
         for function in (getattr(fused, name), getattr(PLAIN, name)):
             result = function(*tensors, *rest)
             results = result if isinstance(result, tuple) else (result,)
-            gradients = torch.autograd.grad(sum(r.float().square().sum() for r in results), tensors)
+            upstream = upstream or [torch.randn(r.shape, generator=random).to(device, r.dtype) for r in results]
+            gradients = torch.autograd.grad(results, tensors, upstream)
             values.append([value.detach().double() for value in (*results, *gradients)])
         errors = torch.stack([(a - b).norm() / b.norm() for a, b in zip(*values)])
         worst = max(worst, float(errors.nan_to_num(math.inf).max()))
     return worst
-
-
-def fused_for(wanted: str) -> Kernels:
-    """The fused functions of KERNELS=triton; auto leaves the two element-wise ones out: torch.compile fuses these by
-    itself, and into their neighbours too. Raises ImportError without Triton."""
-    plain = dict(mix_norm=PLAIN.mix_norm, exclusive_gate=PLAIN.exclusive_gate)
-    return fused_kernels()._replace(**plain) if wanted == "auto" else fused_kernels()
 
 
 @functools.cache
@@ -2495,7 +2534,7 @@ def choose_kernels(wanted: str, device: torch.device) -> tuple[str, Kernels]:
         raise UserError(f"KERNELS=triton: the fused kernels cannot be used: {reason}; set KERNELS=auto")
     if reason:
         return f"plain ({reason})", PLAIN
-    return "triton", fused_for(wanted)
+    return "triton", fused_kernels()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -5001,7 +5040,7 @@ def kept_per_token(config: Config, plan: tuple[Visit, ...], compiled: bool = Tru
     with FakeTensorMode():
         model = GPT(config, Run(device=torch.device("cuda")), "meta")
         with contextlib.suppress(ImportError):  # without Triton the plain functions, which keep a little less
-            model.kernels = PLAIN if config.kernels == "plain" else fused_for(config.kernels)
+            model.kernels = PLAIN if config.kernels == "plain" else fused_kernels()
         for block in model.blocks:
             block.attend = attend_sdpa
         weights = {name: torch.empty(p.shape, requires_grad=not adapting) for name, p in model.named_parameters()}

@@ -59,8 +59,9 @@ def cases() -> Iterator[Case]:
     tensors = (draw(N, D), draw(F, D, scale=D**-0.5), draw(D, F, scale=F**-0.5))
     # The hidden layer: pre and h written, h read; backward h and pre read, the gradient of pre written, read twice.
     yield Case("mlp", "mlp", tensors, (0.5,), (2 * row + 3 * wide, 6 * row + 8 * wide), (2 * product, 6 * product))
-    tensors = (draw(N, D), draw(N, D), draw(2, D))
-    yield Case("mix_norm", "mix_norm", tensors, (0.7,), (4 * row, 10 * row), (0, 0))
+    angles = torch.rand(N, 1, 8, device=DEVICE)
+    tensors, size = (draw(1, N, H + K, HEAD), draw(H)), 2.0 * N * (H + K) * HEAD
+    yield Case("heads", "heads", tensors, (angles.cos(), angles.sin()), (2 * size, 5 * size), (0, 0))
     tensors = (draw(N, H, HEAD), draw(N, K, HEAD), draw(N, H))
     y, v = 2.0 * N * H * HEAD, 2.0 * N * K * HEAD
     yield Case("exclusive_gate", "exclusive_gate", tensors, (), (2 * y + v, 5 * y + 3 * v), (0, 0))

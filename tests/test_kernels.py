@@ -152,32 +152,37 @@ def test_nll_extremes() -> None:
     assert torch.allclose(FUSED.nll(logits, several, 30.0), singles, atol=1e-5)
 
 
-# Residual mix and norm
+# Queries and keys
 
 
-def exact_mix_norm(scale: float) -> Callable:
-    def formula(x: Tensor, x0: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
-        m = mix[0] * x + mix[1] * x0
-        return m, scale * m / (m.square().mean(-1, keepdim=True) + tg.NORM_EPS).sqrt()
-
-    return formula
+def exact_heads(qk: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Complex numbers: a pair of channels (u, v) is u + iv, and the rotation multiplies it by cos - i sin."""
+    n, half = qk / (qk.square().mean(-1, keepdim=True) + tg.NORM_EPS).sqrt(), cos.size(-1)
+    pair = torch.complex(n[..., :half], n[..., half : 2 * half]) * torch.complex(cos, -sin)
+    turned = torch.cat([pair.real, pair.imag, n[..., 2 * half :]], -1)
+    return turned[:, :, : len(gain)] * gain.unsqueeze(-1), turned[:, :, len(gain) :]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [1.0, 0.3015])
-@pytest.mark.parametrize("shape", [(37, 24), (2, 31, 7), (1, 64)])
-def test_mix_norm(shape: tuple[int, ...], scale: float, dtype: torch.dtype) -> None:
-    """m, n and the gradients of x, x0 and mix, with more rows than one round of the programs holds."""
-    x, x0, mix = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype), draw(2, shape[-1], dtype=dtype)
-    check(lambda *a: FUSED.mix_norm(*a, scale), exact_mix_norm(scale), x, x0, mix)
-    ours, plain = FUSED.mix_norm(x, x0, mix, scale), tg.mix_and_norm(x, x0, mix, scale)
-    assert all(error(a, b.double()) < TOLERANCE[dtype] for a, b in zip(ours, plain))
+@pytest.mark.parametrize(
+    "shape, H, half", [((1, 37, 12, 64), 8, 8), ((2, 5, 9, 6), 6, 3), ((3, 1, 2, 5), 1, 1), ((1, 7, 3, 4), 2, 0)]
+)
+def test_heads(shape: tuple[int, ...], H: int, half: int, dtype: torch.dtype) -> None:
+    """q, k and the gradients of the products and of the float32 gain, for odd sizes, several rows, and no rotation."""
+    angles = 6 * torch.rand(shape[1], 1, half)
+    tables = angles.cos(), angles.sin()
+    qk, gain = draw(*shape, dtype=dtype), draw(H).bfloat16().float()  # a gain that bfloat16 holds
+    check(lambda *a: FUSED.heads(*a, *tables), lambda *a: exact_heads(*a, *(t.double() for t in tables)), qk, gain)
+    for ours, plain in zip(FUSED.heads(qk, gain, *tables), tg.plain_heads(qk, gain, *tables)):
+        assert error(ours, plain.double()) < TOLERANCE[dtype]
 
 
-def test_mix_norm_keeps_float32_mix() -> None:
-    """bfloat16 streams with the float32 parameter itself: its gradient is float32."""
-    x, x0, mix = draw(9, 24, dtype=torch.bfloat16), draw(9, 24, dtype=torch.bfloat16), draw(2, 24)
-    check(lambda *a: FUSED.mix_norm(*a, 0.5), exact_mix_norm(0.5), x, x0, mix)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_joint_linear(dtype: torch.dtype) -> None:
+    """One product of joined weights is the products side by side, and so are the gradients."""
+    x, a, b = draw(2, 5, 7, dtype=dtype), draw(6, 7, dtype=dtype), draw(3, 7, dtype=dtype)
+    for function in (FUSED.joint_linear, tg.plain_joint_linear):
+        check(function, lambda x, a, b: torch.cat([x @ a.T, x @ b.T], -1), x, a, b)
 
 
 # Exclusive attention and gate
@@ -237,26 +242,28 @@ def test_symmetric(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
 def all_operators() -> list[tuple[Callable, tuple]]:
     """Every operator with arguments."""
     x, up, down = draw(9, 8), draw(16, 8), draw(8, 16)
-    logits, targets, mix = draw(5, 33), torch.randint(33, (5,)), draw(2, 8)
+    logits, targets = draw(5, 33), torch.randint(33, (5,))
+    qk, gain, cos, sin = draw(1, 5, 6, 8), draw(4), draw(5, 1, 2), draw(5, 1, 2)
     y, v, gate, a = draw(5, 4, 8), draw(5, 2, 8), torch.rand(5, 4), draw(2, 9, 7)
     ops = torch.ops.parameter_golf
-    need = [t.requires_grad_() for t in (x, up, down, logits, mix, y, v, gate, a)]
+    need = [t.requires_grad_() for t in (x, up, down, logits, qk, gain, y, v, gate, a)]
     plain = [t.detach() for t in need]
     return [
         (ops.mlp.default, (x, up, down, 0.5)),
         (ops.mlp_slope.default, (plain[0], plain[2], draw(9, 16), 0.5)),
         (ops.nll.default, (logits, targets, 30.0)),
         (ops.nll_slope.default, (plain[3], targets, draw(5), draw(5), 30.0)),
-        (ops.mix_norm.default, (x, x.detach().clone().requires_grad_(), mix, 0.5)),
-        (ops.mix_norm_slope.default, (plain[0], draw(9, 8), plain[4], draw(9, 8), draw(9, 8), 0.5)),
+        (ops.heads.default, (qk, gain, cos, sin)),
+        (ops.heads_slope.default, (*plain[4:6], cos, sin, draw(1, 5, 4, 8), draw(1, 5, 2, 8))),
         (ops.exclusive_gate.default, (y, v, gate)),
-        (ops.exclusive_gate_slope.default, (*plain[5:8], draw(5, 4, 8))),
+        (ops.exclusive_gate_slope.default, (*plain[6:9], draw(5, 4, 8))),
+        (ops.stored.default, (x,)),
         (ops.symmetric.default, (a, None, 1.0, 0.0)),
         (ops.symmetric.default, (a, draw(2, 9, 9), 1.0, 0.5)),
     ]
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(11))
 def test_operators_are_well_formed(number: int) -> None:
     """PyTorch's own checks: schema, shape function, autograd registration, tracing ahead of time."""
     op, arguments = all_operators()[number]
@@ -267,14 +274,17 @@ def test_operators_are_well_formed(number: int) -> None:
 def test_one_graph() -> None:
     """A block made of all kernels traces as one full graph, and gives the eager result and gradients."""
 
-    def block(x: Tensor, x0: Tensor, mix: Tensor, up: Tensor, down: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        m, n = FUSED.mix_norm(x, x0, mix, 0.7)
-        y = FUSED.exclusive_gate(n.view(-1, 4, 2), x0.view(-1, 2, 4)[..., :2], torch.sigmoid(n[..., :4]))
-        r = m + FUSED.mlp(y.flatten(-2), up, down, 0.5)
+    angles = torch.rand(9, 1, 1)
+
+    def block(x: Tensor, x0: Tensor, gain: Tensor, up: Tensor, down: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        n = FUSED.stored(x)
+        q, k = FUSED.heads(FUSED.joint_linear(n, up).view(1, 9, 4, 4), gain, angles.cos(), angles.sin())
+        y = FUSED.exclusive_gate((q[0] * k[0]).view(-1, 4, 2), x0.view(-1, 2, 4)[..., :2], torch.sigmoid(n[..., :4]))
+        r = n + FUSED.mlp(y.flatten(-2), up, down, 0.5)
         s = FUSED.symmetric((r @ head.T).unsqueeze(0))[0]
         return FUSED.nll(s @ r @ head.T, targets, 30.0).mean()
 
-    inputs = [draw(9, 8), draw(9, 8), draw(2, 8), draw(16, 8), draw(8, 16), draw(33, 8)]
+    inputs = [draw(9, 8), draw(9, 8), draw(2), draw(16, 8), draw(8, 16), draw(33, 8)]
     targets, gradients = torch.randint(33, (9,)), []
     for function in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
         leaves = [x.clone().requires_grad_() for x in inputs]
@@ -287,7 +297,7 @@ def test_empty_inputs() -> None:
     """No rows, no work: an empty grid is not launched."""
     assert FUSED.mlp(draw(0, 8), draw(16, 8), draw(8, 16), 0.5).shape == (0, 8)
     assert FUSED.nll(draw(0, 33), torch.zeros(0, dtype=torch.long), 30.0).shape == (0,)
-    assert FUSED.mix_norm(draw(0, 8), draw(0, 8), draw(2, 8), 1.0)[0].shape == (0, 8)
+    assert FUSED.heads(draw(1, 0, 6, 8), draw(4), draw(0, 1, 2), draw(0, 1, 2))[0].shape == (1, 0, 4, 8)
 
 
 # The choice between fused and plain
@@ -302,8 +312,8 @@ def test_disagreement(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tg.disagreement(wrong, cpu) > 0.05
     halved = tg.PLAIN._replace(symmetric=lambda a: tg.plain_symmetric(0.5 * a + 0.5 * a.detach()))
     assert tg.disagreement(halved, cpu) == 0.5  # a right result with a wrong gradient
-    mix_norm, gate = FUSED.mix_norm, FUSED.exclusive_gate
-    assert 0 < tg.disagreement(tg.PLAIN._replace(mix_norm=mix_norm, exclusive_gate=gate), cpu) < 0.01
+    elementwise = dict(heads=FUSED.heads, exclusive_gate=FUSED.exclusive_gate)
+    assert 0 < tg.disagreement(tg.PLAIN._replace(**elementwise), cpu) < 0.01
 
 
 def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,8 +323,7 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("auto", cpu) == ("plain (there is no CUDA device)", tg.PLAIN)
     monkeypatch.setattr(tg, "disagreement", lambda fused, device: 0.005)
     assert choose("triton", gpu) == ("triton", FUSED)
-    left = dict(mix_norm=tg.PLAIN.mix_norm, exclusive_gate=tg.PLAIN.exclusive_gate)  # to torch.compile
-    assert choose("auto", gpu) == ("triton", FUSED._replace(**left))
+    assert choose("auto", gpu) == ("triton", FUSED)
     for failure in (lambda fused, device: 0.5, lambda fused, device: 1 / 0):
         monkeypatch.setattr(tg, "disagreement", failure)
         name, chosen = choose("auto", gpu)

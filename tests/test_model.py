@@ -1019,7 +1019,7 @@ class FakeBlock:
         self.post_lambdas = torch.tensor([[2.0, 3.0], [5.0, 7.0]])
         self.resid_lambdas = torch.tensor([11.0, 13.0])
 
-    def mix(self, x: Tensor, x0: Tensor, call: object) -> tuple[Tensor, Tensor]:
+    def mix(self, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
         m = 0.5 * x + 0.25 * x0
         return m, 3 * m
 
