@@ -51,12 +51,16 @@ from records.folder import (
     read_folder,
 )
 from records.logs import RunLog, Score, logged_source
+from records.own import definitions, is_own, result_in_log, texts_from_logs
+from records.texts import RECORD_P
 
-CAP_BYTES = 16_000_000  # decimal: counted code + compressed model (README FAQ)
+# The limits of the challenge, from the script that every run has to keep them in.
+SCRIPT = definitions("ARTIFACT_LIMIT_BYTES", "TIME_LIMIT_S", "CHALLENGE_BYTES", "PACKED_START", "packed_script")
+CAP_BYTES: int = SCRIPT["ARTIFACT_LIMIT_BYTES"]
+LIMIT_S: float = SCRIPT["TIME_LIMIT_S"]  # training, and again evaluation, on 8xH100
+TRUE_BYTES: tuple[float, float] = SCRIPT["CHALLENGE_BYTES"]  # of the validation text, whatever the export
 NARROW_BYTES = 5_000  # the compressed size moves by several kB between runs (#568, #1978)
-LIMIT_S = 600.0  # training, and again evaluation, on 8xH100 (README)
-RECORD_P, BOARD_P = 0.01, 0.25  # the written test, and the one the board was built with (#1902)
-TRUE_BYTES = (151.07e6, 151.09e6)  # bytes of the validation text, whatever the export; the dropped tail moves the rest
+BOARD_P = 0.25  # the test that the board was built with (#1902); RECORD_P is that of the written rule
 ROUNDED_FIRST = 5e-5  # bpb: what rounding the seeds to four decimals before averaging can do
 LN2 = math.log(2)
 
@@ -160,12 +164,19 @@ def installs(folder: Folder) -> Finding:
     if tree is None or is_packed(folder.script):
         return unknown("script is packed" if folder.script else "no train_gpt.py")
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    runners = [
-        c for c in calls if re.search(r"\b(subprocess|system|popen|check_call|check_output)\b", ast.unparse(c.func))
-    ]
+    runners = [c for c in calls if {"subprocess", "system", "popen", "check_call", "check_output"} & dotted(c.func)]
     words = r"\b(pip3?['\", ]+install|apt(-get)?['\", ]+install|curl|wget|git['\", ]+clone)\b"
     found = [ast.unparse(call)[:80] for call in runners if re.search(words, ast.unparse(call))]
     return fail("installs or downloads by itself: " + found[0]) if found else ok("no installation in the script")
+
+
+def dotted(node: ast.AST) -> set[str]:
+    """The names of `a.b.c`."""
+    names = set()
+    while isinstance(node, ast.Attribute):
+        names.add(node.attr)
+        node = node.value
+    return names | ({node.id} if isinstance(node, ast.Name) else set())
 
 
 def imports(folder: Folder) -> set[str]:
@@ -235,10 +246,8 @@ def packed_script(folder: Folder) -> Finding:
     counted = {log.facts["code_bytes"] for log in folder.logs if "code_bytes" in log.facts}
     if counted - {len(packed)}:
         return fail(f"{len(packed)} bytes, but the logs count {', '.join(map(str, sorted(counted)))}")
-    import train_gpt
-
     try:
-        expected = train_gpt.packed_script(folder.script.decode())
+        expected = SCRIPT["packed_script"](folder.script.decode())
     except UNPARSABLE as error:
         return fail(f"train_gpt.py cannot be packed: {error}")
     if packed == expected:
@@ -246,10 +255,6 @@ def packed_script(folder: Folder) -> Finding:
     head, _, tail = expected.partition(b"s=B.decompress('")
     framed = packed.startswith(head) and packed.endswith(tail[tail.rindex(b"'.encode(") :])
     return fail("not what packing train_gpt.py gives: " + ("the program inside" if framed else "the lines that run it"))
-
-
-def is_own(folder: Folder) -> bool:
-    return bool(folder.logs) and all(log.style == "ours" for log in folder.logs) and bool(folder.submission)
 
 
 def without_docstrings(tree: ast.AST) -> ast.AST:
@@ -986,6 +991,8 @@ RULES = (
     Rule("methods", "28, 29, 32, 33", "H/P", "#677, #1376, #1872", methods),
     Rule("gates", "25", "H", "#1514, #2118", gates),
     Rule("own_report", "24, 30, 31", "H", "#1017", own_report),
+    Rule("result_in_log", "52", "H", "#86", result_in_log),
+    Rule("texts_from_logs", "52", "H", "#86", texts_from_logs),
     Rule("versions", "53", "H", "README FAQ, #86", versions),
     Rule("credit", "60", "P", "practice", credit),
     Rule("record_margin", "49", "H", "README", record_margin, record_only=True),
@@ -1006,8 +1013,13 @@ def check_folder(folder: Folder, reference: Folder | None = None) -> list[Verdic
     """All rules applied to one folder."""
     verdicts = []
     for rule in RULES:
-        takes_reference = rule.check in (record_margin, board_practice)
-        finding = rule.check(folder, reference) if takes_reference else rule.check(folder)
+        if rule.check is texts_from_logs:
+            named = reference and folder.submission.get("comparison_baseline") == reference.path.resolve().name
+            finding = texts_from_logs(folder, compare(folder, reference) if named else None)
+        elif rule.check in (record_margin, board_practice):
+            finding = rule.check(folder, reference)
+        else:
+            finding = rule.check(folder)
         waived = rule.record_only and not folder.is_record and finding.status != "ok"
         verdicts.append(Verdict(rule, "waived" if waived else finding.status, finding.found, finding.limit))
     return verdicts

@@ -143,6 +143,13 @@ class RunLog:
     scores: list[Score]
     settings: list[dict[str, str]]  # the `  name: value` blocks, or one of the key:value pairs of the head lines
     result: dict[str, Any] | None  # of a log of ours
+    body: str = ""  # of a log of ours: all but the scripts
+
+    def lines(self, event: str, **values: str) -> list[dict[str, str]]:
+        """The `event key:value ...` lines of a log of ours with these values, in its order."""
+        found = [line.split(" ")[1:] for line in re.findall(rf"^{event} .*:.*$", self.body, re.M)]
+        pairs = [dict(word.split(":", 1) for word in words if ":" in word) for words in found]
+        return [line for line in pairs if values.items() <= line.items()]
 
     @property
     def final(self) -> Score | None:
@@ -223,7 +230,8 @@ def parse_log(text: str, path: Path = Path("log")) -> RunLog:
         style = "april"
     result = read_result(body)
     facts |= {fact: result[key] for fact, key in RESULT_FACTS.items() if result and result.get(key) is not None}
-    return RunLog(path, style, facts, read_scores(body), read_settings(body), result)
+    kept = body if style == "ours" else ""
+    return RunLog(path, style, facts, read_scores(body), read_settings(body), result, kept)
 
 
 def split_script(chunk: str) -> tuple[str, str]:
