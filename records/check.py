@@ -3,6 +3,7 @@
 
     python records/check.py records/2030-01-01_Name            every rule, one line each
     python records/check.py FOLDER --reference OLDER_FOLDER    and whether it beats that record
+    python records/check.py FOLDER --base origin/main          and whether nothing else changed in this checkout
     python records/check.py FOLDER... --json                   for programs
     python records/check.py FOLDER --not-a-record              without time limits, hardware, seeds and margin
 
@@ -110,6 +111,30 @@ def files(folder: Folder) -> Finding:
         if missing
         else ok(f"README, submission.json, train_gpt.py, {len(folder.logs)} logs")
     )
+
+
+def one_new_folder(folder: Folder, base: str = "") -> Finding:
+    """What the checkout around the folder changes since `base`, committed or not: this folder, new, and nothing else."""
+    if not base:
+        return unknown("no --base to compare the checkout with")
+    path, limit = folder.path.resolve(), "one new folder"
+
+    def git(*words: str) -> list[str]:
+        done = subprocess.run(["git", "-C", str(path), *words], capture_output=True, text=True, timeout=60, check=True)
+        return [line for line in done.stdout.split("\0") if line]
+
+    try:
+        root = Path(git("rev-parse", "--show-toplevel")[0].strip())
+        start = git("merge-base", base, "HEAD")[0].strip()
+        changed = git("diff", "--name-only", "--no-renames", "-z", start, "--", str(root))
+        changed += git("ls-files", "--others", "--exclude-standard", "--full-name", "-z", str(root))
+        there = git("ls-tree", "--name-only", "-z", start, "--", ".")
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return unknown(f"cannot compare with {base}: no such revision, or no git checkout")
+    outside = [name for name in changed if path not in (root / name).resolve().parents]
+    if there:
+        return fail(f"the folder is in {base} already", limit)
+    return fail("changed outside of it: " + ", ".join(outside[:4]), limit) if outside else ok(f"new since {base}", limit)
 
 
 def script_compiles(folder: Folder) -> Finding:
@@ -443,7 +468,7 @@ def same_run_twice(folder: Folder) -> list[str]:
     """Names of two logs all of whose scores are the same."""
     seen: dict[tuple, str] = {}
     for log in folder.logs:
-        scores = tuple((score.label, score.loss, score.bpb) for score in log.scores)
+        scores = tuple((score.label, score.loss, score.bpb) for score in log.scores if score.kind != "running")
         if len(scores) > 1 and scores in seen:
             return [seen[scores], log.path.name]
         seen[scores] = log.path.name
@@ -516,6 +541,8 @@ def same_source(folder: Folder) -> Finding:
     mine = [path.read_bytes().replace(b"\r\n", b"\n").strip() for path in folder.path.glob("*.py")]
     if (logged or b"").strip() in mine:
         return ok(f"train_gpt.py, sha256 {next(iter(hashes.values()))[:12]}")
+    if log.style == "ours" and folder.script:
+        return fail("the logs hold another train_gpt.py")
     if same_program(logged or b"", folder.script):
         return warn("the logs hold train_gpt.py with other comments")
     if not folder.script:
@@ -949,6 +976,7 @@ class Rule(NamedTuple):
 
 RULES = (
     Rule("folder_name", "56", "H", "README", folder_name),
+    Rule("one_new_folder", "56", "H", "README", one_new_folder),
     Rule("files", "57", "H", "README, #561", files),
     Rule("script_compiles", "59", "H", "README", script_compiles),
     Rule("no_installs", "7", "H", "README FAQ, #1855", installs),
@@ -1009,8 +1037,8 @@ class Verdict(NamedTuple):
     limit: str
 
 
-def check_folder(folder: Folder, reference: Folder | None = None) -> list[Verdict]:
-    """All rules applied to one folder."""
+def check_folder(folder: Folder, reference: Folder | None = None, base: str = "") -> list[Verdict]:
+    """All rules applied to one folder; `base` is a revision of the git checkout around it."""
     verdicts = []
     for rule in RULES:
         if rule.check is texts_from_logs:
@@ -1018,6 +1046,8 @@ def check_folder(folder: Folder, reference: Folder | None = None) -> list[Verdic
             finding = texts_from_logs(folder, compare(folder, reference) if named else None)
         elif rule.check in (record_margin, board_practice):
             finding = rule.check(folder, reference)
+        elif rule.check is one_new_folder:
+            finding = rule.check(folder, base)
         else:
             finding = rule.check(folder)
         waived = rule.record_only and not folder.is_record and finding.status != "ok"
@@ -1058,6 +1088,7 @@ def passed(verdicts: list[Verdict]) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Checks record folders against the rules of Parameter Golf.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("--base", default="", metavar="REV", help="a revision of the checkout that has no such folder yet")
     parser.add_argument("--reference", type=Path, metavar="FOLDER", help="the record to beat")
     parser.add_argument(
         "--not-a-record", action="store_true", help="do not ask for time limits, hardware, seeds, margin"
@@ -1071,7 +1102,7 @@ def main(arguments: list[str] | None = None) -> int:
     except FolderError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    reports = [(folder, check_folder(folder, reference)) for folder in folders]
+    reports = [(folder, check_folder(folder, reference, options.base)) for folder in folders]
     if options.json:
         print(json.dumps([as_json(*report) for report in reports], indent=1))
     else:

@@ -16,7 +16,7 @@ from records.logs import RunLog, Score
 
 
 class Figure(NamedTuple):
-    """A number and the unit of its last digit."""
+    """A number and the unit of its last digit; 0 where it is exact."""
 
     value: float
     unit: float
@@ -37,7 +37,7 @@ class Quantity(NamedTuple):
     slack: float = 0.0  # relative: clocks that start a little earlier or later
 
 
-def facts(log: RunLog, *names: str, unit: float = 1.0) -> list[Figure]:
+def facts(log: RunLog, *names: str, unit: float = 0.0) -> list[Figure]:
     return [Figure(float(log.facts[name]), unit) for name in names if name in log.facts]
 
 
@@ -59,7 +59,7 @@ def before_quantisation(log: RunLog) -> list[Score]:
 
 def sizes(log: RunLog) -> list[Figure]:
     """The total, and the model alone, which some call the artifact."""
-    total = [] if log.total_bytes is None else [Figure(log.total_bytes, 1.0)]
+    total = [] if log.total_bytes is None else [Figure(log.total_bytes, 0.0)]
     return total + facts(log, "model_bytes")
 
 
@@ -129,8 +129,15 @@ SKIPPED = re.compile(r"gain|delta|Δ|improvement|\bvs\b|cost|penalty|gap")  # di
 
 
 def holds(figure: Figure, known: Iterable[Figure], slack: float = 0.0) -> bool:
-    """Whether a figure is one of these, each rounded or cut to the digits it is shown with."""
-    return any(abs(figure.value - k.value) < max(1.01 * max(figure.unit, k.unit), slack * abs(k.value)) for k in known)
+    """Whether a figure is one of these, rounded or cut to the digits that both are shown with."""
+
+    def same(k: Figure) -> bool:
+        gap, cut = abs(figure.value - k.value), abs(k.value) - abs(figure.value)
+        if figure.unit > k.unit:
+            return gap <= 0.501 * figure.unit or 0 <= cut < figure.unit
+        return gap <= 0.501 * k.unit if figure.unit == k.unit else gap < k.unit
+
+    return any(same(k) or abs(figure.value - k.value) < slack * abs(k.value) for k in known)
 
 
 def stated_figure(value: float) -> Figure:
@@ -161,7 +168,7 @@ def stated_in_logs(folder: Folder, key: str) -> Finding:
     for name in quantity.common:
         if (value := number(submission.get(name))) is not None:
             everything = [figure for found in logged.values() for figure in found]
-            mean = Figure(statistics.fmean(first), everything[0].unit)
+            mean = Figure(statistics.fmean(first), 0.0)
             findings.append(one_of(name, value, [*everything, mean], quantity))
     return worst(findings, f"no {quantity.name} in submission.json")
 
@@ -188,7 +195,7 @@ def summary(
     figure, mean = stated_figure(value), name in quantity.mean
     over, first = statistics.fmean if mean else max, [found[0] for found in logged.values()]
     made = [over(f.value for f in first)] + ([over(stated)] if len(stated) == len(logged) else [])
-    unit = max(f.unit for f in first) if mean else 0.0
+    unit = max(f.unit for f in first)
     if holds(figure, [Figure(v, unit) for v in made], quantity.slack):
         return ok(f"{name} {show(value)}")
     text = f"{name} {show(value)}, the logs say {', '.join(show(f.value) for f in first[:3])}"

@@ -136,8 +136,11 @@ def decimals(value: float) -> int:
 def agree(stated: float, exact: float, digits: int = 8) -> bool:
     """Whether a stated number is the exact one, rounded or cut to the digits it is stated with, two decimals at least;
     both are known to `digits` decimals at most."""
-    places = min(max(decimals(stated), 2), digits)
-    return abs(stated - exact) < 1.01 * 10.0**-places
+    places = max(decimals(stated), 2)
+    unit, gap = 10.0 ** -min(places, digits), abs(stated - exact)
+    if places > digits:
+        return gap < 1.01 * unit
+    return gap <= 0.505 * unit or -1e-9 < abs(exact) - abs(stated) < unit
 
 
 def read_folder(path: Path, not_a_record: bool) -> Folder:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from records import texts
-from records.finding import Finding, fail, ok, unknown, worst
+from records.finding import Finding, fail, ok, unknown, warn, worst
 from records.folder import Comparison, Folder
 from records.logs import RunLog, logged_source
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
 LN2 = math.log(2)
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, SyntaxError)  # what a damaged log raises
 # event, what selects its line, field of the line -> key of the result. The last such line counts.
 LINES = (
     ("calibrated", {}, {"seconds": "calibration_seconds", "last_training_read_s": "train_seconds"}),
@@ -93,10 +94,41 @@ def result_in_log(folder: Folder) -> Finding:
             return fail(f"{log.path.name}: no result line")
         try:
             problem = next(problems(log, log.result), None)
-        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError) as error:
-            problem = f"the result lacks what a finished run states ({error!r})"
+        except MALFORMED as error:
+            problem = f"the log lacks what a finished run says ({error!r})"
         findings.append(fail(f"{log.path.name}: {problem}") if problem else ok("the result is what the log's lines say"))
-    return worst(findings, "")
+    try:
+        return worst([*findings, *differences(folder.logs)], "")
+    except MALFORMED as error:
+        return fail(f"a log lacks what a finished run says ({error!r})")
+
+
+# Lines that say the same in all runs of one configuration on one data set: event, fields.
+SAME = (
+    ("data", ("train_tokens", "val_tokens", "row_tokens")),
+    ("calibrated", ("hessians",)),
+    ("looping", ("visits",)),
+    ("ttt", ("documents", "batches", "pauses", "chunks", "epochs")),
+    ("global_ttt", ("phase", "batches", "steps")),
+    ("hints", ("positions",)),
+)
+
+
+def differences(logs: list[RunLog]) -> Iterator[Finding]:
+    """What runs of one configuration must have in common beside the values of their settings."""
+    for event, names in SAME:
+        seen = [[[line.get(name) for name in names] for line in log.lines(event)] for log in logs]
+        if any(lines != seen[0] for lines in seen):
+            yield fail(f"the lines `{event}` differ between logs", "one configuration, one data set")
+    origins = [sorted((line["name"], line.get("origin")) for line in log.lines("setting")) for log in logs]
+    if any(names != origins[0] for names in origins) or len({tuple(log.settings[-1]) for log in logs}) > 1:
+        yield fail("the names or origins of the settings differ between logs", "one configuration")
+    for event in ("versions", "hardware"):
+        if len({str(log.lines(event)[-1:]) for log in logs}) > 1:
+            yield warn(f"the lines `{event}` differ between logs", "one machine")
+    documents = {str((log.result or {}).get("val_documents")) for log in logs}
+    if documents != {line["documents"] for log in logs for line in log.lines("ttt") if "documents" in line} | documents:
+        yield fail("the lines `ttt` have other documents than the results")
 
 
 def problems(log: RunLog, result: dict[str, Any]) -> Iterator[str]:
@@ -146,7 +178,7 @@ def problems_with_sums(log: RunLog, result: dict[str, Any]) -> Iterator[str]:
         ("val_targets", int(data["val_tokens"]) - 1, 0.0),
         ("scored_tokens", r["val_targets"], 0.0),
         ("scored_bytes", r["val_bytes"], 0.0),
-        ("tokens_per_s", r["train_tokens"] / max(r["train_seconds"] - r["calibration_seconds"], 1e-9), 1e-6),
+        ("tokens_per_s", r["train_tokens"] / max(r["train_seconds"] - r["calibration_seconds"], 1e-9), 1e-9),
         ("ranks", int(r["hardware"].split("x")[0]), 0.0),
         ("seed", int(settings["seed"]), 0.0),
         ("scored_sha256", r["artifact_sha256"], 0.0),
@@ -187,20 +219,24 @@ def problems_with_validity(log: RunLog, result: dict[str, Any]) -> Iterator[str]
 
 
 def problems_with_steps(log: RunLog, result: dict[str, Any]) -> Iterator[str]:
-    """Steps and seconds rise, up to those of the result."""
-    before, last = (0, 0.0), log.settings[-1]["iterations"]
-    for line in log.lines("train"):
-        step, total = line["step"].split("/")
-        now = int(step), float(line["seconds"])
+    """The lines of steps: those that the script writes, steps and seconds rising up to the result's."""
+    if log.lines("resumed"):  # steps between a checkpoint and the stop are there twice
+        return
+    before, last, every = (0, 0.0), int(log.settings[-1]["iterations"]), int(log.settings[-1]["train_log_every"])
+    lines, steps = log.lines("train"), int(result["steps"])
+    for line in lines:
+        step, total = map(int, line["step"].split("/"))
+        now = step, float(line["seconds"])
         if not now > before or total != last or not 0 <= float(line["lr_multiplier"]) <= 1:
             yield f"the line `train step:{line['step']}` does not follow the one before it"
         before = now
-        if int(step) == result["steps"] and line["loss"] != shown("loss", result["train_loss"]):
+        if step == steps and line["loss"] != shown("loss", result["train_loss"]):
             yield f"train_loss is {result['train_loss']} in the result, {line['loss']} in the last step"
-    if before[0] > result["steps"] or before[1] > float(shown("", result["train_seconds"])):
-        yield f"{result['steps']} steps in {result['train_seconds']} s in the result, the lines go on to {before}"
-    if result["steps"] == int(last) != before[0]:
-        yield f"the line of step {last} is missing"
+    written = [step for step in range(1, steps + 1) if step <= 5 or step % every == 0 or step == last]
+    if [int(line["step"].split("/")[0]) for line in lines] != written:
+        yield f"the lines of steps are not those of {steps} steps"
+    if before[1] > float(shown("", result["train_seconds"])):
+        yield f"training took {result['train_seconds']} s in the result, the lines of steps go on to {before[1]} s"
 
 
 def problems_with_settings(log: RunLog, result: dict[str, Any]) -> Iterator[str]:
@@ -275,7 +311,7 @@ def texts_from_logs(folder: Folder, comparison: Comparison | None = None) -> Fin
             file_finding(folder.path / "settings.env", texts.settings_file(runs[0], tokenizer)),
             requirements_finding(folder.path / "requirements.txt", texts.requirements(folder.script, runs[0])),
         ]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, SyntaxError) as error:
+    except MALFORMED as error:
         return fail(f"a log lacks what the texts are made of ({error!r})")
     return worst(findings, "")
 
