@@ -3,6 +3,7 @@
 
     python records/check.py records/2030-01-01_Name            every rule, one line each
     python records/check.py FOLDER --reference OLDER_FOLDER    and whether it beats that record
+    python records/check.py FOLDER --base origin/main          and whether nothing else changed in this checkout
     python records/check.py FOLDER... --json                   for programs
     python records/check.py FOLDER --not-a-record              without time limits, hardware, seeds and margin
 
@@ -20,26 +21,47 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import statistics
+import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import scipy.stats
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from variants import VAL_DOCUMENTS, VARIANTS
 
-from records.logs import RunLog, Score, logged_source, read_log
+from records.claims import readme_tables, stated_in_logs
+from records.finding import Finding, fail, ok, unknown, warn, worst
+from records.folder import (
+    MARGIN_NATS,
+    UNPARSABLE,
+    Comparison,
+    Folder,
+    FolderError,
+    Welch,
+    agree,
+    compare,
+    decimals,
+    number,
+    read_folder,
+)
+from records.logs import RunLog, Score, logged_source
+from records.own import definitions, is_own, result_in_log, texts_from_logs
+from records.texts import RECORD_P
 
-CAP_BYTES = 16_000_000  # decimal: counted code + compressed model (README FAQ)
+# The limits of the challenge, from the script that every run has to keep them in.
+SCRIPT = definitions("ARTIFACT_LIMIT_BYTES", "TIME_LIMIT_S", "CHALLENGE_BYTES", "PACKED_START", "packed_script")
+CAP_BYTES: int = SCRIPT["ARTIFACT_LIMIT_BYTES"]
+LIMIT_S: float = SCRIPT["TIME_LIMIT_S"]  # training, and again evaluation, on 8xH100
+TRUE_BYTES: tuple[float, float] = SCRIPT["CHALLENGE_BYTES"]  # of the validation text, whatever the export
 NARROW_BYTES = 5_000  # the compressed size moves by several kB between runs (#568, #1978)
-LIMIT_S = 600.0  # training, and again evaluation, on 8xH100 (README)
-MARGIN_NATS = 0.005  # a record beats the one before by this much, in nats per token (README)
-RECORD_P, BOARD_P = 0.01, 0.25  # the written test, and the one the board was built with (#1902)
-DOCUMENTS = 50_000  # validation is the first 50,000 documents of the frozen list (data README)
-TRUE_BYTES = (151.07e6, 151.09e6)  # bytes of their text, whatever the export; the dropped tail moves the last digits
+BOARD_P = 0.25  # the test that the board was built with (#1902); RECORD_P is that of the written rule
 ROUNDED_FIRST = 5e-5  # bpb: what rounding the seeds to four decimals before averaging can do
 LN2 = math.log(2)
 
@@ -52,12 +74,7 @@ class Export(NamedTuple):
     bytes_per_token: float
 
 
-EXPORTS = (
-    Export("sp1024", 62_021_632, 2.4359),
-    Export("sp4096", 45_508_608, 3.3197),
-    Export("sp8192", 40_540_160, 3.7266),
-    Export("sp8192 CaseOps", 47_851_520, 3.1572),
-)
+EXPORTS = tuple(Export(n, v.val_targets, v.val_bytes / v.val_targets) for n, v in VARIANTS.items() if v.val_targets)
 FIRST_EXPORT = Export("sp1024 before the documents were frozen", 63_779_840, 2.4423)  # the naive baseline's log
 LONGEST_TAIL = 4096  # targets that the stock loader may drop
 KNOWN_TRUNCATED = 9_662_464  # 10,000 documents, or a cut shard (#1854, #1923)
@@ -66,228 +83,9 @@ PREINSTALLED = {"torch", "numpy", "sentencepiece", "tqdm", "huggingface_hub", "d
 PREINSTALLED |= {"setuptools", "typing_extensions", "triton", "flash_attn_interface", "flash_attn"}
 
 
-UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # what other people's scripts make ast raise
-
-
-class FolderError(ValueError):
-    """A folder that cannot be checked at all. The message is one line."""
-
-
-class Finding(NamedTuple):
-    """What a rule found: status ok, fail, warn or unknown."""
-
-    status: str
-    found: str
-    limit: str = ""
-
-
-def ok(found: Any, limit: Any = "") -> Finding:
-    return Finding("ok", str(found), str(limit))
-
-
-def fail(found: Any, limit: Any = "") -> Finding:
-    return Finding("fail", str(found), str(limit))
-
-
-def warn(found: Any, limit: Any = "") -> Finding:
-    return Finding("warn", str(found), str(limit))
-
-
-def unknown(found: Any, limit: Any = "") -> Finding:
-    return Finding("unknown", str(found), str(limit))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# FOLDER: what is read before any rule is applied
-# ------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Folder:
-    """The contents of a record folder, parsed once."""
-
-    path: Path
-    is_record: bool
-    submission: dict[str, Any]  # empty where the file is missing or no object
-    submission_error: str
-    readme: str
-    script: bytes
-    logs: list[RunLog]  # one per seed where the folder tells seeds apart
-    seeds: dict[int, dict[str, Any]]  # what submission.json says of each seed
-
-    def stated(self, *names: str) -> float | None:
-        """The first of these keys of submission.json that holds a number."""
-        return next((value for name in names if (value := number(self.submission.get(name))) is not None), None)
-
-    def log_of(self, seed: int) -> RunLog | None:
-        return next((log for log in self.logs if log.facts.get("seed") == seed), None)
-
-    def scored(self, log: RunLog) -> Score | None:
-        """The score of a log that the folder claims, or else the one it ends with."""
-        claims = [self.seed_value(log.facts.get("seed"), "val_bpb"), self.stated("val_bpb")]
-        for claim in claims:
-            for score in reversed(log.scores):
-                if (
-                    claim is not None
-                    and score.kind in ("quantized", "final")
-                    and agree(claim, score.bpb, score.decimals)
-                ):
-                    return with_loss(score, log)
-        return with_loss(log.final, log) if log.final else None
-
-    def seed_value(self, seed: int | None, name: str) -> float | None:
-        return number(self.seeds.get(seed, {}).get(name)) if seed is not None else None
-
-    @property
-    def digits(self) -> tuple[int, int]:
-        """Decimals of bpb and of the loss that all logs show."""
-        found = [score for log in self.logs if (score := self.scored(log))]
-        return min([s.decimals for s in found], default=8), min([s.loss_decimals for s in found], default=8)
-
-    def results(self) -> dict[str, tuple[float | None, float]]:
-        """(nats per token, bits per byte) of each run: from its log, or where there is none from submission.json."""
-        found = {log.path.name: self.scored(log) for log in self.logs}
-        runs = {name: (score.loss, score.bpb) for name, score in found.items() if score}
-        stated = {
-            f"seed {seed}": (number(v.get("val_loss")), number(v.get("val_bpb"))) for seed, v in self.seeds.items()
-        }
-        listed = {name: (loss, bpb) for name, (loss, bpb) in stated.items() if bpb is not None}
-        return runs if len(runs) >= len(listed) else listed
-
-
-SEED_ALIASES = {
-    "val_bpb": ("val_bpb", "ttt_val_bpb", "bpb"),
-    "val_loss": ("val_loss", "ttt_val_loss"),
-    "artifact_bytes": ("artifact_bytes", "bytes_total", "total_bytes"),
-    "steps": ("steps", "train_steps", "step_stop"),
-    "eval_time_s": ("eval_time_s", "eval_s", "eval_time_seconds", "ttt_eval_time_s"),
-    "train_time_s": ("train_time_s", "train_s", "train_time_seconds"),
-}
-
-
-def with_loss(score: Score, log: RunLog) -> Score:
-    """The score with the loss of the line that states both to the same bpb, and ours with all digits of the result."""
-    if log.result and agree(score.bpb, number(log.result.get("val_bpb")) or 0.0, score.decimals):
-        return score._replace(loss=log.result.get("val_loss"), bpb=log.result["val_bpb"], decimals=8, loss_decimals=8)
-    return score
-
-
-def number(value: Any) -> float | None:
-    """A finite JSON number, or None for anything else, truth values included."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value
-
-
-def decimals(value: float) -> int:
-    """How many decimals a number was written with, as far as JSON keeps them: 1.0810 counts as 3."""
-    text = repr(float(value))
-    return int(text.split("e-")[1]) if "e-" in text else len(text.split(".")[1])
-
-
-def agree(stated: float, exact: float, digits: int = 8) -> bool:
-    """Whether a stated number is the exact one, rounded or cut to the digits it is stated with, two decimals at least;
-    both are known to `digits` decimals at most."""
-    places = min(max(decimals(stated), 2), digits)
-    return abs(stated - exact) < 1.01 * 10.0**-places
-
-
-def read_folder(path: Path, not_a_record: bool) -> Folder:
-    """Parses a folder. Raises FolderError when there is nothing to check."""
-    if not path.is_dir():
-        raise FolderError(f"{path}: no such folder; give the folder of a record")
-    try:
-        files = {file.name: file for file in path.iterdir() if file.is_file()}
-        if not files.keys() & {"submission.json", "README.md", "train_gpt.py"} and not read_logs(path, {}):
-            raise FolderError(
-                f"{path}: holds neither submission.json, README.md, train_gpt.py nor a log; is it a record?"
-            )
-        submission, error = read_submission(path / "submission.json")
-        readme = files["README.md"].read_text(errors="replace") if "README.md" in files else ""
-        script = files["train_gpt.py"].read_bytes() if "train_gpt.py" in files else b""
-        seeds = seed_table(submission)
-        track = f"{submission.get('track') or ''} {path.resolve().parent.name}".lower()
-        is_record = not (not_a_record or re.search(r"non[-_ ]?record|unlimited", track))
-        return Folder(path, is_record, submission, error, readme, script, read_logs(path, seeds), seeds)
-    except OSError as error:
-        raise FolderError(f"{path}: cannot read ({error})") from None
-
-
-def read_submission(path: Path) -> tuple[dict[str, Any], str]:
-    """submission.json, and what is wrong with it as a file."""
-    if not path.exists():
-        return {}, "no submission.json"
-    try:
-        value = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        return {}, f"not JSON: {error}"
-    return (value, "") if isinstance(value, dict) else ({}, f"holds a {type(value).__name__}, not an object")
-
-
-def seed_table(submission: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The per-seed part of submission.json in any of its layouts, under the names of SEED_ALIASES."""
-    rows = submission.get("seed_results")
-    if not isinstance(rows, dict | list):
-        rows = submission.get("seeds") if isinstance(submission.get("seeds"), dict) else {}
-    if isinstance(rows, list):
-        rows = {str(row.get("seed", "")): row for row in rows if isinstance(row, dict)}
-    table = {}
-    for key, row in rows.items():
-        digits = re.fullmatch(r"(?:seed[ _-]?)?(\d+)", str(key))
-        row = {"val_bpb": row} if number(row) is not None else row
-        if digits and isinstance(row, dict):
-            known = {
-                n: next((row[a] for a in names if number(row.get(a)) is not None), None)
-                for n, names in SEED_ALIASES.items()
-            }
-            table[int(digits[1])] = {name: value for name, value in known.items() if value is not None}
-    return table
-
-
-def read_logs(path: Path, seeds: dict[int, dict[str, Any]]) -> list[RunLog]:
-    """The logs of the submitted runs: train_seed<SEED>.log; without these, the file that fits each seed best."""
-    files = [f for f in [*sorted(path.glob("*")), *sorted(path.glob("*/*"))] if f.suffix in (".log", ".txt")]
-    files = [f for f in files if f.is_file() and not f.name.startswith("requirements")]
-    proper = [f for f in files if re.fullmatch(r"train_seed\d+\.log", f.name)]
-    with_seed = [f for f in files if re.search(r"seed[_-]?\d+", f.name)]
-    logs = [read_log(f) for f in proper or with_seed or files]
-    logs = [log for log in logs if proper or log.final]
-    for log in logs:
-        named = re.search(r"(?:seed|_s)[_-]?(\d+)", log.path.name)
-        if named:
-            log.facts.setdefault("seed", int(named[1]))
-            log.facts["seed_in_name"] = int(named[1])
-    if proper:
-        claimed = [log for log in logs if log.facts.get("seed") in seeds]
-        return claimed if len(claimed) == len(seeds) > 0 else logs
-    chosen: dict[Any, RunLog] = {}
-    for log in logs:
-        seed = log.facts.get("seed", log.path.name)
-        claim = number(seeds.get(seed, {}).get("val_bpb")) if isinstance(seed, int) else None
-        fits = claim is not None and any(agree(claim, s.bpb, s.decimals) for s in log.scores)
-        if seed not in chosen or fits:
-            chosen[seed] = log
-    return list(chosen.values())
-
-
 # ------------------------------------------------------------------------------------------------------------
 # RULES: one small function each, folder -> finding
 # ------------------------------------------------------------------------------------------------------------
-
-
-def worst(findings: Iterable[Finding], nothing: str) -> Finding:
-    """All findings as one: the worst status, and what was found with that status."""
-    found = list(findings)
-    for status in ("fail", "warn", "unknown", "ok"):
-        chosen = [finding for finding in found if finding.status == status]
-        if chosen:
-            texts = list(dict.fromkeys(finding.found for finding in chosen))
-            return Finding(
-                status,
-                "; ".join(texts[:3]) + (f"; and {len(texts) - 3} more" if len(texts) > 3 else ""),
-                chosen[0].limit,
-            )
-    return unknown(nothing)
 
 
 def of_logs(folder: Folder, rule: Callable[[RunLog], Finding | None]) -> Finding:
@@ -315,22 +113,70 @@ def files(folder: Folder) -> Finding:
     )
 
 
+def one_new_folder(folder: Folder, base: str = "") -> Finding:
+    """What the checkout around the folder changes since `base`, committed or not: this folder, new, and nothing else."""
+    if not base:
+        return unknown("no --base to compare the checkout with")
+    path, limit = folder.path.resolve(), "one new folder"
+
+    def git(*words: str) -> list[str]:
+        done = subprocess.run(["git", "-C", str(path), *words], capture_output=True, text=True, timeout=60, check=True)
+        return [line for line in done.stdout.split("\0") if line]
+
+    try:
+        root = Path(git("rev-parse", "--show-toplevel")[0].strip())
+        start = git("merge-base", base, "HEAD")[0].strip()
+        changed = git("diff", "--name-only", "--no-renames", "-z", start, "--", str(root))
+        changed += git("ls-files", "--others", "--exclude-standard", "--full-name", "-z", str(root))
+        there = git("ls-tree", "--name-only", "-z", start, "--", ".")
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return unknown(f"cannot compare with {base}: no such revision, or no git checkout")
+    outside = [name for name in changed if path not in (root / name).resolve().parents]
+    if there:
+        return fail(f"the folder is in {base} already", limit)
+    return fail("changed outside of it: " + ", ".join(outside[:4]), limit) if outside else ok(f"new since {base}", limit)
+
+
 def script_compiles(folder: Folder) -> Finding:
+    """With the Python that the logs state where it is newer than this one and installed, else with this one."""
     if not folder.script:
         return unknown("no train_gpt.py")
+    stated = max((log.facts["python"] for log in folder.logs if "python" in log.facts), key=version, default="")
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
     try:
         compile(folder.script, "train_gpt.py", "exec", dont_inherit=True)
         return ok(f"{len(folder.script)} bytes")
     except UNPARSABLE as error:
-        newer = sys.version_info < (3, 12) and "f-string" in str(error)  # 3.12 reads more f-strings than this Python
-        return (unknown if newer else fail)(f"{error}")
+        if sys.version_info >= (3, 12) or "f-string" not in str(error):
+            return fail(f"{error}")
+        problem = str(error)
+    # Python 3.12 reads more f-strings than those before it.
+    if stated and version(stated) <= version(here):
+        return fail(f"does not compile with Python {stated}, which a log states: {problem}")
+    newer = stated or "3.12"
+    if message := compile_elsewhere(folder.path / "train_gpt.py", f"python{newer}"):
+        return fail(f"does not compile with Python {newer} either: {message}")
+    if message is None:
+        return unknown(f"does not compile with Python {here}: {problem}; Python {newer} is not here to try")
+    return warn(f"compiles with Python {newer}, not with {here}: {problem}", "the versions that people have")
 
 
-def parsed_script(folder: Folder) -> ast.AST | None:
+def version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")))
+
+
+def compile_elsewhere(path: Path, python: str) -> str | None:
+    """What another Python says of a script when it compiles it, without running it: empty if nothing; None if that
+    Python is not there."""
+    program = "import sys; compile(open(sys.argv[1], 'rb').read(), 'train_gpt.py', 'exec')"
     try:
-        return ast.parse(folder.script) if folder.script else None
-    except UNPARSABLE:
+        command = [shutil.which(python) or python, "-W", "ignore", "-I", "-c", program, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
         return None
+    if done.returncode and "Error" not in done.stderr:  # a launcher without that version behind it
+        return None
+    return done.stderr.strip().splitlines()[-1] if done.returncode else ""
 
 
 def is_packed(script: bytes) -> bool:
@@ -339,22 +185,29 @@ def is_packed(script: bytes) -> bool:
 
 
 def installs(folder: Folder) -> Finding:
-    tree = parsed_script(folder)
+    tree = folder.tree
     if tree is None or is_packed(folder.script):
         return unknown("script is packed" if folder.script else "no train_gpt.py")
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    runners = [
-        c for c in calls if re.search(r"\b(subprocess|system|popen|check_call|check_output)\b", ast.unparse(c.func))
-    ]
+    runners = [c for c in calls if {"subprocess", "system", "popen", "check_call", "check_output"} & dotted(c.func)]
     words = r"\b(pip3?['\", ]+install|apt(-get)?['\", ]+install|curl|wget|git['\", ]+clone)\b"
     found = [ast.unparse(call)[:80] for call in runners if re.search(words, ast.unparse(call))]
     return fail("installs or downloads by itself: " + found[0]) if found else ok("no installation in the script")
 
 
+def dotted(node: ast.AST) -> set[str]:
+    """The names of `a.b.c`."""
+    names = set()
+    while isinstance(node, ast.Attribute):
+        names.add(node.attr)
+        node = node.value
+    return names | ({node.id} if isinstance(node, ast.Name) else set())
+
+
 def imports(folder: Folder) -> set[str]:
     """Top-level names of the modules that train_gpt.py imports."""
     names: set[str] = set()
-    for node in ast.walk(parsed_script(folder) or ast.Module([], [])):
+    for node in ast.walk(folder.tree or ast.Module([], [])):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -375,10 +228,34 @@ def requirements(folder: Folder) -> Finding:
     )
 
 
+def code_size(folder: Folder) -> Finding:
+    """The logged size of the code against train_gpt.py as it is, or, where the log counts a compressed form, that form
+    against what compression can do."""
+    scripts = [path.read_bytes() for path in folder.path.glob("*.py")]  # a script may run another one
+    shipped = {size for s in scripts for size in (len(s), len(s.replace(b"\r\n", b"\n")), len(s.decode(errors="replace")))}
+
+    def judge(log: RunLog) -> Finding | None:
+        counted, plain = log.facts.get("code_bytes"), log.facts.get("source_size")
+        if counted == 0:
+            return fail("the log counts 0 bytes of code", "all code needed at evaluation counts")
+        if counted is None or not folder.script or log.style == "ours":
+            return None
+        text = f"the log counts {counted:,} bytes of code"
+        if {counted, plain} & shipped and (plain is None or plain in shipped):
+            squeezed = len(zlib.compress(folder.script)) if counted not in shipped else 0
+            return (ok if counted > 0.5 * squeezed else fail)(f"{text}, train_gpt.py has {len(folder.script):,}")
+        if same_program(log.facts.get("source_text", "").encode(), folder.script):
+            return warn(f"{text}, train_gpt.py has {len(folder.script):,}: the same program with other comments")
+        size = f"{plain or counted:,}"
+        return fail(f"{text}; the script that made it had {size} bytes, train_gpt.py has {len(folder.script):,}")
+
+    return of_logs(folder, judge) if folder.script else unknown("no train_gpt.py")
+
+
 def code_closure(folder: Folder) -> Finding:
     helpers = sorted(name for name in imports(folder) if (folder.path / f"{name}.py").exists())
     if not helpers:
-        return ok("no helper modules") if parsed_script(folder) else unknown("script cannot be read")
+        return ok("no helper modules") if folder.tree else unknown("script cannot be read")
     size = sum((folder.path / f"{name}.py").stat().st_size for name in helpers)
     counted = max([log.facts.get("code_bytes", 0) for log in folder.logs], default=0)
     text = f"imports {', '.join(helpers)} ({size} bytes); counted code {counted}"
@@ -386,35 +263,23 @@ def code_closure(folder: Folder) -> Finding:
 
 
 def packed_script(folder: Folder) -> Finding:
-    """Ours: train_gpt_packed.py must be train_gpt.py without comments, and as long as the logs count it."""
+    """Ours: train_gpt_packed.py must be, byte for byte, what packing train_gpt.py gives, and as long as the logs count."""
     path = folder.path / "train_gpt_packed.py"
     if not path.exists():
-        return unknown("no train_gpt_packed.py")
+        return fail("the logs are of train_gpt.py's packed form, which is not here") if is_own(folder) else unknown("not ours")
     packed = path.read_bytes()
     counted = {log.facts["code_bytes"] for log in folder.logs if "code_bytes" in log.facts}
     if counted - {len(packed)}:
         return fail(f"{len(packed)} bytes, but the logs count {', '.join(map(str, sorted(counted)))}")
     try:
-        same = ast.dump(ast.parse(unpack(packed))) == ast.dump(without_docstrings(ast.parse(folder.script)))
+        expected = SCRIPT["packed_script"](folder.script.decode())
     except UNPARSABLE as error:
-        return fail(f"cannot be unpacked: {error}")
-    return (
-        ok(f"{len(packed)} bytes, the same program as train_gpt.py")
-        if same
-        else fail("another program than train_gpt.py")
-    )
-
-
-def unpack(packed: bytes) -> str:
-    """The program inside a script that train_gpt.packed_script made, without running it. Raises ValueError."""
-    import brotli
-
-    tree = ast.parse(packed)
-    texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-    try:
-        return brotli.decompress(max(texts, key=len, default="").encode("latin1")).decode()
-    except (brotli.error, UnicodeError) as error:
-        raise ValueError(f"no brotli text inside ({error})") from None
+        return fail(f"train_gpt.py cannot be packed: {error}")
+    if packed == expected:
+        return ok(f"{len(packed)} bytes, byte for byte what packing train_gpt.py gives")
+    head, _, tail = expected.partition(b"s=B.decompress('")
+    framed = packed.startswith(head) and packed.endswith(tail[tail.rindex(b"'.encode(") :])
+    return fail("not what packing train_gpt.py gives: " + ("the program inside" if framed else "the lines that run it"))
 
 
 def without_docstrings(tree: ast.AST) -> ast.AST:
@@ -502,24 +367,30 @@ def size_margin(folder: Folder) -> Finding:
 
 
 def train_time(folder: Folder) -> Finding:
+    """The clock at the end of the last step, which may be in flight when the time is up: the loop looks once a step."""
+
     def judge(log: RunLog) -> Finding | None:
-        seconds = log.facts.get("train_s")
+        seconds, rounding = log.facts.get("train_s"), 0.0
         if log.style == "ours":
             seconds = number((log.result or {}).get("train_seconds")) or seconds
+        if seconds is None and "train_s_rounded" in log.facts:
+            seconds, rounding = log.facts["train_s_rounded"], 3.0  # minutes with one decimal
         if seconds is None:
             return None
-        step_in_flight = max(log.facts.get("step_ms", 0) / 1000, 0.15)  # the loop looks at the clock once a step
-        limit = LIMIT_S if log.style == "ours" else LIMIT_S + step_in_flight
-        return (ok if seconds <= limit else fail)(f"{seconds:.1f} s", f"{LIMIT_S:g} s")
+        over = seconds - rounding - LIMIT_S
+        step, long_step = (0.0, 0.0) if log.style == "ours" else (max(log.facts.get("step_ms", 0) / 1000, 0.15), 0.5)
+        status = ok if over <= step else warn if over <= max(2 * step, long_step) else fail
+        return status(f"{seconds:.1f} s", f"{LIMIT_S:g} s")
 
     return of_logs(folder, judge)
 
 
 def calibration_time(folder: Folder) -> Finding:
     def judge(log: RunLog) -> Finding | None:
-        if log.style == "ours" or "calibration_s" not in log.facts or "train_s" not in log.facts:
+        trained = log.facts.get("train_s", log.facts.get("train_s_rounded"))
+        if log.style == "ours" or "calibration_s" not in log.facts or trained is None:
             return None
-        last = log.facts["train_s"] + log.facts["calibration_s"]
+        last = trained + log.facts["calibration_s"]
         text = f"last training read at {last:.1f} s"
         return ok(text) if last <= LIMIT_S else warn(text, f"{LIMIT_S:g} s in the strict reading")
 
@@ -541,7 +412,11 @@ def stopped_by_clock(folder: Folder) -> Finding:
 
 
 def eval_time(folder: Folder) -> Finding:
+    """The evaluation that gave the score, and all passes over the validation text of one submission together."""
     logged = {log.path.name: log.eval_seconds for log in folder.logs if log.eval_seconds is not None}
+    for log in folder.logs:
+        if (together := sum(seconds for _, seconds in log.passes)) > max(logged.get(log.path.name, 0.0), LIMIT_S):
+            logged[f"{log.path.name}, {' + '.join(label for label, _ in log.passes)}"] = together
     stated = {f"seed {s}": row["eval_time_s"] for s, row in folder.seeds.items() if "eval_time_s" in row}
     times = logged or stated
     over = [f"{name}: {seconds:.1f} s" for name, seconds in times.items() if seconds > LIMIT_S]
@@ -572,8 +447,12 @@ def seeds(folder: Folder) -> Finding:
     numbers = [log.facts.get("seed", log.path.name) for log in folder.logs if log.final]
     claimed = folder.submission.get("seeds")
     claimed = sorted(folder.seeds) or (claimed if isinstance(claimed, list) else [])
+    if folder.repeated:
+        return fail(f"submission.json states seed {', '.join(folder.repeated)} twice", "distinct")
     if len(set(map(str, numbers))) < len(numbers):
         return fail(f"seeds of the logs: {numbers}", "distinct")
+    if copies := same_run_twice(folder):
+        return fail(f"{' and '.join(copies)} are one run under two seeds", "a run for each")
     if len(numbers) < 3:
         return fail(
             f"{len(numbers)} logs with a final score" + (f", seeds claimed: {claimed}" if claimed else ""), "3 seeds"
@@ -583,6 +462,17 @@ def seeds(folder: Folder) -> Finding:
     if claimed and not set(map(str, claimed)) <= set(map(str, numbers)):
         return fail(f"seeds claimed: {claimed}, in the logs: {numbers}", "a log for each")
     return ok(f"{len(numbers)} seeds: {', '.join(map(str, numbers))}", "3 seeds")
+
+
+def same_run_twice(folder: Folder) -> list[str]:
+    """Names of two logs all of whose scores are the same."""
+    seen: dict[tuple, str] = {}
+    for log in folder.logs:
+        scores = tuple((score.label, score.loss, score.bpb) for score in log.scores if score.kind != "running")
+        if len(scores) > 1 and scores in seen:
+            return [seen[scores], log.path.name]
+        seen[scores] = log.path.name
+    return []
 
 
 def seed_names(folder: Folder) -> Finding:
@@ -600,25 +490,40 @@ PER_RUN = re.compile(
 
 
 def same_settings(folder: Folder) -> Finding:
-    return alike(
-        [block for log in folder.logs for block in log.settings], sum(bool(log.settings) for log in folder.logs)
-    )
+    blocks = [block for log in folder.logs for block in log.settings]
+    return alike(blocks, sum(bool(log.settings) for log in folder.logs), folder.script.decode(errors="replace"))
 
 
-def alike(blocks: list[dict[str, str]], logs: int) -> Finding:
-    """Whether the settings of all started runs are the same, but for what may differ between seeds."""
+def alike(blocks: list[dict[str, str]], logs: int, script: str = "") -> Finding:
+    """Whether the settings of all started runs are the same, but for what may differ between seeds: names and places,
+    what the script computes from the seed, and a time budget that is a second shorter."""
     blocks = [{key: value for key, value in block.items() if not PER_RUN.search(key)} for block in blocks]
     if logs < 2 and len(blocks) < 2:
         return unknown("fewer than two logs state their settings")
     odd = sorted(
         {key for block in blocks for key in blocks[0].keys() | block.keys() if blocks[0].get(key) != block.get(key)}
     )
-    shown = [f"{key}: " + ", ".join(dict.fromkeys(str(block.get(key)) for block in blocks)) for key in odd]
-    return (
-        fail("differ between logs: " + "; ".join(shown[:4]))
-        if odd
-        else ok(f"{len(blocks[0])} settings alike in {logs} logs")
-    )
+    odd = [key for key in odd if not re.search(rf"\b{re.escape(key)}\b[^\n=]*=[^\n]*\bseed\b", script)]
+    shown = {key: ", ".join(dict.fromkeys(str(block.get(key)) for block in blocks)) for key in odd}
+    budgets = [key for key in odd if same_budget(key, [block.get(key, "") for block in blocks])]
+    if set(budgets) == set(odd):
+        return (
+            warn("; ".join(f"{key}: {shown[key]}" for key in odd), "one time budget")
+            if odd
+            else ok(f"{len(blocks[0])} settings alike in {logs} logs")
+        )
+    return fail("differ between logs: " + "; ".join([f"{key}: {text}" for key, text in shown.items()][:4]))
+
+
+def same_budget(key: str, values: list[str]) -> bool:
+    """A time budget in seconds that differs by two at most."""
+    if not re.search(r"wall_?clock|budget|max_.*seconds", key, re.I):
+        return False
+    try:
+        numbers = [float(value) for value in values]
+    except ValueError:
+        return False
+    return max(numbers) - min(numbers) <= 2
 
 
 def same_source(folder: Folder) -> Finding:
@@ -636,6 +541,8 @@ def same_source(folder: Folder) -> Finding:
     mine = [path.read_bytes().replace(b"\r\n", b"\n").strip() for path in folder.path.glob("*.py")]
     if (logged or b"").strip() in mine:
         return ok(f"train_gpt.py, sha256 {next(iter(hashes.values()))[:12]}")
+    if log.style == "ours" and folder.script:
+        return fail("the logs hold another train_gpt.py")
     if same_program(logged or b"", folder.script):
         return warn("the logs hold train_gpt.py with other comments")
     if not folder.script:
@@ -671,6 +578,7 @@ def score_in_logs(folder: Folder) -> Finding:
             log
             and claim is not None
             and not any(agree(claim, s.bpb, s.decimals) for s in log.scores if s.kind != "running")
+            and not any(agree(claim, s.bpb, s.decimals) for other in folder.all_logs_of(seed) for s in other.scores)
         ):
             return fail(f"seed {seed}: {claim} in submission.json, {log.final.bpb} in {log.path.name}")
         if (
@@ -728,51 +636,43 @@ def loss_in_logs(folder: Folder) -> Finding:
 
 
 def sizes_in_logs(folder: Folder) -> Finding:
-    logged = {log.facts.get("seed"): log.total_bytes for log in folder.logs if log.total_bytes}
-    odd = [
-        f"seed {seed}: {row['artifact_bytes']:,} in submission.json, {logged[seed]:,} in the log"
-        for seed, row in folder.seeds.items()
-        if "artifact_bytes" in row and seed in logged and row["artifact_bytes"] != logged[seed]
-    ]
+    logged = {log.facts.get("seed"): log for log in folder.logs if log.total_bytes}
+    rows = {seed: row["artifact_bytes"] for seed, row in folder.seeds.items() if "artifact_bytes" in row and seed in logged}
     # Some count the model alone as the artifact of a seed, and the code apart.
-    alone = {log.facts.get("seed"): log.facts.get("model_bytes") for log in folder.logs}
-    if odd and all(
-        row.get("artifact_bytes") == alone.get(seed) for seed, row in folder.seeds.items() if seed in logged
+    if rows and all(
+        size != logged[seed].total_bytes and size == logged[seed].facts.get("model_bytes") for seed, size in rows.items()
     ):
         return warn("artifact_bytes of the seeds leave out the code", "code + model")
-    total = folder.stated("bytes_total")
-    if odd:
-        return fail("; ".join(odd[:3]))
-    if not logged or total is None:
-        return unknown("no total in the logs" if not logged else "no bytes_total")
-    if total == max(logged.values()):
-        return ok(f"{int(total):,}, the largest of {len(logged)}")
-    if total in logged.values():
-        return warn(f"bytes_total {int(total):,} is not the largest, {max(logged.values()):,}")
-    rounded = total % 10_000 == 0 and any(abs(total - size) <= 50_000 for size in logged.values())
-    return (warn if rounded else fail)(
-        f"bytes_total {int(total):,}, the logs say " + ", ".join(f"{n:,}" for n in sorted(set(logged.values()))[:3])
-    )
+    return stated_in_logs(folder, "size")
 
 
 def steps_in_logs(folder: Folder) -> Finding:
-    logged = {log.facts.get("seed"): log.facts["steps"] for log in folder.logs if "steps" in log.facts}
-    odd = [
-        f"seed {seed}: {row['steps']} in submission.json, {logged[seed]} in the log"
-        for seed, row in folder.seeds.items()
-        if "steps" in row and seed in logged and row["steps"] != logged[seed]
-    ]
-    mean, stated = (statistics.fmean(logged.values()) if logged else 0), folder.stated("train_steps_mean")
-    if not odd and stated is not None and logged and abs(stated - mean) > 1 and len(logged) > 1:
-        odd = [f"train_steps_mean {stated}, the logs' mean is {mean:.1f}"]
-    one = folder.stated("step_stop", "steps")
-    if not odd and one is not None and logged and one not in logged.values() and abs(one - mean) > 1:
-        odd = [
-            f"{int(one)} steps in submission.json, {', '.join(map(str, sorted(set(logged.values()))[:3]))} in the logs"
-        ]
-    if odd:
-        return fail("; ".join(odd[:3]))
-    return ok(", ".join(map(str, logged.values())) + " steps") if logged else unknown("no steps in the logs")
+    return stated_in_logs(folder, "steps")
+
+
+def times_in_logs(folder: Folder) -> Finding:
+    return worst((stated_in_logs(folder, key) for key in ("step_ms", "train_s", "eval_s")), "")
+
+
+def code_in_logs(folder: Folder) -> Finding:
+    return stated_in_logs(folder, "code")
+
+
+def parts_in_logs(folder: Folder) -> Finding:
+    """Scores before quantisation and before test-time training, and the losses of the seeds."""
+    return worst((stated_in_logs(folder, key) for key in ("before", "before_loss", "quantised", "loss")), "")
+
+
+def loss_std(folder: Folder) -> Finding:
+    rows, claim = [loss for loss, _ in folder.results().values()], folder.stated("val_loss_std")
+    if claim is None or len(rows) < 2 or None in rows:
+        return unknown("no val_loss_std, or fewer than two losses")
+    sample, population = statistics.stdev(rows), statistics.pstdev(rows)
+    text = f"val_loss_std {claim}: std {sample:.8f} of {len(rows)}"
+    if agree(claim, sample, folder.digits[1]):
+        return ok(text)
+    near = agree(claim, population, folder.digits[1]) or abs(claim / sample - 1) < 0.05 if sample else False
+    return (warn if near else fail)(text)
 
 
 def same_parameters(folder: Folder) -> Finding:
@@ -787,7 +687,9 @@ def readme_agrees(folder: Folder) -> Finding:
     if not folder.readme or claim is None:
         return unknown("no README or no val_bpb")
     shown = {text for text in re.findall(r"(?<![\d.])\d\.\d{3,}", folder.readme)}
-    there = lambda value: any(agree(float(text), value, len(text) - 2) for text in shown)
+    there = lambda value: any(  # to the digits of both: JSON drops the last zeros of 1.1060
+        agree(float(text), value, len(text) - 2) or agree(value, float(text), len(text) - 2) for text in shown
+    )
     missing = [f"val_bpb {claim}"] if not there(claim) else []
     missing += [
         f"seed {s}: {r['val_bpb']}" for s, r in folder.seeds.items() if "val_bpb" in r and not there(r["val_bpb"])
@@ -828,37 +730,81 @@ def export_of(log: RunLog, score: Score) -> tuple[float, float, float] | None:
 
 
 def implied_bytes(folder: Folder) -> Finding:
+    """Bytes of text that the pairs of a loss and a bpb imply: of the logs, of submission.json, and of README tables."""
+
     def judge(log: RunLog) -> Finding | None:
         score = folder.scored(log)
-        found = export_of(log, score) if score else None
-        if found is None:
-            return None
-        targets, size, slack = found
-        limit = f"{TRUE_BYTES[0] / 1e6:.2f} to {TRUE_BYTES[1] / 1e6:.2f} M"
-        text = f"{size / 1e6:.2f} M bytes of text implied by {int(targets):,} targets"
-        if TRUE_BYTES[0] - slack <= size <= TRUE_BYTES[1] + slack:
-            return ok(text, limit)
-        if int(targets) == FIRST_EXPORT.targets and abs(size / targets / FIRST_EXPORT.bytes_per_token - 1) < 1e-3:
-            return warn(f"{text}: {FIRST_EXPORT.name}", limit)
-        if not folder.is_record and own_corpus(log):
-            return unknown(f"{text}: another corpus, not comparable", limit)
-        excess = size / TRUE_BYTES[0] - 1
-        if 0.155 < excess < 0.185:
-            text += f", {excess:.1%} too many: the leading space is counted twice"
-        elif abs(size / 164.6e6 - 1) < 0.002:
-            text += ": CaseOps scored with the plain byte table"
-        if abs(excess) < 1e-3:
-            return warn(f"{text}: a few targets more or less than all", limit)
-        return fail(text, limit)
+        return judge_pair(folder, log, score) if score else None
 
-    return of_logs(folder, judge)
+    found = of_logs(folder, judge)
+    stated = worst((pair_finding(folder, *pair) for pair in stated_pairs(folder)), "no pair of a loss and a bpb")
+    return stated if stated.status == "fail" and found.status != "fail" or found.status == "unknown" else found
+
+
+def judge_pair(folder: Folder, log: RunLog, score: Score) -> Finding | None:
+    found = export_of(log, score)
+    if found is None:
+        return None
+    targets, size, slack = found
+    limit = f"{TRUE_BYTES[0] / 1e6:.2f} to {TRUE_BYTES[1] / 1e6:.2f} M"
+    text = f"{size / 1e6:.2f} M bytes of text implied by {int(targets):,} targets"
+    if TRUE_BYTES[0] - slack <= size <= TRUE_BYTES[1] + slack:
+        return ok(text, limit)
+    if int(targets) == FIRST_EXPORT.targets and abs(size / targets / FIRST_EXPORT.bytes_per_token - 1) < 1e-3:
+        return warn(f"{text}: {FIRST_EXPORT.name}", limit)
+    if not folder.is_record and own_corpus(log):
+        return unknown(f"{text}: another corpus, not comparable", limit)
+    excess = size / TRUE_BYTES[0] - 1
+    if 0.155 < excess < 0.185:
+        text += f", {excess:.1%} too many: the leading space is counted twice"
+    elif abs(size / 164.6e6 - 1) < 0.002:
+        text += ": CaseOps scored with the plain byte table"
+    if abs(excess) < 1e-3:
+        return warn(f"{text}: a few targets more or less than all", limit)
+    return fail(text, limit)
+
+
+def stated_pairs(folder: Folder) -> list[tuple[str, int | None, float, float, float, float]]:
+    """(place, seed, loss, unit of its last digit, bpb, unit) of every loss that stands beside its bpb."""
+    rows = [("submission.json", None, folder.submission)]
+    rows += [(f"submission.json, seed {seed}", seed, row) for seed, row in folder.seeds.items()]
+    pairs = []
+    for place, seed, row in rows:
+        loss, bpb = number(row.get("val_loss")), number(row.get("val_bpb"))
+        if loss and bpb:
+            pairs.append((place, seed, loss, 10.0 ** -decimals(loss), bpb, 10.0 ** -decimals(bpb)))
+    for table in folder.tables:
+        columns = [[i for i, name in enumerate(table.columns) if name == wanted] for wanted in ("val_loss", "val_bpb")]
+        for seed, cells in table.rows.items():
+            if all(columns) and seed.isdigit() and (loss := cells[columns[0][0]]) and (bpb := cells[columns[1][0]]):
+                pairs.append((f"README, seed {seed}", int(seed), loss.value, loss.unit, bpb.value, bpb.unit))
+    return pairs
+
+
+def pair_finding(
+    folder: Folder, place: str, seed: int | None, loss: float, loss_unit: float, bpb: float, bpb_unit: float
+) -> Finding:
+    """A stated pair has the bytes per token of the logs, or without these of a known export."""
+    if not bpb or not loss:
+        return unknown(f"{place}: no pair")
+    mine = [log for log in folder.logs if seed is None or log.facts.get("seed") == seed]
+    known = [s.loss / (s.bpb * LN2) for log in mine if (s := folder.scored(log)) and s.loss and s.bpb]
+    per_token, rounding = loss / (bpb * LN2), 1.1 * (loss_unit / loss + bpb_unit / bpb) + 2e-4
+    exports = [*(export.bytes_per_token for export in EXPORTS), FIRST_EXPORT.bytes_per_token]
+    gap = min(abs(per_token / value - 1) for value in known or exports)
+    text = f"{place}: loss {loss:g} and bpb {bpb:g} imply {per_token:.4f} bytes per token"
+    if gap <= rounding:
+        return ok(text)
+    if not known and not folder.is_record:
+        return unknown(f"{text}, of no known export")
+    return fail(f"{text}, {'the logs say' if known else 'the nearest export has'} " + f"{min(known or exports, key=lambda v: abs(per_token / v - 1)):.4f}")
 
 
 def own_corpus(log: RunLog) -> bool:
     """A log of ours that says itself that it was scored on something else than the challenge's documents."""
     report = {entry.get("rule"): entry for entry in (log.result or {}).get("validity", []) if isinstance(entry, dict)}
     documents = report.get("documents", {}).get("found", (log.result or {}).get("val_documents"))
-    return log.style == "ours" and documents not in (None, DOCUMENTS)
+    return log.style == "ours" and documents not in (None, VAL_DOCUMENTS)
 
 
 def coverage(folder: Folder) -> Finding:
@@ -866,8 +812,8 @@ def coverage(folder: Folder) -> Finding:
         targets, documents = log.facts.get("val_targets"), log.facts.get("documents")
         if not folder.is_record and own_corpus(log):
             return unknown(f"{targets} targets of another corpus")
-        if documents not in (None, DOCUMENTS):
-            return fail(f"{documents:,} documents", f"{DOCUMENTS:,}")
+        if documents not in (None, VAL_DOCUMENTS):
+            return fail(f"{documents:,} documents", f"{VAL_DOCUMENTS:,}")
         if targets is None:
             return None
         for export in EXPORTS:
@@ -890,8 +836,8 @@ def disjoint_documents(folder: Folder) -> Finding:
     for script in sorted(folder.path.glob("*prepare*.py")):
         text = script.read_text(errors="replace")
         default = re.search(r"--val[-_]docs['\"][^)]*?default\s*=\s*([\d_]+)", text)
-        if default and int(default[1]) != DOCUMENTS:
-            return warn(f"{script.name} defaults to {default[1]} validation documents", f"{DOCUMENTS:,}")
+        if default and int(default[1]) != VAL_DOCUMENTS:
+            return warn(f"{script.name} defaults to {default[1]} validation documents", f"{VAL_DOCUMENTS:,}")
 
     def judge(log: RunLog) -> Finding | None:
         nested = any("datasets/datasets" in value for block in log.settings for value in block.values())
@@ -990,62 +936,6 @@ def credit(folder: Folder) -> Finding:
     return ok(f"names {found[0]}") if found else warn("the README names no earlier entry", "#N of the base")
 
 
-class Welch(NamedTuple):
-    """One-sided test that the mean of the new scores is below that of the reference by more than a margin."""
-
-    t: float
-    df: float
-    p: float
-
-
-def welch(new: list[float], reference: list[float], margin: float) -> Welch | None:
-    """Welch's test of the reference less the margin against the new scores; None with fewer than two on a side.
-    Lower scores are better."""
-    if min(len(new), len(reference)) < 2:
-        return None
-    if statistics.variance(new) + statistics.variance(reference) == 0:
-        gain = statistics.fmean(reference) - statistics.fmean(new) - margin
-        return Welch(math.copysign(math.inf, gain), 1.0, 0.0 if gain > 0 else 1.0)
-    result = scipy.stats.ttest_ind([x - margin for x in reference], new, equal_var=False, alternative="greater")
-    return Welch(float(result.statistic), float(result.df), float(result.pvalue))
-
-
-class Comparison(NamedTuple):
-    """A folder against a reference: gains are positive where the folder is better."""
-
-    gain_bpb: float
-    gain_nats: float  # per token of the folder's tokenizer
-    with_margin: Welch | None
-    without: Welch | None
-    unit: str  # what the tests were computed in
-
-
-def compare(folder: Folder, reference: Folder) -> Comparison | None:
-    """The comparison of two folders, in nats per token where both use the same tokenizer, else in bpb with the margin
-    converted by the folder's own nats per token and bpb. None where a folder has no scores."""
-    mine, theirs = list(folder.results().values()), list(reference.results().values())
-    if not mine or not theirs:
-        return None
-    ratio = lambda rows: [loss / bpb for loss, bpb in rows if loss and bpb]
-    bpb_gain = statistics.fmean(b for _, b in theirs) - statistics.fmean(b for _, b in mine)
-    ratios = ratio(mine) or ratio(theirs)  # of the reference, where the folder states no losses
-    per_bpb = statistics.fmean(ratios) if ratios else None
-    same = (
-        len(ratio(mine)) == len(mine)
-        and len(ratio(theirs)) == len(theirs)
-        and abs(ratio(theirs)[0] / per_bpb - 1) < 1e-3
-    )
-    if same:
-        a, b, margin, unit = [x for x, _ in mine], [x for x, _ in theirs], MARGIN_NATS, "nats per token"
-        nats = statistics.fmean(b) - statistics.fmean(a)
-    elif per_bpb:
-        a, b, margin, unit = [x for _, x in mine], [x for _, x in theirs], MARGIN_NATS / per_bpb, "bpb"
-        nats = bpb_gain * per_bpb
-    else:
-        return None
-    return Comparison(bpb_gain, nats, welch(a, b, margin), welch(a, b, 0.0), unit)
-
-
 def show_test(comparison: Comparison, test: Welch | None) -> str:
     gain = f"better by {comparison.gain_bpb:.5f} bpb, {comparison.gain_nats:.5f} nats per token"
     return gain + (
@@ -1086,10 +976,12 @@ class Rule(NamedTuple):
 
 RULES = (
     Rule("folder_name", "56", "H", "README", folder_name),
+    Rule("one_new_folder", "56", "H", "README", one_new_folder),
     Rule("files", "57", "H", "README, #561", files),
     Rule("script_compiles", "59", "H", "README", script_compiles),
     Rule("no_installs", "7", "H", "README FAQ, #1855", installs),
     Rule("requirements", "57", "P", "README", requirements),
+    Rule("code_size", "2, 52", "P", "#1835, #86", code_size),
     Rule("code_closure", "3", "H", "README FAQ, #1412", code_closure),
     Rule("packed_script", "4", "P", "#1394, #1855", packed_script),
     Rule("json_fields", "58", "H", "README", json_fields),
@@ -1113,15 +1005,22 @@ RULES = (
     Rule("loss_in_logs", "52", "H", "#86", loss_in_logs),
     Rule("sizes_in_logs", "52", "H", "#86", sizes_in_logs),
     Rule("steps_in_logs", "52", "H", "#86", steps_in_logs),
+    Rule("code_in_logs", "52", "H", "#86", code_in_logs),
+    Rule("times_in_logs", "52", "H", "#86", times_in_logs),
+    Rule("parts_in_logs", "52", "H", "#86", parts_in_logs),
+    Rule("loss_std", "52", "H", "#1719", loss_std),
     Rule("same_parameters", "52", "H", "#86", same_parameters),
     Rule("readme_agrees", "52", "H", "#86", readme_agrees),
     Rule("readme_sizes", "52", "H", "#86", readme_sizes),
+    Rule("readme_tables", "52", "H", "#86", readme_tables),
     Rule("coverage", "37", "H", "README, #1854", coverage),
     Rule("implied_bytes", "42, 44, 48", "P", "#1719, #2071", implied_bytes),
     Rule("disjoint_documents", "39", "H", "#2127, #2146", disjoint_documents),
     Rule("methods", "28, 29, 32, 33", "H/P", "#677, #1376, #1872", methods),
     Rule("gates", "25", "H", "#1514, #2118", gates),
     Rule("own_report", "24, 30, 31", "H", "#1017", own_report),
+    Rule("result_in_log", "52", "H", "#86", result_in_log),
+    Rule("texts_from_logs", "52", "H", "#86", texts_from_logs),
     Rule("versions", "53", "H", "README FAQ, #86", versions),
     Rule("credit", "60", "P", "practice", credit),
     Rule("record_margin", "49", "H", "README", record_margin, record_only=True),
@@ -1138,12 +1037,19 @@ class Verdict(NamedTuple):
     limit: str
 
 
-def check_folder(folder: Folder, reference: Folder | None = None) -> list[Verdict]:
-    """All rules applied to one folder."""
+def check_folder(folder: Folder, reference: Folder | None = None, base: str = "") -> list[Verdict]:
+    """All rules applied to one folder; `base` is a revision of the git checkout around it."""
     verdicts = []
     for rule in RULES:
-        takes_reference = rule.check in (record_margin, board_practice)
-        finding = rule.check(folder, reference) if takes_reference else rule.check(folder)
+        if rule.check is texts_from_logs:
+            named = reference and folder.submission.get("comparison_baseline") == reference.path.resolve().name
+            finding = texts_from_logs(folder, compare(folder, reference) if named else None)
+        elif rule.check in (record_margin, board_practice):
+            finding = rule.check(folder, reference)
+        elif rule.check is one_new_folder:
+            finding = rule.check(folder, base)
+        else:
+            finding = rule.check(folder)
         waived = rule.record_only and not folder.is_record and finding.status != "ok"
         verdicts.append(Verdict(rule, "waived" if waived else finding.status, finding.found, finding.limit))
     return verdicts
@@ -1182,6 +1088,7 @@ def passed(verdicts: list[Verdict]) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Checks record folders against the rules of Parameter Golf.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("--base", default="", metavar="REV", help="a revision of the checkout that has no such folder yet")
     parser.add_argument("--reference", type=Path, metavar="FOLDER", help="the record to beat")
     parser.add_argument(
         "--not-a-record", action="store_true", help="do not ask for time limits, hardware, seeds, margin"
@@ -1195,7 +1102,7 @@ def main(arguments: list[str] | None = None) -> int:
     except FolderError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    reports = [(folder, check_folder(folder, reference)) for folder in folders]
+    reports = [(folder, check_folder(folder, reference, options.base)) for folder in folders]
     if options.json:
         print(json.dumps([as_json(*report) for report in reports], indent=1))
     else:

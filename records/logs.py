@@ -13,6 +13,7 @@ Truncated and renamed variants of these are read as far as they go; what a log d
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -28,11 +29,16 @@ def milliseconds(text: str) -> float:
     return float(text) / 1000
 
 
+def minutes(text: str) -> float:
+    return float(text) * 60
+
+
 # fact, pattern (one group, from the beginning of a line), conversion. The last match in a log counts; of several rows
 # for one fact, the one whose match comes last. Seconds, bytes and tokens are the units unless the name says otherwise.
 FACTS: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
     ("seed", r"^(?:\s*seed:\s*|.*\bmax_wallclock_seconds:\S+ .*\bseed:)(\d+)\b", int),
-    ("seed", r"^Seed: (\d+)", int),
+    ("seed", r"^(?:\w+:\S+ )+seed:(\d+)\b", int),
+    ("seed", r"^S(?:eed: |EED=)(\d+)", int),
     ("seed", r"^config preset:.* seed:(\d+)", int),
     ("val_targets", r"^val_loader:.*\btokens:(\d+)", int),
     ("val_targets", r"^val_tokens:\s*(\d+)", int),
@@ -45,13 +51,22 @@ FACTS: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
     ("gated_tokens", r"^.*\b(?:within_word|word_start)_gated?:(\d+)", int),
     ("steps", r"^(?:step:)?(\d+)/\d+ val_loss:", int),
     ("steps", r"^stopping_early: .*\bstep:\s*(\d+)/", int),
-    ("train_s", r"^step:\d+/\d+ .*\btrain_time:(\d+)ms", milliseconds),
+    ("train_s", r"^step:\d+/\d+ .*\btrain_time:([\d.]+)ms", milliseconds),
     ("train_s", r"^stopping_early: .*\btrain_time:\s*([\d.]+)ms", milliseconds),
-    ("calibration_s", r"^GPTQ:collected \d+ Hessians in ([\d.]+)s", float),
+    ("train_s_rounded", r"^(?:stopping_early: .*\b|(?:step:)?\d+/\d+ .*\b)train_time: ([\d.]+)m\b", minutes),
+    ("train_s_rounded", r"^train_time: ([\d.]+)m\b", minutes),
+    ("calibration_s", r"^(?:GPTQ|gptq): ?.*\b[Hh]essians\b.*\b(?:in |time[=:] ?)([\d.]+)s", float),
+    ("calibration_s", r"^(?:GPTQ|gptq): ?calibrated\b.*\bin ([\d.]+)s", float),
     ("step_ms", r"^step:\d+/\d+ .*\bstep_avg:([\d.]+)ms", float),
+    ("python", r"^(?:Running Python |versions python:)(\d+\.\d+)", str),
     ("model_bytes", r"^Serialized model (?!:)\S.*?:\s*([\d,]+) bytes", whole),
     ("code_bytes", r"^Code size(?: \(compressed\))?:\s*([\d,]+) bytes", whole),
+    ("code_bytes", r"^.*\| Code: ([\d,]+) bytes", whole),
+    ("source_size", r"^Code size \(uncompressed\):\s*([\d,]+) bytes", whole),
     ("total_bytes", r"^Total submission size (?!:)\S.*?:\s*([\d,]+) bytes", whole),
+    ("total_bytes", r"^.*\bmodel: [\d,]+ bytes \| Total submission: ([\d,]+) bytes", whole),
+    ("total_bytes", r"^(?:final_|total_|submission_)?artifact(?:_bytes|_size| size)?[:=]\s*([\d,]{6,})\b", whole),
+    ("total_bytes", r"^(?i:total(?: |_)(?:artifact|bytes|submission(?: |_)bytes|size))[^:=\n]*[:=]\s*([\d,]{6,})\b", whole),
     ("plain_total_bytes", r"^Total submission size:\s*([\d,]+) bytes", whole),
     ("eval_s", r"^total_eval_time:\s*([\d.]+)s", float),
     ("ranks", r"^(?:.*\b)?world_size:\s*(\d+)", int),
@@ -92,6 +107,7 @@ SCORE = re.compile(
 SECONDS = re.compile(r"(?:eval_time|elapsed|seconds)[:=]\s*([\d.]+)(ms|s)?")
 SETTINGS_BLOCK = re.compile(r"(?:^ {2,4}[A-Za-z_]\w*: ?(?!.* = ).*\n){15,}", re.M)  # fields of a class have ` = `
 RULER = re.compile(r"^={60,}$", re.M)  # ends the source text in many logs
+STAMP = re.compile(r"^\d{9,}\.\d+ ", re.M)  # seconds since 1970 before each line, as some launchers write them
 SOURCE_LINE = re.compile(r"^source bytes:(\d+) sha256:([0-9a-f]{64})$", re.M)
 
 # What a score is of, by words in its label; the first row that matches. Anything else is a final score.
@@ -127,12 +143,36 @@ class RunLog:
     scores: list[Score]
     settings: list[dict[str, str]]  # the `  name: value` blocks, or one of the key:value pairs of the head lines
     result: dict[str, Any] | None  # of a log of ours
+    body: str = ""  # of a log of ours: all but the scripts
+
+    def lines(self, event: str, **values: str) -> list[dict[str, str]]:
+        """The `event key:value ...` lines of a log of ours with these values, in its order."""
+        found = [line.split(" ")[1:] for line in re.findall(rf"^{event} .*:.*$", self.body, re.M)]
+        pairs = [dict(word.split(":", 1) for word in words if ":" in word) for words in found]
+        return [line for line in pairs if values.items() <= line.items()]
 
     @property
     def final(self) -> Score | None:
         """The score that the run ends with."""
         ends = [score for score in self.scores if score.kind in ("quantized", "final")]
         return ends[-1] if ends else None
+
+    @property
+    def timed(self) -> list[tuple[str, float]]:
+        """Label and seconds of each evaluation behind training, in the order of the log; one that two lines report, the
+        second with more digits, counted once."""
+        found: list[tuple[str, float]] = []
+        for score in self.scores:
+            last_seconds = found[-1][1] if found else -math.inf
+            if score.kind != "running" and score.seconds and abs(score.seconds - last_seconds) > 0.005 * score.seconds:
+                found.append((score.label, score.seconds))
+        return found
+
+    @property
+    def passes(self) -> list[tuple[str, float]]:
+        """Those over the compressed model that are no mere diagnostics."""
+        kinds = {score.label: score.kind for score in self.scores}
+        return [(n, s) for n, s in self.timed if kinds[n] in ("quantized", "final") and "diagnostic" not in n]
 
     @property
     def eval_seconds(self) -> float | None:
@@ -162,6 +202,7 @@ def read_log(path: Path) -> RunLog:
 
 def parse_log(text: str, path: Path = Path("log")) -> RunLog:
     """What a log's text says; see RunLog. A log may hold several runs of ours (stages started one by one)."""
+    text = STAMP.sub("", text)
     sources = list(SOURCE_LINE.finditer(text))
     style = "ours" if sources else "unknown"
     facts: dict[str, Any] = {}
@@ -189,7 +230,8 @@ def parse_log(text: str, path: Path = Path("log")) -> RunLog:
         style = "april"
     result = read_result(body)
     facts |= {fact: result[key] for fact, key in RESULT_FACTS.items() if result and result.get(key) is not None}
-    return RunLog(path, style, facts, read_scores(body), read_settings(body), result)
+    kept = body if style == "ours" else ""
+    return RunLog(path, style, facts, read_scores(body), read_settings(body), result, kept)
 
 
 def split_script(chunk: str) -> tuple[str, str]:

@@ -8,20 +8,25 @@ phases, chunks and hints) on a made-up token stream and looks at what is scored,
 
     causality             changing token t and all that is scored after it leaves the whole distribution at t and every
                           score before it bit-identical
-    normalisation         every vocabulary id, as the target, through the real path: probabilities sum to 1
+    hints                 a hint, and whether there is one, depends on the tokens before its target alone
+    normalisation         every vocabulary id, BOS too, as the target, through the real path: probabilities sum to 1
     score_before_update   no weight update depends on a target whose score is not final
     single_pass           every target is scored exactly once
+    fresh_start           the first chunk of every document is scored by the weights alone, whatever was adapted before
     isolation             a document scores the same whatever is packed around it, and as it does alone
     artifact_alone        a new process without training files and network reproduces the run's score from the artifact
 
 Nearly all tokens of the stream are different, so that any forward call tells by its targets which stream positions it
-touches. tests/test_validity.py runs all probes at toy size and shows that each one fails on a broken evaluator.
+touches; the longest document is longer than eight contexts. One thing is exempt: a hint of the n-gram tilt may count text
+that stands earlier in the stream and is scored later, because documents are scored by length and the table of hints is
+made in stream order. So causality holds hints fixed, and `hints` looks at them alone. tests/test_validity.py runs all probes at toy size and shows that each one fails on a broken evaluator.
 Exit status: 0 all probes passed, 1 one failed, 2 the run cannot be read.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -90,8 +95,14 @@ def evaluate(kind: str, subject: Subject, validation: tg.Validation) -> Any:
     return tg.score(model, validation, subject.config, run, log, stride)
 
 
-def trace(kind: str, subject: Subject, validation: tg.Validation, price: tuple[int, ...] = ()) -> Trace:
-    """Runs an evaluation and records its forward calls, scores and weight updates.
+def trace(
+    kind: str,
+    subject: Subject,
+    validation: tg.Validation,
+    price: tuple[int, ...] = (),
+    hints: torch.Tensor | None = None,
+) -> Trace:
+    """Runs an evaluation and records its forward calls, scores and weight updates; with `hints` these are its hints.
 
     At the positions `price`, all ids are priced right where the score is computed, with the weights and adapters of
     that moment. What a tilt must make of these prices is computed by itself, as a softmax over all ids.
@@ -147,6 +158,7 @@ def trace(kind: str, subject: Subject, validation: tg.Validation, price: tuple[i
         patched(tg.GPT, "forward", watched_forward),
         patched(tg.Tally, "add", watched_add),
         patched(tg, "tilt", watched_tilt),
+        patched(tg, "stream_hints", tg.stream_hints if hints is None else lambda *_: hints),
     ):
         handle = register_optimizer_step_pre_hook(before_step)
         try:
@@ -171,14 +183,17 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def as_validation(tokens: np.ndarray) -> tg.Validation:
-    """A validation split of these tokens, which begin with BOS; every target counts 3 bytes."""
+def as_validation(tokens: np.ndarray, documents: np.ndarray | None = None) -> tg.Validation:
+    """A validation split of these tokens, which begin with BOS; every target counts 3 bytes. Documents (n, 2) may be
+    given, where a BOS among the tokens is to be nothing but another target."""
     starts = np.flatnonzero(tokens == tg.BOS_ID)
     ends = np.append(starts[1:], len(tokens) - 1)
     counts = torch.full((len(tokens),), 3)
     counts[0] = 0
-    documents = np.stack([starts, ends - starts], 1)
-    return tg.Validation(torch.from_numpy(tokens), counts, documents[documents[:, 1] > 0])
+    if documents is None:
+        documents = np.stack([starts, ends - starts], 1)
+        documents = documents[documents[:, 1] > 0]
+    return tg.Validation(torch.from_numpy(tokens), counts, documents)
 
 
 def unique_stream(lengths: list[int], vocab_size: int, seed: int = 0) -> np.ndarray:
@@ -236,65 +251,81 @@ def causality(kind: str, subject: Subject, tokens: np.ndarray, places: tuple[int
 
     Later means further on in the stream; in test-time training, which takes documents by length, scored by a later call
     or further on in the same document. So shared state (weights behind a global phase, adapters' warm starts, learnt
-    boosts) may flow from what was scored earlier to what is scored later (issue #1017), and in no other direction; but
-    for the hints of the n-gram tilt, which come from all that stands earlier in the stream (#1514): with it, later
-    means later in the stream, too, and earlier means earlier in both senses.
+    boosts) may flow from what was scored earlier to what is scored later (issue #1017), and in no other direction. The
+    hints of the n-gram tilt are those of the unchanged stream throughout: they are the one thing that follows the
+    stream instead, and `hints_before` looks at them.
     """
     name = f"causality, {kind}"
     validation = as_validation(tokens)
     owner, base = document_of(validation), trace(kind, subject, validation, places)
+    hints = stream_hints(validation, subject)
     call_of = {int(place): number for number, call in enumerate(base.calls) for place in reversed(call)}
     by_length = kind == "ttt" and subject.config.ttt_kind == "lora_phased"
-    tilted = by_length and subject.config.ngram_tilt_enabled
     for t in places:
         if by_length:
-            scored_later = lambda p: (
-                call_of[p] > call_of[t] or (call_of[p] == call_of[t] and owner[p] == owner[t] and p >= t)
-            )
-            after = lambda p: scored_later(p) and (p >= t or not tilted)
+            after = lambda p: call_of[p] > call_of[t] or (call_of[p] == call_of[t] and owner[p] == owner[t] and p >= t)
         else:
             after = lambda p: p >= t
         later = [p for p in call_of if after(p)]
         changed = replaced(tokens, np.array(sorted(later)), subject.config.vocab_size)
-        other = trace(kind, subject, as_validation(changed), (t,))
+        other = trace(kind, subject, as_validation(changed), (t,), hints)
         if t not in base.priced or t not in other.priced:
             return Outcome(name, False, f"the score of token {t} is not what the forward pass returned")
         if not torch.equal(base.priced[t], other.priced[t]):
             difference = (base.priced[t] - other.priced[t]).abs().max().item()
             return Outcome(name, False, f"the distribution at token {t} moved by {difference:.3g} nats with that token")
-        before = [p for p in call_of.keys() - set(later) if not tilted or (p < t and not scored_later(p))]
-        moved = [p for p in before if base.scores[p] != other.scores.get(p)]
+        moved = [p for p in call_of.keys() - set(later) if base.scores[p] != other.scores.get(p)]
         if moved:
             return Outcome(name, False, f"changing tokens from {t} on moved the earlier score of token {min(moved)}")
     return Outcome(name, True, f"{len(places)} tokens: distributions and earlier scores are bit-identical")
+
+
+def stream_hints(validation: tg.Validation, subject: Subject) -> torch.Tensor | None:
+    return tg.stream_hints(validation, subject.config, tg.Run(), tg.Log(None))
+
+
+def hints_before(subject: Subject, tokens: np.ndarray, places: tuple[int, ...]) -> Outcome:
+    """At each of `places`: the hint there and all before it stay when the tokens from there on are others."""
+    base = stream_hints(as_validation(tokens), subject)
+    if base is None:
+        return Outcome("hints", True, "none in use")
+    for t in places:
+        changed = replaced(tokens, np.arange(t, len(tokens)), subject.config.vocab_size)
+        other = stream_hints(as_validation(changed, as_validation(tokens).documents), subject)
+        moved = (base[: t + 1] != other[: t + 1]).any(1).nonzero().flatten().tolist()
+        if moved:
+            return Outcome("hints", False, f"changing tokens from {t} on changed the hint at token {moved[0]}")
+    return Outcome("hints", True, f"{len(places)} tokens, {int((base[:, 0] >= 0).sum())} hints")
 
 
 def normalisation(kind: str, subject: Subject, tokens: np.ndarray, places: tuple[int, ...], most: int = 64) -> Outcome:
     """At each of `places`, ids take the token's place, and are scored by the real path. All ids (or, in a vocabulary
     of more than `most`, a sample) must get the nats that the forward pass gives them; all probabilities sum to 1."""
     name, size, worst = f"normalisation, {kind}", subject.config.vocab_size, 0.0
+    documents = as_validation(tokens).documents
     base = trace(kind, subject, as_validation(tokens), places)
-    everything = np.setdiff1d(np.arange(size), [tg.BOS_ID])  # BOS would change the documents
-    ids = everything if size <= most else np.random.default_rng(0).choice(everything, most // 4, replace=False)
+    others = np.setdiff1d(np.arange(size), [tg.BOS_ID])
+    ids = others if size <= most else np.random.default_rng(0).choice(others, most // 4, replace=False)
     for t in places:
         if t not in base.priced:
             return Outcome(name, False, f"the score of token {t} is not what the forward pass returned")
         nats = {}
-        for token in ids.tolist():
+        for token in [tg.BOS_ID, *ids.tolist()]:
             changed = tokens.copy()
             changed[t] = token
-            nats[token] = trace(kind, subject, as_validation(changed)).scores[t][0]
+            validation = as_validation(changed, documents)  # BOS as a target ends no document here
+            nats[token] = trace(kind, subject, validation).scores[t][0]
         priced = base.priced[t].double()
         total = (-priced).exp().sum().item()
-        if len(ids) == len(everything):  # nothing but BOS is missing, and that is priced
-            total = sum(np.exp(-value) for value in nats.values()) + (-priced[tg.BOS_ID]).exp().item()
+        if len(nats) == size:
+            total = sum(np.exp(-value) for value in nats.values())
         worst = max(worst, abs(total - 1))
         if worst > SUM_TOLERANCE:
             return Outcome(name, False, f"the probabilities of all ids at token {t} sum to {total:.6f}")
         token, gap = max(((i, abs(value - priced[i].item())) for i, value in nats.items()), key=lambda item: item[1])
         if gap > SUM_TOLERANCE:
             return Outcome(name, False, f"id {token} at token {t} is scored {gap:.3g} nats off its price")
-    return Outcome(name, True, f"{len(places)} tokens, {len(ids)} of {size} ids each: sums within {worst:.1e} of 1")
+    return Outcome(name, True, f"{len(places)} tokens, {len(ids) + 1} of {size} ids each: sums within {worst:.1e} of 1")
 
 
 def score_before_update(subject: Subject, tokens: np.ndarray) -> Outcome:
@@ -319,6 +350,22 @@ def single_pass(kind: str, subject: Subject, tokens: np.ndarray) -> Outcome:
     if abs(seen.tally.nats - nats) > 1e-6 * nats or seen.tally.tokens != len(tokens) - 1:
         return Outcome(name, False, f"tally: {seen.tally.nats:.6f} nats, {seen.tally.tokens} tokens; scored {nats:.6f}")
     return Outcome(name, True, f"{len(tokens) - 1} targets once each")
+
+
+def fresh_start(subject: Subject, tokens: np.ndarray) -> Outcome:
+    """Test-time training by document: before a document has taught its adapters they change nothing, so that its first
+    chunk scores as without them. All documents follow each other on two tracks, without global phases and hints."""
+    alone = dict(ttt_batch_size=2, phased_ttt_prefix_docs=0, ngram_tilt_enabled=False, ttt_chunk_steps="")
+    subject = subject._replace(config=dataclasses.replace(subject.config, **alone))
+    validation = as_validation(tokens)
+    with patched(tg, "TTT_TRACKS", 2):
+        adapted, plain = trace("ttt", subject, validation), trace("plain", subject, validation)
+    for number, (start, count) in enumerate(validation.documents.tolist()):
+        first = range(start + 1, start + 1 + min(count, subject.config.ttt_chunk_size))
+        gap = max(abs(adapted.scores[p][0] - plain.scores[p][0]) for p in first)
+        if gap > SAME_SCORE:
+            return Outcome("fresh_start", False, f"document {number} begins {gap:.3g} nats off the bare weights")
+    return Outcome("fresh_start", True, f"{len(validation.documents)} documents")
 
 
 def isolation(kind: str, subject: Subject, tokens: np.ndarray) -> Outcome:
@@ -409,36 +456,52 @@ def artifact_alone(folder: Path, script: Path = ROOT / "train_gpt.py", places: P
 
 
 def probe_config(config: tg.Config) -> tg.Config:
-    """The settings of a run with small batches and chunks, so that a short stream has several of each and two global
-    phases; what a token's score may depend on does not follow from these sizes."""
-    chunk = min(config.ttt_chunk_size, 16)
-    sizes = dict(ttt_chunk_size=chunk, ttt_batch_size=3, phased_ttt_prefix_docs=6, phased_ttt_num_phases=2)
+    """The settings of a run with short contexts, batches and chunks, so that a short stream has documents of many
+    contexts, several batches and two global phases; what a token's score may depend on does not follow from sizes."""
+    context, chunk = min(config.eval_seq_len, 32), min(config.ttt_chunk_size, 16)
+    sizes = dict(eval_seq_len=context, eval_stride=min(config.eval_stride, 8), ttt_eval_seq_len=context)
+    sizes |= dict(ttt_chunk_size=chunk, ttt_batch_size=3, phased_ttt_prefix_docs=6, phased_ttt_num_phases=2)
     sizes |= dict(ttt_chunk_tokens=64, ttt_batch_seqs=1, eval_max_seconds=0.0)  # no clock decides about chunks
-    return dataclasses.replace(config, **sizes, compile="0", global_ttt_chunk_tokens=2 * config.eval_seq_len)
+    steps = ",".join(f"{64 * (i + 1)}:{min(step, chunk)}" for i, (_, step) in enumerate(config.chunk_steps))
+    return dataclasses.replace(config, **sizes, ttt_chunk_steps=steps, compile="0", global_ttt_chunk_tokens=2 * context)
 
 
-LENGTHS = [70, 3, 41, 17, 55, 1, 33, 64, 20]  # targets of the documents of the probes' stream
+LENGTHS = [291, 3, 68, 17, 41, 1, 33, 70, 20]  # targets of the documents of the probes' stream
+
+
+def planned(subject: Subject) -> dict[str, Callable[[], Outcome]]:
+    """Every probe that needs no files, by name."""
+    size, config = subject.config.vocab_size, subject.config
+    tokens = unique_stream(LENGTHS, size)
+    # In chunks with and without learned adapters, in windows with and without a beginning, before and after the phases.
+    places = (5, 100, 285, 300, 340, 480)
+    if config.ngram_tilt_enabled:
+        tokens = repeating_stream(LENGTHS, size, config.token_order, inside=bool(config.document_orders))
+        hints = stream_hints(as_validation(tokens), subject)[:, 0].numpy()
+        right = np.flatnonzero(hints == tokens)
+        places = (*places, *right[[0, len(right) // 2, -1]].tolist()) if len(right) else places
+    few = np.random.default_rng(3).integers(4, 10, 161)
+    few[132:161] = few[102:131]  # what comes back is hinted at
+    few[[0, 31]] = tg.BOS_ID  # the second document is longer than four contexts
+    many = np.random.default_rng(4).integers(4, size, 2301)
+    many[np.cumsum([0, 1100, 3, 700, 1, 290])] = tg.BOS_ID
+    probes: dict[str, Callable[[], Outcome]] = {}
+    for kind in KINDS:
+        probes[f"causality, {kind}"] = functools.partial(causality, kind, subject, tokens, places)
+        probes[f"single_pass, {kind}"] = functools.partial(single_pass, kind, subject, many)
+        if config.varlen_attn:  # else windows run across documents, and that is what they are there for
+            probes[f"isolation, {kind}"] = functools.partial(isolation, kind, subject, tokens)
+        probes[f"normalisation, {kind}"] = functools.partial(normalisation, kind, subject, few, (20, 150))
+    probes["hints"] = functools.partial(hints_before, subject, tokens, places)
+    probes["score_before_update"] = functools.partial(score_before_update, subject, tokens)
+    if config.ttt_kind == "lora_phased" and config.varlen_attn:
+        probes["fresh_start"] = functools.partial(fresh_start, subject, tokens)
+    return probes
 
 
 def all_probes(subject: Subject) -> Iterator[Outcome]:
-    """Every probe that needs no files."""
-    size = subject.config.vocab_size
-    tokens = unique_stream(LENGTHS, size)
-    places = (5, 40, 71, 120, 210)  # in chunks with and without learned adapters, before and after the global phases
-    if subject.config.ngram_tilt_enabled:
-        order, inside = subject.config.token_order, bool(subject.config.document_orders)
-        tokens = repeating_stream(LENGTHS, size, order, inside=inside)
-        places = (*places, 150, 238)  # with hints
-    few = np.random.default_rng(3).integers(4, 10, 61)
-    few[32:61] = few[2:31]  # what comes back is hinted at
-    few[[0, 31]] = tg.BOS_ID
-    for kind in KINDS:
-        yield causality(kind, subject, tokens, places)
-        yield single_pass(kind, subject, tokens)
-        if subject.config.varlen_attn:  # else windows run across documents, and that is what they are there for
-            yield isolation(kind, subject, tokens)
-        yield normalisation(kind, subject, few, (20, 59))
-    yield score_before_update(subject, tokens)
+    """The outcomes of all of `planned`, one after the other."""
+    return (probe() for probe in planned(subject).values())
 
 
 def run_subject(folder: Path) -> Subject:

@@ -401,6 +401,16 @@ def test_counted_bytes_are_those_of_the_text(tokenizers: dict, name: str, docume
     tokens, counts = counted(tokenizer, documents)
     assert counts[0] == 0 and (counts >= 0).all() and len(counts) == len(tokens)
     assert int(counts.sum()) == sum(text_bytes(tokenizer, text) for text in documents)
+    assert tg.decoded_bytes(np.array(tokens), tokenizer) == int(counts.sum())
+
+
+def test_the_independent_count_of_bytes_begins_anywhere(toy_data: ToyData) -> None:
+    """Of any stretch of the stream, whose first token is no target: as many bytes as the table gives."""
+    tokenizer = sentencepiece.SentencePieceProcessor(str(toy_data.tokenizer))
+    table = tg.byte_table(tokenizer)
+    for begin in range(40):
+        tokens = toy_data.val_tokens[begin : begin + 200]
+        assert tg.decoded_bytes(tokens, tokenizer) == int(tg.target_bytes(tokens, table).sum())
 
 
 def test_each_kind_of_piece_costs_its_own_bytes(tokenizers: dict) -> None:

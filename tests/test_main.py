@@ -317,8 +317,13 @@ def test_validity_judges_each_rule_and_only_what_it_can() -> None:
     fine = dict(total_bytes=16_000_000, train_seconds=600.0, eval_seconds=600.0, scored_tokens=9, val_targets=9)
     fine |= dict(
         most_times_scored=1,
+        targets_scored=9,
         scored_bytes=30,
         val_bytes=30,
+        text_bytes=30,
+        byte_sidecar=False,
+        scored_sha256="a",
+        artifact_sha256="a",
         val_documents=2,
         hardware="1xCPU",
         torch="x",
@@ -331,13 +336,16 @@ def test_validity_judges_each_rule_and_only_what_it_can() -> None:
         (dict(total_bytes=16_000_001), {"artifact_bytes"}),
         (dict(train_seconds=600.1), {"train_seconds"}),
         (dict(eval_seconds=601), {"eval_seconds"}),
-        (dict(scored_tokens=8), {"scored_targets", "single_pass"}),
-        (dict(most_times_scored=2), {"scored_targets", "single_pass"}),
+        (dict(targets_scored=8), {"scored_targets"}),
+        (dict(most_times_scored=2), {"single_pass"}),
+        (dict(text_bytes=31), {"text_bytes"}),
+        (dict(scored_sha256="b"), {"weights_from_artifact"}),
         (dict(scored_bytes=29), {"scored_bytes"}),
         (dict(learned_before_score=1), {"score_before_update"}),
         (dict(val_documents=50_000), {"scored_bytes"}),  # the challenge's documents have far more bytes
     ):
         assert rules <= broken(fine | change, timed), change
+    assert not broken(fine | dict(val_bytes=3000, scored_bytes=3000, text_bytes=2998, byte_sidecar=True), timed)
     assert not broken(fine | dict(train_seconds=5000, eval_seconds=5000), untimed)
 
 
@@ -350,6 +358,18 @@ def test_compiled_code_is_kept_with_the_runs(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setattr(os, "environ", env | given)
         assert tg.command_line() == 2  # there is nothing to evaluate
         assert cache_dir() == str(tmp_path / used)
+
+
+def test_a_wrong_byte_table_makes_a_run_invalid(
+    toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every word's space counted twice, the known error of early tables: the decoded text has fewer bytes."""
+    real = tg.byte_table
+    double = lambda table: table._replace(base=table.base + table.leading_space)
+    monkeypatch.setattr(tg, "byte_table", lambda tokenizer: double(real(tokenizer)))
+    result = tg.main(toy_data.config(RUN_ID="a", RUNS_DIR=tmp_path), tg.Run())
+    assert not result["valid"] and [row["rule"] for row in result["validity"] if row["ok"] is False] == ["text_bytes"]
+    assert result["val_bytes"] > 1.1 * result["text_bytes"]
 
 
 def test_describe_prints_json_and_touches_nothing(

@@ -3,7 +3,10 @@
 import json
 import math
 import random
+import re
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 
 from records import check, logs
+from records import folder as records_folder
 
 TARGETS, TEXT_BYTES = 40_540_160, 151_078_222  # of the sp8192 export
 SEEDS = {1: 1.2304, 2: 1.2301, 3: 1.2310}  # invented scores, bits per byte
@@ -35,7 +39,7 @@ def april_log(
         f"{STEPS[seed]}/20000 val_loss: 2.4000 val_bpb: 1.2400\n"
         f"stopping_early: wallclock_cap train_time: 590000ms step: {STEPS[seed]}/20000\n"
         "diagnostic pre-quantization post-ema val_loss:2.38000000 val_bpb:1.23500000 eval_time:6000ms\n"
-        "Code size (uncompressed): 150000 bytes\nCode size (compressed): 30000 bytes\n"
+        f"Code size (uncompressed): {len(SCRIPT)} bytes\nCode size (compressed): 30000 bytes\n"
         "GPTQ:collected 67 Hessians in 4.5s\n"
         f"Serialized model quantized+brotli: {total - 30000} bytes\n"
         f"Total submission size quantized+brotli: {total} bytes\n"
@@ -58,8 +62,9 @@ def march_log(
         "step:1/20000 train_loss:9.0000 train_time:120ms step_avg:120.00ms\n"
         f"step:{STEPS[seed]}/20000 val_loss:2.4000 val_bpb:1.2400 train_time:590000ms step_avg:120.00ms\n"
         f"stopping_early: wallclock_cap train_time:590000ms step:{STEPS[seed]}/20000\n"
-        "Serialized model: 140000000 bytes\nCode size: 30000 bytes\nTotal submission size: 140030000 bytes\n"
-        f"Serialized model int8+zlib: {total - 30000} bytes (payload:17178912 raw_torch:17224025 payload_ratio:3.91x)\n"
+        f"Serialized model: 140000000 bytes\nCode size: {len(SCRIPT)} bytes\n"
+        f"Total submission size: {140000000 + len(SCRIPT)} bytes\n"
+        f"Serialized model int8+zlib: {total - len(SCRIPT)} bytes (payload:17178912 raw_torch:17224025 payload_ratio:3.91x)\n"
         f"Total submission size int8+zlib: {total} bytes\n"
         f"final_int8_zlib_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{eval_ms}ms\n"
         f"final_int8_zlib_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}\n"
@@ -120,6 +125,7 @@ def own_log(seed: int, bpb: float, loss: float, targets: int = TARGETS, total: i
     )
 
 
+OTHERS = ("april", "march", "truncated", "renamed")  # a folder of ours in full is in test_records_pack.py
 STYLES = {"april": april_log, "march": march_log, "truncated": truncated_log, "renamed": renamed_log, "own": own_log}
 
 
@@ -155,8 +161,9 @@ def make_record(
         "hardware": "8xH100 80GB SXM",
         "pytorch_version": "2.9.1",
     }
-    rows = "\n".join(f"| {s} | {bpb:.8f} | {TOTALS[s]:,} |" for s, bpb in scores.items())
-    (folder / "README.md").write_text(f"# Record, on top of #1\n\nval_bpb {submission['val_bpb']:.8f}\n\n{rows}\n")
+    (folder / "README.md").write_text(
+        f"# Record, on top of #1\n\nval_bpb {submission['val_bpb']:.8f}\n\n{seed_table(scores)}\n"
+    )
     (folder / "submission.json").write_text(
         json.dumps({k: v for k, v in (submission | changes).items() if v is not None})
     )
@@ -165,6 +172,18 @@ def make_record(
         values = dict(bpb=bpb, loss=losses[seed], total=TOTALS[seed]) | logged(seed)
         (folder / f"train_seed{seed}.log").write_text(STYLES[style](seed, **values))
     return folder
+
+
+def seed_table(scores: dict[int, float]) -> str:
+    """The results of the seeds as a README shows them, with their mean and sample deviation."""
+    head = "| Seed | Steps | val_bpb | val_loss | Artifact | Train time | Eval time |\n|---|---|---|---|---|---|---|\n"
+    rows = [(STEPS[s], bpb, nats(bpb), TOTALS[s]) for s, bpb in scores.items()]
+    lines = [f"| {s} | {n:,} | {b:.8f} | {loss:.5f} | {t:,} | 590.0s | 400.0s |" for s, (n, b, loss, t) in zip(scores, rows)]
+    if len(scores) > 1:
+        mean = [statistics.fmean(column) for column in zip(*rows)]
+        lines.append(f"| **Mean** | {mean[0]:,.0f} | **{mean[1]:.8f}** | {mean[2]:.5f} | {mean[3]:,.0f} | | 400.0s |")
+        lines.append(f"| Std | | {statistics.stdev(scores.values()):.5f} | | {statistics.stdev(r[3] for r in rows):,.0f} | | |")
+    return head + "\n".join(lines) + "\n"
 
 
 def statuses(folder: Path, **options: Any) -> dict[str, str]:
@@ -177,7 +196,7 @@ def failing(folder: Path, **options: Any) -> set[str]:
     return {rule for rule, status in statuses(folder, **options).items() if status == "fail"}
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", OTHERS)
 def test_a_clean_record_passes_in_every_log_format(tmp_path: Path, style: str) -> None:
     """No rule fails, and those that need the log are judged."""
     found = statuses(make_record(tmp_path, style))
@@ -213,13 +232,13 @@ DEFECTS: list[tuple[str, dict[str, Any], Callable[[Path], None], set[str]]] = [
         "space counted twice",
         dict(logged=lambda s: dict(loss=nats(SEEDS[s], TEXT_BYTES * 1.17))),
         nothing,
-        {"implied_bytes", "loss_in_logs"},
+        {"implied_bytes", "loss_in_logs", "parts_in_logs", "readme_tables"},
     ),
     (
         "plain table on CaseOps",
         dict(logged=lambda s: dict(loss=nats(SEEDS[s], 164.6e6))),
         nothing,
-        {"implied_bytes", "loss_in_logs"},
+        {"implied_bytes", "loss_in_logs", "parts_in_logs", "readme_tables"},
     ),
     ("10,000 documents", dict(logged=lambda s: dict(targets=9_662_464)), nothing, {"implied_bytes", "coverage"}),
     (
@@ -232,25 +251,25 @@ DEFECTS: list[tuple[str, dict[str, Any], Callable[[Path], None], set[str]]] = [
         "seed of another run",
         dict(),
         rewrite("submission.json", lambda t: t.replace("1.2301", "1.2222")),
-        {"score_in_logs", "readme_agrees"},
+        {"score_in_logs", "readme_agrees", "implied_bytes"},
     ),
     ("no val_bpb", dict(val_bpb=None), nothing, {"val_bpb"}),
     ("val_bpb as text", dict(val_bpb="1.2305"), nothing, {"val_bpb"}),
     ("no bytes_total", dict(bytes_total=None), nothing, {"bytes_total"}),
-    ("bpb under val_loss", dict(val_loss=1.2305), nothing, {"val_loss_unit", "loss_in_logs"}),
+    ("bpb under val_loss", dict(val_loss=1.2305), nothing, {"val_loss_unit", "loss_in_logs", "implied_bytes"}),
     ("no author", dict(author=None), nothing, {"json_fields"}),
     ("date in words", dict(date="May 1"), nothing, {"json_fields"}),
     (
         "log over the cap",
         dict(logged=lambda s: dict(total=16_000_001) if s == 2 else {}),
         nothing,
-        {"size_logged", "sizes_in_logs"},
+        {"size_logged", "sizes_in_logs", "readme_tables"},
     ),
     ("artifact over the cap", dict(bytes_total=16_000_001), nothing, {"size_stated", "sizes_in_logs"}),
     ("two seeds", dict(scores={1: 1.2304, 2: 1.2301}), nothing, {"seeds"}),
-    ("third log missing", dict(), drop("train_seed3.log"), {"seeds", "sizes_in_logs"}),
-    ("slow evaluation", dict(logged=lambda s: dict(eval_ms=688_000)), nothing, {"eval_time"}),
-    ("slow training", dict(), rewrite("train_seed1.log", lambda t: t.replace("590000ms", "631000ms")), {"train_time"}),
+    ("third log missing", dict(), drop("train_seed3.log"), {"seeds"}),
+    ("slow evaluation", dict(logged=lambda s: dict(eval_ms=688_000)), nothing, {"eval_time", "readme_tables"}),
+    ("slow training", dict(), rewrite("train_seed1.log", lambda t: t.replace("590000ms", "631000ms")), {"train_time", "readme_tables"}),
     (
         "mixed settings",
         dict(),
@@ -263,12 +282,12 @@ DEFECTS: list[tuple[str, dict[str, Any], Callable[[Path], None], set[str]]] = [
         rewrite("train_seed1.log", lambda t: t.replace("model_params:35", "model_params:36")),
         {"same_parameters"},
     ),
-    ("other steps", dict(), rewrite("train_seed1.log", lambda t: t.replace("4001/", "4011/")), {"steps_in_logs"}),
+    ("other steps", dict(), rewrite("train_seed1.log", lambda t: t.replace("4001/", "4011/")), {"steps_in_logs", "readme_tables"}),
     (
         "log of another seed",
         dict(),
         rewrite("train_seed1.log", lambda t: t.replace("seed: 1", "seed: 3")),
-        {"seed_names", "seeds"},
+        {"seed_names", "seeds", "score_in_logs"},
     ),
     ("wrong deviation", dict(val_bpb_std=0.1), nothing, {"mean_and_std"}),
     (
@@ -280,12 +299,12 @@ DEFECTS: list[tuple[str, dict[str, Any], Callable[[Path], None], set[str]]] = [
     ("one GPU", dict(hardware="1xH100"), nothing, {"hardware"}),
     ("no README", dict(), drop("README.md"), {"files"}),
     ("no script", dict(), drop("train_gpt.py"), {"files"}),
-    ("broken script", dict(), rewrite("train_gpt.py", lambda t: "def"), {"script_compiles"}),
+    ("broken script", dict(), rewrite("train_gpt.py", lambda t: "def"), {"script_compiles", "code_size"}),
     (
         "installs packages",
         dict(),
         rewrite("train_gpt.py", lambda t: t + "import subprocess\nsubprocess.run(['pip', 'install', 'x'])\n"),
-        {"no_installs"},
+        {"no_installs", "code_size"},
     ),
     (
         "submission.json cut",
@@ -298,7 +317,7 @@ DEFECTS: list[tuple[str, dict[str, Any], Callable[[Path], None], set[str]]] = [
         "log cut before the score",
         dict(),
         rewrite("train_seed1.log", lambda t: t[: t.index("diagnostic quantized")]),
-        {"score_in_logs", "seeds"},
+        {"score_in_logs", "seeds", "parts_in_logs", "readme_tables"},
     ),
 ]
 
@@ -372,10 +391,10 @@ def test_a_run_that_calls_itself_invalid_fails(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_record_is_spared_what_only_records_must_meet(tmp_path: Path) -> None:
     """By its track or by the flag; bytes and agreement are still checked."""
     slow = dict(scores={1: 1.2304, 2: 1.2301}, hardware="1xGPU", logged=lambda s: dict(eval_ms=9_000_000))
-    assert failing(make_record(tmp_path, **slow)) == {"seeds", "hardware", "eval_time"}
+    assert failing(make_record(tmp_path, **slow)) == {"seeds", "hardware", "eval_time", "readme_tables"}
     folder = make_record(tmp_path / "b", track="non-record-unlimited-compute-16mb", **slow)
-    assert failing(folder) == set() and statuses(folder)["seeds"] == "waived"
-    assert failing(tmp_path / "2030-01-01_Example", not_a_record=True) == set()
+    assert failing(folder) == {"readme_tables"} and statuses(folder)["seeds"] == "waived"
+    assert failing(tmp_path / "2030-01-01_Example", not_a_record=True) == {"readme_tables"}
     wrong = make_record(tmp_path / "c", track="non-record", logged=lambda s: dict(targets=9_662_464))
     assert failing(wrong) == {"implied_bytes", "coverage"}
 
@@ -395,7 +414,7 @@ def test_comparison_across_tokenizers_is_in_bpb(tmp_path: Path) -> None:
     rows = lambda seed: dict(targets=targets, loss=nats(SEEDS[seed], targets=targets))
     other = check.read_folder(make_record(tmp_path / "caseops", logged=rows), False)
     mine = check.read_folder(make_record(tmp_path / "mine", scores={s: b - 0.01 for s, b in SEEDS.items()}), False)
-    found = check.compare(mine, other)
+    found = records_folder.compare(mine, other)
     assert found and found.unit == "bpb"
     assert found.gain_bpb == pytest.approx(0.01) and found.gain_nats == pytest.approx(
         0.01 * math.log(2) * 3.7266, rel=1e-3
@@ -408,11 +427,11 @@ def test_welch_equals_the_textbook_formula() -> None:
     a, b = statistics.variance(new) / 3, statistics.variance(old) / 4
     t = (statistics.fmean(old) - statistics.fmean(new) - margin) / (a + b) ** 0.5
     df = (a + b) ** 2 / (a**2 / 2 + b**2 / 3)
-    found = check.welch(new, old, margin)
+    found = records_folder.welch(new, old, margin)
     assert found and (found.t, found.df) == pytest.approx((t, df), rel=1e-9)
-    assert 0 < found.p < 0.01 < check.welch(new, old, 0.0055).p
-    assert check.welch([1.0], old, 0.0) is None
-    assert check.welch([1.0, 1.0], [1.1, 1.1], 0.0).p == 0.0
+    assert 0 < found.p < 0.01 < records_folder.welch(new, old, 0.0055).p
+    assert records_folder.welch([1.0], old, 0.0) is None
+    assert records_folder.welch([1.0, 1.0], [1.1, 1.1], 0.0).p == 0.0
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -499,3 +518,195 @@ def test_score_lines_of_all_known_spellings(line: str, kind: str, bpb: float) ->
     """Kind and value of single lines."""
     (score,) = logs.parse_log(f"noise\n{line}\n").scores
     assert (score.kind, score.bpb) == (kind, bpb)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# WHAT OTHER PEOPLE'S FOLDERS GET WRONG, ONE FIGURE AT A TIME
+# ------------------------------------------------------------------------------------------------------------
+
+
+def edit(name: str, old: str, new: str) -> Callable[[Path], None]:
+    """Replaces a text that must be there."""
+
+    def change(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert old in text, f"{old!r} is not in {name}"
+        (folder / name).write_text(text.replace(old, new))
+
+    return change
+
+
+def every_log(change: Callable[[str], str]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        for log in folder.glob("train_seed*.log"):
+            log.write_text(change(log.read_text()))
+
+    return apply
+
+
+def state(**figures: Any) -> dict[str, Any]:
+    """Arguments of make_record: figures of each seed in submission.json, beside those that every record states."""
+    losses = {seed: nats(bpb) for seed, bpb in SEEDS.items()}
+    rows = {
+        str(s): {"val_bpb": b, "val_loss": losses[s], "artifact_bytes": TOTALS[s], "steps": STEPS[s]} | figures
+        for s, b in SEEDS.items()
+    }
+    return dict(seed_results=rows)
+
+
+TWO_PASSES = "quantized_sliding_window val_loss:2.39000000 val_bpb:1.24000000 eval_time:250000ms\nquantized_ttt_phased"
+# what is wrong, style, arguments of make_record, a change of the finished folder, the rule that must fail, its words
+MISTAKES: list[tuple[str, str, dict[str, Any], Callable[[Path], None], str, str]] = [
+    ("code of another length", "march", {}, edit("train_gpt.py", "main()\n", "main(1)\n"), "code_size", "bytes of code"),
+    ("minified code of another length", "april", {}, edit("train_gpt.py", "print", "pprint"), "code_size", "bytes of code"),
+    ("no code counted", "march", {}, every_log(lambda t: t.replace(f"Code size: {len(SCRIPT)}", "Code size: 0")),
+     "code_size", "0 bytes"),
+    ("compressed code beyond belief", "april", {}, every_log(lambda t: t.replace("(compressed): 30000", "(compressed): 40")),
+     "code_size", "40 bytes"),
+    ("code bytes of submission.json", "march", dict(bytes_code=len(SCRIPT) + 1), nothing, "code_in_logs", "bytes_code"),
+    ("table: steps", "april", {}, edit("README.md", "| 2 | 4,002", "| 2 | 4,012"), "readme_tables", "seed 2, steps"),
+    ("table: bytes", "april", {}, edit("README.md", "15,900,222", "15,900,322"), "readme_tables", "artifact"),
+    ("table: score", "april", {}, edit("README.md", "| 3 | 4,003 | 1.2310", "| 3 | 4,003 | 1.2311"), "readme_tables", "val_bpb"),
+    ("table: loss", "march", {}, edit("README.md", f"{nats(1.2304):.5f}", "3.17651"), "readme_tables", "val_loss"),
+    ("table: seconds of training", "april", {}, edit("README.md", "| 15,900,111 | 590.0s", "| 15,900,111 | 580.0s"),
+     "readme_tables", "train time"),
+    ("table: seconds of evaluation", "april", {}, edit("README.md", "590.0s | 400.0s", "590.0s | 300.0s"), "readme_tables", "eval time"),
+    ("table: mean", "april", {}, edit("README.md", "| 15,900,222 | | 400.0s |", "| 15,900,223 | | 401.0s |"), "readme_tables", "mean of"),
+    ("table: deviation", "april", {}, edit("README.md", "| Std | | 0.00046", "| Std | | 0.00049"), "readme_tables", "std of val_bpb"),
+    ("headline pair", "april", dict(val_loss=round(nats(1.2305, TEXT_BYTES * 1.17), 5)),
+     lambda folder: [log.unlink() for log in folder.glob("*.log")], "implied_bytes", "bytes per token"),
+    ("pair in the README", "march", {}, edit("README.md", f"{nats(1.2304):.5f}", f"{nats(1.2304, 164.6e6):.5f}"),
+     "implied_bytes", "README, seed 1"),
+    ("artifact_bytes at the top", "april", dict(artifact_bytes=15_800_000), nothing, "sizes_in_logs", "artifact_bytes"),
+    ("mean of the sizes", "april", dict(artifact_bytes_mean=15_900_322), nothing, "sizes_in_logs", "artifact_bytes_mean"),
+    ("total in a line of its own style", "march", {},
+     every_log(lambda t: re.sub(r"Total submission size int8\+zlib: \d+ bytes", "artifact_bytes: 15,900,999", t)),
+     "sizes_in_logs", "15,900,999"),
+    ("seed in a line of pairs", "march", {}, edit("train_seed1.log", "\nseed:1\n", "\nwall:600s seed:7\n"), "seed_names", "seed 7"),
+    ("scores by seed", "april", dict(seed_results=None, val_bpb_seeds={"1": 1.2304, "2": 1.2399, "3": 1.231}), nothing,
+     "score_in_logs", "seed 2"),
+    ("scores in a list", "april", dict(seed_results=None, val_bpb_seeds=[1.2304, 1.2399, 1.231]), nothing, "score_in_logs", "seed 2"),
+    ("one seed twice", "april", dict(seeds=[1, 2, 3, 3]), nothing, "seeds", "seed 3 twice"),
+    ("one key twice", "april", {}, edit("submission.json", '"2": {"val_bpb"', '"1": {"val_bpb"'), "seeds", "seed 1 twice"),
+    ("one run under two seeds", "march", dict(logged=lambda s: dict(bpb=1.2304, loss=nats(1.2304), total=TOTALS[1])),
+     every_log(lambda t: t.replace("1.2400", "1.2401")), "seeds", "one run under two seeds"),
+    ("minutes of training", "april", {},
+     every_log(lambda t: re.sub(r"stopping_early.*", "4001/20000 train_loss: 2.4 train_time: 19.8m tok/s: 1", t)), "train_time", "1188"),
+    ("passes of one evaluation", "april", dict(logged=lambda s: dict(eval_ms=400_000)),
+     every_log(lambda t: t.replace("quantized_ttt_phased", TWO_PASSES)), "eval_time", "quantized_sliding_window + quantized_ttt"),
+    ("seconds per seed", "april", state(eval_time_s=300.0), nothing, "times_in_logs", "300"),
+    ("milliseconds per step", "march", state(step_avg_ms=130.0), nothing, "times_in_logs", "130"),
+    ("mean of the steps", "april", dict(train_steps_mean=4005.0), nothing, "steps_in_logs", "train_steps_mean"),
+    ("before quantisation", "april", state(pre_quant_val_bpb=1.2351), nothing, "parts_in_logs", "1.2351"),
+    ("quantised", "april", state(quantized_val_bpb=1.2451), nothing, "parts_in_logs", "1.2451"),
+    ("deviation of the losses", "april", dict(val_loss_std=0.01), nothing, "loss_std", "0.01"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES, ids=lambda case: case[0].replace(" ", "_"))
+def test_a_wrong_figure_fails_the_rule_that_knows_it(tmp_path: Path, case: tuple) -> None:
+    """Each in an otherwise clean folder, with words that say which figure."""
+    _, style, arguments, change, rule, words = case
+    folder = make_record(tmp_path, style, **arguments)
+    change(folder)
+    found = {v.rule.name: v for v in check.check_folder(check.read_folder(folder, False))}[rule]
+    assert found.status == "fail" and words in found.found
+
+
+def test_calibration_in_other_words_is_read(tmp_path: Path) -> None:
+    """A last read of training data behind the budget is a warning, whatever the line looks like."""
+    for line in (
+        "gptq:hessians collected 67 layers time=37.5s",
+        "gptq:collected hessians for 67 layers in 37.5s",
+        "gptq:calibrated 67 layers in 37.5s",
+    ):
+        log = logs.parse_log(april_log(1, 1.2, 3.0).replace("GPTQ:collected 67 Hessians in 4.5s", line))
+        assert log.facts["calibration_s"] == 37.5
+    folder = make_record(tmp_path)
+    every_log(lambda text: text.replace("in 4.5s", "in 37.5s"))(folder)
+    assert statuses(folder)["calibration_time"] == "warn"
+
+
+def test_figures_that_are_right_in_other_forms_raise_no_alarm(tmp_path: Path) -> None:
+    """A score rounded more coarsely in JSON than in the README; settings made from the seed; a budget a second shorter; a
+    last step that ends late; a repetition in further logs; a population's deviation; approximate cells."""
+    coarse = {1: 1.1060, 2: 1.1061, 3: 1.1062}
+    exact = {1: 1.10597186, 2: 1.10612345, 3: 1.10618888}
+    folder = make_record(tmp_path / "a", scores=coarse, logged=lambda s: dict(bpb=exact[s], loss=nats(exact[s])))
+    (folder / "README.md").write_text(f"#1: val_bpb {statistics.fmean(exact.values()):.8f}\n{seed_table(exact)}")
+    assert statuses(folder)["readme_agrees"] == statuses(folder)["readme_tables"] == "ok"
+    folder = make_record(tmp_path / "b")
+    edit("train_seed1.log", "setting_07: 7", "setting_07: 8")(folder)
+    assert "same_settings" in failing(folder)
+    (folder / "train_gpt.py").write_text(SCRIPT + "setting_07 = 7 + (seed == 1)\n")
+    assert statuses(folder)["same_settings"] == "ok"
+    folder = make_record(tmp_path / "c")
+    every_log(lambda t: t.replace("  setting_07: 7", "  max_wallclock_seconds: 600.0"))(folder)
+    edit("train_seed1.log", "max_wallclock_seconds: 600.0", "max_wallclock_seconds: 599.0")(folder)
+    edit("train_seed2.log", "train_time: 590000ms", "train_time: 600200ms")(folder)
+    found = statuses(folder)
+    assert found["same_settings"] == found["train_time"] == "warn"
+    folder = make_record(tmp_path / "d")
+    (folder / "rerun_seed2.log").write_text(april_log(2, 1.2299, nats(1.2299), total=15_900_777))
+    table = "| Seed | Re-run val_bpb | Artifact | Steps |\n|---|---|---|---|\n| 2 | 1.22990000 | 15,900,777 | ~4,000 |\n"
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "\n" + table)
+    assert statuses(folder)["readme_tables"] == "ok"
+    edit("README.md", "15,900,777", "15,900,778")(folder)
+    assert statuses(folder)["readme_tables"] == "fail"
+    folder = make_record(tmp_path / "e")
+    edit("README.md", "| Std | | 0.00046", f"| Std | | {statistics.pstdev(SEEDS.values()):.5f}")(folder)
+    assert statuses(folder)["readme_tables"] == "warn"
+
+
+def test_files_outside_of_the_folder_are_found_in_a_git_checkout(tmp_path: Path) -> None:
+    """--base: one new folder and nothing else, committed or not; without it the rule is not judged."""
+    repository = tmp_path / "checkout"
+    git = lambda *words: subprocess.run(
+        ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *words], cwd=repository, check=True, capture_output=True
+    )
+    repository.mkdir()
+    git("init", "-q", "-b", "main")
+    (repository / "train_gpt.py").write_text("x = 1\n")
+    git("add", ".")
+    git("commit", "-q", "-m", "base")
+    folder = make_record(repository / "records" / "track_10min_16mb")
+    judge = lambda: check.one_new_folder(check.read_folder(folder, False), "main")
+    assert judge().status == "ok" and statuses(folder)["one_new_folder"] == "unknown"
+    git("checkout", "-q", "-b", "mine")
+    git("add", ".")
+    git("commit", "-q", "-m", "record")
+    assert judge().status == "ok"
+    (repository / "train_gpt.py").write_text("x = 2\n")
+    assert judge().status == "fail" and "train_gpt.py" in judge().found
+    git("checkout", "-q", "train_gpt.py")
+    make_record(repository / "records" / "track_10min_16mb", name="2030-01-02_Another")
+    assert judge().status == "fail" and "2030-01-02_Another" in judge().found
+    assert check.one_new_folder(check.read_folder(folder, False), "mine").status == "fail"  # there already
+    assert "cannot compare" in check.one_new_folder(check.read_folder(folder, False), "nowhere").found
+
+
+def test_scripts_that_only_a_newer_python_reads_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quotes inside an f-string of the same kind: Python 3.12 and later. The version that the logs state is tried."""
+    if sys.version_info >= (3, 12):
+        pytest.skip("this Python reads them")
+    folder = make_record(tmp_path, "march")
+    script = SCRIPT + "print(f'{'x'}')\n"
+    (folder / "train_gpt.py").write_text(script)
+    for said, status, words in (("", "warn", "compiles with Python 3.12"), ("SyntaxError: y", "fail", "either: SyntaxError"),
+                                (None, "unknown", "is not here to try")):  # fmt: skip
+        monkeypatch.setattr(check, "compile_elsewhere", lambda path, python, said=said: said)
+        found = check.script_compiles(check.read_folder(folder, False))
+        assert found.status == status and words in found.found
+    every_log(lambda text: text.replace("Python 3.12.3", "Python 3.11.9"))(folder)
+    found = check.script_compiles(check.read_folder(folder, False))
+    assert found.status == "fail" and "3.11, which a log states" in found.found
+
+
+def test_another_python_compiles_a_script_without_running_it(tmp_path: Path) -> None:
+    """Empty, its complaint, or None where there is no such Python."""
+    script = tmp_path / "train_gpt.py"
+    script.write_text("import sys; sys.exit(3)\n")
+    assert check.compile_elsewhere(script, sys.executable) == ""
+    script.write_text("def\n")
+    assert "SyntaxError" in (check.compile_elsewhere(script, sys.executable) or "")
+    assert check.compile_elsewhere(script, "python0.1") is None

@@ -5,6 +5,7 @@ that is meant for it must notice.
 """
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -312,7 +313,7 @@ def test_a_chunk_that_is_learned_from_first_fails(monkeypatch: pytest.MonkeyPatc
 
 
 def test_hints_that_have_seen_their_target_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table that is read one token too late leaks the answer: the distribution then depends on the target."""
+    """A table that is read one token too late leaks the answer: the hint then depends on the target."""
     real = tg.stream_hints
     mode = subject(**TILT)
     tokens, places = hinted_stream()
@@ -322,7 +323,7 @@ def test_hints_that_have_seen_their_target_fail(monkeypatch: pytest.MonkeyPatch)
         return torch.where(hints >= 0, validation.tokens.int()[:, None] * torch.tensor([1, 0]).int(), hints)
 
     monkeypatch.setattr(tg, "stream_hints", leaky)
-    assert not probe.causality("ttt", mode, tokens, places).ok
+    assert not probe.hints_before(mode, tokens, places).ok
     few = repetitive()
     place = int(tg.token_hints(few, 4, 0.5)[0][-1])
     assert not probe.normalisation("ttt", subject(16, **TILT), few, (place,)).ok
@@ -339,7 +340,7 @@ def test_hints_from_the_rest_of_the_stream_fail_causality(monkeypatch: pytest.Mo
         return positions[positions >= n] - n, hints[positions >= n]
 
     monkeypatch.setattr(tg, "token_hints", from_all)
-    assert not probe.causality("ttt", mode, tokens, (places[0],)).ok
+    assert not probe.hints_before(mode, tokens, (places[0],)).ok
 
 
 @pytest.mark.parametrize("fault", ["no sum", "hits only"])
@@ -474,6 +475,143 @@ def test_adapters_shared_by_the_documents_of_a_batch_fail_isolation(monkeypatch:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# PLANTED FAULTS: small ones, far into a document or rare, in the probes of the program as they are
+# ------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def program(tilted: bool) -> dict[str, Callable[[], probe.Outcome]]:
+    """The program's own probes, for a toy model with room for its stream."""
+    changes = DOCUMENTS | dict(TOKEN_BOOST=1.0) if tilted else {}
+    mode = subject(2048, **changes)
+    return probe.planned(mode._replace(config=probe.probe_config(mode.config)))
+
+
+def tally_add(change: Callable[[tg.Tally, torch.Tensor, np.ndarray], tuple[torch.Tensor, np.ndarray]]) -> Callable:
+    """A Tally.add that adds something else: `change` of the nats and their positions."""
+    real = tg.Tally.add
+    return lambda tally, nll, positions: real(tally, *change(tally, nll, np.asarray(positions)))
+
+
+def one_in_a_thousand(tally: tg.Tally, nll: torch.Tensor, positions: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+    keep = positions % 1000 != 999
+    return nll[torch.from_numpy(keep)], positions[keep]
+
+
+def some_twice(tally: tg.Tally, nll: torch.Tensor, positions: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+    again = np.flatnonzero(positions % 1000 == 998)
+    return torch.cat([nll, nll[torch.from_numpy(again)]]), np.concatenate([positions, positions[again]])
+
+
+def free_bos(model: tg.GPT, inputs: torch.Tensor, targets: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+    nll = REAL_FORWARD(model, inputs, targets, *rest, **named)
+    return nll * (targets != tg.BOS_ID) if targets.dim() == 2 else nll
+
+
+def learn_long_documents_first(forward: Callable, adapters: Any, batch: np.ndarray, *rest: Any) -> None:
+    """Documents of more than 256 targets are learned from before they are scored."""
+    (train_then_score if batch[0, 1] > 256 else REAL["score_and_adapt"])(forward, adapters, batch, *rest)
+
+
+def gate_on_the_target(tokens: np.ndarray, order: int, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Hints whose share counts the token they are for."""
+    positions, hints = REAL["token_hints"](tokens, order, threshold)
+    followers: dict[tuple, list[int]] = {}
+    keep = []
+    where = {int(p): i for i, p in enumerate(positions)}
+    for p in range(order - 1, len(tokens)):
+        seen = followers.setdefault(tuple(tokens[p - order + 1 : p].tolist()), [])
+        seen.append(int(tokens[p]))
+        if p in where and seen.count(int(hints[where[p]])) / len(seen) >= 0.75:
+            keep.append(where[p])
+    return positions[keep], hints[keep]
+
+
+def ahead_behind_two_contexts(model: tg.GPT, inputs: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """Rows at least as long as a context, the padded ends of long documents, see one token ahead at their last tokens."""
+    e = REAL_EMBED(model, inputs, *rest)
+    seen = torch.nn.functional.pad(e, (0, 0, 0, 1))[:, 1:]
+    late = (torch.arange(e.size(1)) >= 24).view(1, -1, 1)
+    return torch.where(late, e + 0.1 * seen, e)
+
+
+def neighbours(adapters: Any, dtype: torch.dtype) -> tg.Lora:
+    """Each document's adapters, and a hundredth of the batch's mean."""
+    views = REAL_LORA(adapters, dtype).factors
+    mix = lambda x: x + 0.01 * x.mean(0, keepdim=True)
+    return tg.Lora(adapters.scale, {name: [(mix(a), mix(b)) for a, b in rows] for name, rows in views.items()})
+
+
+def no_tail_of_long_documents(n: int, context: int, stride: int, first: int | None = None) -> Iterator[tuple]:
+    """The last target of a document of more than two contexts is left out."""
+    yield from REAL["plan_windows"](n - (n > 2 * context), context, stride, first)
+
+
+def favoured(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> torch.Tensor:
+    """One id in the vocabulary gets a thousandth more than its share."""
+    return -torch.log((-REAL["softcapped_nll"](logits, targets, softcap)).exp() + 0.001 * (targets == tg.BOS_ID))
+
+
+def global_phase_on_all(model: tg.GPT, documents: np.ndarray, tally: tg.Tally, *rest: Any) -> int:
+    return REAL_GLOBAL(model, tally.validation.documents, tally, *rest)
+
+
+def taught_by_the_own_chunk(boosts: tg.Boosts, nll: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+    """Boosts that are higher where a hint of the chunk, this one included, was likely."""
+    known = boosts.learnt(sources)
+    return REAL_BOOST(boosts, nll, sources) + (0.1 * nll[known].mean() if nll.dim() > 1 and known.any() else 0.0)
+
+
+REAL_FORWARD, REAL_EMBED, REAL_LORA, REAL_GLOBAL, REAL_BOOST = (
+    tg.GPT.forward,
+    tg.GPT.embed,
+    tg.Adapters.lora,
+    tg.global_update,
+    tg.Boosts.boost,
+)
+# what is wrong -> where it is put, the fault, which of the program's probes notices
+FAULTS: dict[str, tuple[Any, str, Callable, str]] = {
+    "adapters kept across batches": (tg.Adapters, "forget", lambda adapters: None, "fresh_start"),
+    "a hint gate that counts its target": (tg, "token_hints", gate_on_the_target, "hints"),
+    "one target in 1,000 dropped": (tg.Tally, "add", tally_add(one_in_a_thousand), "single_pass, plain"),
+    "one target in 1,000 counted twice": (tg.Tally, "add", tally_add(some_twice), "single_pass, sliding"),
+    "learning before the score beyond 256 targets": (
+        tg, "score_and_adapt", learn_long_documents_first, "score_before_update",
+    ),
+    "a BOS that costs nothing": (tg.GPT, "forward", free_bos, "normalisation, plain"),
+    "one id with more than its share": (tg, "PLAIN", tg.PLAIN._replace(nll=favoured), "normalisation, sliding"),
+    "a mask that fails late in a window": (tg.GPT, "embed", ahead_behind_two_contexts, "causality, plain"),
+    "a hundredth of the neighbours' adapters": (tg.Adapters, "lora", neighbours, "isolation, ttt"),
+    "no last target of long documents": (tg, "plan_windows", no_tail_of_long_documents, "single_pass, plain"),
+    "a global phase on all documents": (tg, "global_update", global_phase_on_all, "score_before_update"),
+    "boosts taught by the own chunk": (tg.Boosts, "boost", taught_by_the_own_chunk, "causality, ttt"),
+}  # fmt: skip
+
+
+SLOW = ("boosts taught by the own chunk",)
+
+
+@pytest.mark.parametrize("fault", [pytest.param(f, marks=[pytest.mark.slow] if f in SLOW else []) for f in FAULTS])
+def test_planted_faults_are_caught_by_the_program(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe fails with the fault; test_the_program_passes shows that it passes without."""
+    owner, name, wrong, noticed_by = FAULTS[fault]
+    monkeypatch.setattr(tg.Tally, "learn_from", lambda *_: None)  # the script's own ledger notices some of them
+    if name == "PLAIN":
+        monkeypatch.setattr(tg, "choose_kernels", lambda wanted, device: ("plain", wrong))
+    monkeypatch.setattr(owner, name, wrong)
+    outcome = program(tilted="hint" in fault or "boost" in fault)[noticed_by]()
+    assert outcome.probe == noticed_by and not outcome.ok, outcome
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tilted", [False, True])
+def test_the_program_passes(tilted: bool) -> None:
+    """All of its probes, on documents of up to nine contexts, with hints and without."""
+    outcomes = [probe() for probe in program(tilted).values()]
+    assert all(outcome.ok for outcome in outcomes), [outcome for outcome in outcomes if not outcome.ok]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # THE ARTIFACT ALONE
 # ------------------------------------------------------------------------------------------------------------
 
@@ -541,6 +679,10 @@ def test_probe_settings_keep_what_a_score_depends_on() -> None:
         if getattr(config, f.name) != getattr(probe.probe_config(config), f.name)
     }
     sizes = {
+        "eval_seq_len",
+        "eval_stride",
+        "ttt_eval_seq_len",
+        "ttt_chunk_steps",
         "ttt_chunk_size",
         "ttt_batch_size",
         "phased_ttt_prefix_docs",

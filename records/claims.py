@@ -1,0 +1,298 @@
+"""The figures that a folder states of its runs, in submission.json and in README tables, against its logs.
+
+QUANTITIES is one table of what can be stated, under which names, and where a log says it. A stated figure has to be what
+the log of its seed says, rounded or cut; a mean, deviation or maximum has to be that of the seeds.
+"""
+
+import itertools
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from records.finding import Finding, fail, ok, unknown, warn, worst
+from records.folder import Cell, Folder, Table, number
+from records.logs import RunLog, Score
+
+
+class Figure(NamedTuple):
+    """A number and the unit of its last digit; 0 where it is exact."""
+
+    value: float
+    unit: float
+
+
+class Quantity(NamedTuple):
+    """One kind of figure. `logged` gives what a log says of it, the first being what means are made of; the others are
+    what people also call by that name."""
+
+    name: str
+    logged: Callable[[RunLog], list[Figure]]
+    column: re.Pattern  # of README tables, lower case
+    seed: str = ""  # key of a seed in submission.json (folder.SEED_ALIASES)
+    mean: tuple[str, ...] = ()  # keys at the top level
+    largest: tuple[str, ...] = ()
+    common: tuple[str, ...] = ()  # keys that hold the same number for all seeds, or that of one of them
+    std: str = ""
+    slack: float = 0.0  # relative: clocks that start a little earlier or later
+
+
+def facts(log: RunLog, *names: str, unit: float = 0.0) -> list[Figure]:
+    return [Figure(float(log.facts[name]), unit) for name in names if name in log.facts]
+
+
+def losses(scores: Iterable[Score]) -> list[Figure]:
+    return [Figure(s.loss, 10.0**-s.loss_decimals) for s in scores if s.loss is not None]
+
+
+def bits(scores: Iterable[Score]) -> list[Figure]:
+    return [Figure(s.bpb, 10.0**-s.decimals) for s in scores]
+
+
+def of_kinds(log: RunLog, *kinds: str) -> list[Score]:
+    return [score for score in log.scores if score.kind in kinds]
+
+
+def before_quantisation(log: RunLog) -> list[Score]:
+    return of_kinds(log, "averaged")[::-1] + of_kinds(log, "running")[:-4:-1]
+
+
+def sizes(log: RunLog) -> list[Figure]:
+    """The total, and the model alone, which some call the artifact."""
+    total = [] if log.total_bytes is None else [Figure(log.total_bytes, 0.0)]
+    return total + facts(log, "model_bytes")
+
+
+def step_times(log: RunLog) -> list[Figure]:
+    """Milliseconds per step: the whole time over all steps, and what step lines say."""
+    whole = [1000 * log.facts["train_s"] / log.facts["steps"]] if log.facts.get("steps") and "train_s" in log.facts else []
+    return [Figure(value, 0.01) for value in whole] + facts(log, "step_ms", unit=0.01)
+
+
+def train_times(log: RunLog) -> list[Figure]:
+    return facts(log, "train_s", unit=1e-3) + facts(log, "train_s_rounded", unit=6.0)
+
+
+def eval_times(log: RunLog) -> list[Figure]:
+    """Seconds of the evaluation that gave the score, of each pass, and of the last ones together."""
+    last = [log.eval_seconds] if log.eval_seconds is not None else []
+    sums = []
+    for passes in (log.passes, log.timed):
+        seconds = [seconds for _, seconds in passes[::-1]]
+        sums += [*seconds, *itertools.accumulate(seconds)]
+    return [Figure(value, 0.1) for value in [*last, *sums]]
+
+
+QUANTITIES = {
+    "size": Quantity(
+        "bytes", sizes, re.compile(r"artifact|^total$|submission|^size|^total bytes"), "artifact_bytes",
+        ("artifact_bytes_mean",), ("bytes_total", "artifact_bytes_max", "artifact_bytes", "total_bytes"),
+    ),
+    "code": Quantity(
+        "bytes of code", lambda log: facts(log, "code_bytes", "source_size"), re.compile(r"^code"),
+        common=("bytes_code", "code_bytes"),
+    ),
+    "steps": Quantity(
+        "steps", lambda log: facts(log, "steps"), re.compile(r"^(train(ing)? )?steps( completed)?$"), "steps",
+        ("train_steps_mean",), common=("step_stop", "steps"),
+    ),
+    "step_ms": Quantity(
+        "ms per step", step_times, re.compile(r"ms/step|step[_ ]?avg|step[_ ](time|ms)"), "step_avg_ms",
+        ("step_avg_ms_mean",), slack=5e-3,
+    ),
+    "train_s": Quantity(
+        "s of training", train_times, re.compile(r"^train(ing)?[_ ]?(time|s|ms|seconds|wallclock)?\b(?!.*(bpb|loss))"),
+        "train_time_s", ("train_time_s_mean",), common=("train_time_seconds", "wallclock_seconds"), slack=2e-3,
+    ),
+    "eval_s": Quantity(
+        "s of evaluation", eval_times, re.compile(r"^(ttt[_ ])?(ttt|eval(uation)?)[_ ](eval )?(time|s|ms|seconds)\b"),
+        "eval_time_s", ("eval_time_s_mean",), common=("eval_time_seconds",), slack=1e-2,
+    ),
+    "before": Quantity(
+        "bpb before quantisation", lambda log: bits(before_quantisation(log)),
+        re.compile(r"pre[-_ ]?quant.*(bpb|bpp)|post[-_ ]ema bp|bpb before"), "pre_quant_val_bpb", common=("pre_quant_val_bpb",),
+    ),
+    "before_loss": Quantity(
+        "nats per token before quantisation", lambda log: losses(before_quantisation(log)), re.compile(r"pre[-_ ]?quant.*loss"),
+        common=("pre_quant_val_loss",),
+    ),
+    "quantised": Quantity(
+        "bpb quantised", lambda log: bits(of_kinds(log, "quantized", "final")), re.compile(r"post[-_ ]?quant.*bp|quant.*bp"),
+        "quantized_val_bpb",
+    ),
+    "bpb": Quantity("bpb", lambda log: bits(log.scores[::-1]), re.compile(r"\bbp[bp]\b|_bpb\b")),
+    "loss": Quantity(
+        "nats per token", lambda log: losses(log.scores[::-1]), re.compile(r"loss|\bnats\b"), "val_loss",
+    ),
+}  # fmt: skip
+SKIPPED = re.compile(r"gain|delta|Δ|improvement|\bvs\b|cost|penalty|gap")  # differences of columns
+
+
+def holds(figure: Figure, known: Iterable[Figure], slack: float = 0.0) -> bool:
+    """Whether a figure is one of these, rounded or cut to the digits that both are shown with."""
+
+    def same(k: Figure) -> bool:
+        gap, cut = abs(figure.value - k.value), abs(k.value) - abs(figure.value)
+        if figure.unit > k.unit:
+            return gap <= 0.501 * figure.unit or 0 <= cut < figure.unit
+        return gap <= 0.501 * k.unit if figure.unit == k.unit else gap < k.unit
+
+    return any(same(k) or abs(figure.value - k.value) < slack * abs(k.value) for k in known)
+
+
+def stated_figure(value: float) -> Figure:
+    """A number of a JSON file; a whole one may stand for any that rounds to it."""
+    text = repr(value)
+    return Figure(value, 1.0 if isinstance(value, int) else 10.0 ** -len(text.split(".")[1]) if "e" not in text else 1e-8)
+
+
+def stated_in_logs(folder: Folder, key: str) -> Finding:
+    """What submission.json says of a quantity, against the logs."""
+    quantity, submission = QUANTITIES[key], folder.submission
+    logged = {log.facts.get("seed", log.path.name): found for log in folder.logs if (found := quantity.logged(log))}
+    if not logged:
+        return unknown(f"no {quantity.name} in the logs")
+    stated = {seed: row[quantity.seed] for seed, row in folder.seeds.items() if quantity.seed in row}
+    findings = []
+    for seed in stated.keys() & logged.keys():
+        finding = one_of(f"seed {seed}", stated[seed], logged[seed], quantity)
+        if finding.status == "fail" and elsewhere(folder, seed, quantity, stated_figure(stated[seed])):
+            finding = ok(f"seed {seed}: {show(stated[seed])} in another log")
+        findings.append(finding)
+    first = [found[0].value for found in logged.values()]
+    claimed = submission.get("seeds")
+    whole = len(logged) == len(folder.logs) >= max(len(folder.seeds), len(claimed) if isinstance(claimed, list) else 0)
+    for name in (*quantity.mean, *quantity.largest):
+        if whole and (value := number(submission.get(name))) is not None:
+            findings.append(summary(name, value, logged, list(stated.values()), quantity))
+    for name in quantity.common:
+        if (value := number(submission.get(name))) is not None:
+            everything = [figure for found in logged.values() for figure in found]
+            mean = Figure(statistics.fmean(first), 0.0)
+            findings.append(one_of(name, value, [*everything, mean], quantity))
+    return worst(findings, f"no {quantity.name} in submission.json")
+
+
+def elsewhere(folder: Folder, seed: int, quantity: Quantity, figure: Figure) -> bool:
+    """Whether another log of that seed says so."""
+    return any(holds(figure, any_figures(quantity, log), quantity.slack) for log in folder.all_logs_of(seed))
+
+
+def show(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.8g}" if abs(value) >= 100 else f"{value:.8g}"
+
+
+def one_of(what: str, value: float, known: list[Figure], quantity: Quantity) -> Finding:
+    if holds(stated_figure(value), known, quantity.slack):
+        return ok(f"{what}: {show(value)} {quantity.name}")
+    return fail(f"{what}: {show(value)} {quantity.name} in submission.json, {show(known[0].value)} in the log")
+
+
+def summary(
+    name: str, value: float, logged: dict[int | str, list[Figure]], stated: list[float], quantity: Quantity
+) -> Finding:
+    """A mean or a maximum: ok where it is that of the logs, or of the figures that are stated of all seeds."""
+    figure, mean = stated_figure(value), name in quantity.mean
+    over, first = statistics.fmean if mean else max, [found[0] for found in logged.values()]
+    made = [over(f.value for f in first)] + ([over(stated)] if len(stated) == len(logged) else [])
+    unit = max(f.unit for f in first)
+    if holds(figure, [Figure(v, unit) for v in made], quantity.slack):
+        return ok(f"{name} {show(value)}")
+    text = f"{name} {show(value)}, the logs say {', '.join(show(f.value) for f in first[:3])}"
+    if mean:
+        return fail(text)
+    if holds(figure, [f for found in logged.values() for f in found]):
+        return warn(f"{name} {show(value)} is not the largest, {show(made[0])}")
+    rounded = value % 10_000 == 0 and any(abs(value - f.value) <= 50_000 for f in first)
+    return (warn if rounded else fail)(text)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# README
+# ------------------------------------------------------------------------------------------------------------
+
+
+def quantity_of(column: str) -> Quantity | None:
+    if SKIPPED.search(column):
+        return None
+    return next((quantity for quantity in QUANTITIES.values() if quantity.column.search(column)), None)
+
+
+def readme_tables(folder: Folder) -> Finding:
+    """Every number of a table by seeds against the log of its seed; means and deviations against their columns."""
+    findings = []
+    for table in folder.tables:
+        for index, column in enumerate(table.columns):
+            quantity = quantity_of(column)
+            if "value" in table.rows:
+                findings += value_findings(folder, column, quantity, table.rows["value"][index])
+            else:
+                findings += seed_findings(folder, table, index, quantity)
+                findings += summary_findings(folder, table, index, quantity)
+    counted = sum(finding.status == "ok" for finding in findings)
+    found = worst(findings, "no table of seeds in the README" if folder.readme else "no README")
+    return ok(f"{counted} numbers of tables are those of the logs") if found.status == "ok" else found
+
+
+def any_figures(quantity: Quantity, log: RunLog) -> list[Figure]:
+    """What a README may mean: any score of the log where a column is of bits, for its names are free."""
+    found = quantity.logged(log)
+    return found + bits(log.scores) if quantity.name.startswith("bpb") else found
+
+
+def in_log(cell: Cell, known: list[Figure], quantity: Quantity) -> bool:
+    binary = [Figure(k.value / 1.048576, k.unit) for k in known] if "MB" in cell.text else []
+    return holds(Figure(cell.value, cell.unit), [*known, *binary], quantity.slack)
+
+
+def seed_findings(folder: Folder, table: Table, index: int, quantity: Quantity | None) -> list[Finding]:
+    findings = []
+    for seed, cells in table.rows.items():
+        log, cell = folder.log_of(int(seed)) if seed.isdigit() else None, cells[index]
+        known = any_figures(quantity, log) if quantity and log else []
+        if cell and known and quantity:
+            text = f"README, seed {seed}, {table.columns[index]}: {cell.text}"
+            good = in_log(cell, known, quantity) or any(
+                in_log(cell, any_figures(quantity, other), quantity) for other in folder.all_logs_of(int(seed))
+            )
+            findings.append(ok(text) if good else fail(f"{text}; the log says {show(known[0].value)}"))
+    return findings
+
+
+def value_findings(folder: Folder, column: str, quantity: Quantity | None, cell: Cell | None) -> list[Finding]:
+    """A row of a name and a value, which may be of any run or the mean of all."""
+    if not quantity or not cell:
+        return []
+    each = [figures for log in folder.logs if (figures := any_figures(quantity, log))]
+    known = [figure for figures in each for figure in figures]
+    if len(each) > 1:
+        known += [Figure(statistics.fmean(f[0].value for f in each), cell.unit)]
+    if not known:
+        return []
+    text = f"README, {column}: {cell.text}"
+    return [ok(text) if in_log(cell, known, quantity) else warn(f"{text}; no log says so, {show(known[0].value)}")]
+
+
+def summary_findings(folder: Folder, table: Table, index: int, quantity: Quantity | None) -> list[Finding]:
+    """Mean and sample deviation of a column, from its own cells, or from the logs where these are more exact."""
+    column = [cells[index] for seed, cells in table.rows.items() if seed.isdigit()]
+    cells = [cell for cell in column if cell]
+    if len(cells) < 2 or len(cells) < len(column):
+        return []
+    name, findings = table.columns[index], []
+    exact = [cell.value for cell in cells]
+    unit = max(cell.unit for cell in cells)
+    if (mean := table.rows.get("mean", [None] * (index + 1))[index]) is not None:
+        good = abs(mean.value - statistics.fmean(exact)) < 1.01 * max(mean.unit, unit)
+        text = f"README, mean of {name}: {mean.text}"
+        findings.append(ok(text) if good else fail(f"{text}; the column's mean is {show(statistics.fmean(exact))}"))
+    if (std := table.rows.get("std", [None] * (index + 1))[index]) is not None:
+        sample, population = statistics.stdev(exact), statistics.pstdev(exact)
+        text, near = f"README, std of {name}: {std.text}", 1.01 * std.unit + 0.75 * unit
+        if abs(std.value - sample) < near:
+            findings.append(ok(text))
+        elif abs(std.value - population) < near:
+            findings.append(warn(f"{text} is that of a population, the sample deviation is {sample:.6g}"))
+        else:
+            findings.append(fail(f"{text}; the column's sample deviation is {sample:.6g}"))
+    return findings
