@@ -58,7 +58,6 @@ from records.paired import (
     by_seed,
     document_differences,
     paired_difference,
-    ratio,
     read_json,
     signed,
     with_deviation,
