@@ -3059,8 +3059,8 @@ def progress_at(step: int, elapsed: float, config: Config) -> float:
 
 
 def write_steps(path: Path, history: list[list[float]], config: Config) -> None:
-    """A line for each optimizer step: its loss in nats per token, the seconds when it ended on the clock of the
-    schedule, the learning-rate multiplier, and 1 where the layers were looped."""
+    """A line for each optimizer step: its loss in nats per token, when it began in seconds on the clock of the
+    schedule, its learning-rate multiplier, and 1 where the layers were looped."""
     rows, elapsed = [], 0.0
     for step, loss, seconds in history:
         progress = progress_at(int(step) - 1, elapsed, config)  # as it was before this step

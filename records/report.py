@@ -59,6 +59,8 @@ from records.paired import (
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 LIMIT_BYTES = 16_000_000  # where a result does not say
+# file -> a key of result.json without which it is of an earlier run in this folder; in the order of RunFiles
+TABLES = {"steps.csv": "steps", "tensors.csv": "artifact_bytes", SCORES_FILE: "submitted", "positions.csv": "submitted"}
 # kind of score -> what the page calls it, and the step that leads to it; in the order in which they follow each other
 SCORES = {
     "prequant": ("before quantisation", ""),
@@ -68,6 +70,7 @@ SCORES = {
     "ttt": ("test-time training", "test-time training"),
 }
 MATRIX_ORDER = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
+MOST_PAIRS = 4  # scatter plots in a comparison
 EXTREMES, EXCERPT_CHARS = 10, 360  # documents in the lists, and characters of each
 FEWEST_BYTES = 100  # of a document in the lists: single bits decide about shorter ones
 MOST_POINTS, MOST_CIRCLES = 1200, 1500  # of a curve; of a scatter plot before it becomes an image
@@ -141,13 +144,14 @@ def read_run(folder: Path) -> RunFiles:
     log = read_log(folder / "log.txt") if (folder / "log.txt").exists() else None
     lines = (folder / "log.txt").read_text(errors="replace") if log else ""
     versions = re.findall(r"^versions (.*)$", lines, re.M)
+    tables = {name: read_table(folder / name) if key in result else None for name, key in TABLES.items()}
     return RunFiles(
         folder,
         result,
         log.settings[-1] if log and log.settings else {},
         {name: (value, origin) for name, value, origin in log.facts.get("origins", [])} if log else {},
         dict(pair.split(":", 1) for pair in versions[-1].split()) if versions else {},
-        *(read_table(folder / name) for name in ("steps.csv", "tensors.csv", SCORES_FILE, "positions.csv")),
+        *tables.values(),
     )
 
 
@@ -597,13 +601,14 @@ def draw_all_bytes(runs: Sequence[RunFiles]) -> Markup | None:
     return as_svg(figure, "all-bytes", "Bytes of the artifacts by kind of tensor")
 
 
-def draw_pair(mine: RunFiles, base: RunFiles) -> Markup | None:
-    """Documents of one run against those of another one, in their submitted scores; None where they have other text."""
+def draw_pair(number: int, mine: RunFiles, base: RunFiles) -> Markup | None:
+    """Documents of run `number` against those of another one, in their submitted scores; None where they have other
+    text."""
     if not (mine.documents and base.documents and np.array_equal(mine.documents["bytes"], base.documents["bytes"])):
         return None
     x, y = (bits_per_byte(run.documents[run.result["submitted"]], run.documents["bytes"]) for run in (base, mine))
     labels = f"{base.name}, bits per byte", f"{mine.name}, bits per byte"
-    return draw_scatter(x, y, base.documents["bytes"], labels, f"pair-{mine.name}")
+    return draw_scatter(x, y, base.documents["bytes"], labels, f"pair-{number}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -699,13 +704,14 @@ def short(value: Any) -> str:
 
 def chosen_settings(run: RunFiles) -> list[tuple[str, str, str]]:
     """(name, value, origin) of what was set otherwise than the preset has it."""
-    rows = [(name.upper(), value, origin) for name, (value, origin) in run.origins.items()]
-    return [row for row in rows if not row[2].startswith("preset")]
+    rows = [(name.upper(), run.settings.get(name, value), origin) for name, (value, origin) in run.origins.items()]
+    return [(name, value, origin.replace(",as", ", as ")) for name, value, origin in rows if origin[:6] != "preset"]
 
 
 def single_page(run: RunFiles) -> dict[str, Any]:
     """What the template shows of one run."""
-    drawn: dict[str, Markup | None] = {"scores": draw_scores(run) if run.kinds else None}
+    drawn: dict[str, Markup | None] = dict.fromkeys(("bytes", "bits", "errors"))
+    drawn["scores"] = draw_scores(run) if run.kinds else None
     drawn["training"] = draw_training(run) if run.steps else None
     classes = tensor_classes(run.tensors) if run.tensors else []
     if run.tensors:
@@ -727,7 +733,7 @@ def single_page(run: RunFiles) -> dict[str, Any]:
 
 def comparison_page(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """What the template shows of several runs."""
-    pairs = [draw_pair(run, runs[0]) for run in runs[1:] if "submitted" in run.result and "submitted" in runs[0].result]
+    pairs = [draw_pair(number, run, runs[0]) for number, run in enumerate(runs[: 1 + MOST_PAIRS]) if number]
     figures = [
         ("Stages", "Bits per byte after each stage.", draw_stages(runs)),
         ("Training loss over steps", "Smoothed; in bits per byte at the tokens per byte of the validation text.",
@@ -736,7 +742,7 @@ def comparison_page(runs: Sequence[RunFiles]) -> dict[str, Any]:
         ("Position in the document", "The submitted score.", draw_all_positions(runs)),
         ("Bytes", "Of the artifact, by kind of tensor.", draw_all_bytes(runs)),
         *(("Documents", "Area is bytes. Blue, below the diagonal: fewer bits than the first run.", pair)
-          for pair in pairs[:4]),
+          for pair in pairs),
     ]  # fmt: skip
     return dict(
         title=f"Comparison of {len(runs)} runs", runs=runs, groups=make_groups(runs), figures=figures,
