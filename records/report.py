@@ -586,7 +586,7 @@ def draw_all_bytes(runs: Sequence[RunFiles]) -> Markup | None:
     if not drawn:
         return None
     names = list(dict.fromkeys(name for _, _, sizes in drawn for name in sizes))
-    figure, axes = canvas(0.8 + 0.14 * len(names) * (len(drawn) + 1))
+    figure, axes = canvas(0.8 + max(0.28, 0.065 * (len(drawn) + 1)) * len(names))
     height = 1 / (len(drawn) + 1)
     for place, (number, run, sizes) in enumerate(drawn):
         y = np.arange(len(names)) + (place - (len(drawn) - 1) / 2) * height
@@ -733,7 +733,7 @@ def single_page(run: RunFiles) -> dict[str, Any]:
 
 def comparison_page(runs: Sequence[RunFiles]) -> dict[str, Any]:
     """What the template shows of several runs."""
-    pairs = [draw_pair(number, run, runs[0]) for number, run in enumerate(runs[: 1 + MOST_PAIRS]) if number]
+    pairs = [(run.name, draw_pair(n, run, runs[0])) for n, run in enumerate(runs[: 1 + MOST_PAIRS]) if n]
     figures = [
         ("Stages", "Bits per byte after each stage.", draw_stages(runs)),
         ("Training loss over steps", "Smoothed; in bits per byte at the tokens per byte of the validation text.",
@@ -741,8 +741,8 @@ def comparison_page(runs: Sequence[RunFiles]) -> dict[str, Any]:
         ("Training loss over seconds", "The same over the training clock.", draw_losses(runs, "seconds")),
         ("Position in the document", "The submitted score.", draw_all_positions(runs)),
         ("Bytes", "Of the artifact, by kind of tensor.", draw_all_bytes(runs)),
-        *(("Documents", "Area is bytes. Blue, below the diagonal: fewer bits than the first run.", pair)
-          for pair in pairs),
+        *((f"Documents of {name}", "Area is bytes. Blue, below the diagonal: fewer bits than the first run.", pair)
+          for name, pair in pairs),
     ]  # fmt: skip
     return dict(
         title=f"Comparison of {len(runs)} runs", runs=runs, groups=make_groups(runs), figures=figures,
