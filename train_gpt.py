@@ -4104,9 +4104,7 @@ def read_artifact(path: Path, config: Config) -> tuple[dict[str, np.ndarray], li
         raise UserError(f"{path}: damaged artifact ({error}); quantise again") from None
 
 
-def array_bytes(
-    stored: Mapping[str, np.ndarray], table: list[Stored], packed: Mapping[str, int]
-) -> dict[str, float]:
+def array_bytes(stored: Mapping[str, np.ndarray], table: list[Stored], packed: Mapping[str, int]) -> dict[str, float]:
     """Bytes of the file that each array takes. Arrays of one stream are compressed together: codes share its bytes in
     proportion to their entropy, counted for each array alone, two-byte numbers to their number."""
 

@@ -4,9 +4,10 @@
 
 reads every .txt and .jsonl file below FOLDER (.jsonl also as .xz, .gz or .zst; JSON lines with a key `text`), cuts long
 texts into documents, drops repeated ones, and writes ROOT/tokenizers/own_NAME_1024_bpe.model and
-ROOT/datasets/own_NAME_sp1024/, where NAME is that of the folder. About 2.3 % of the text, at least 20 kB if that is no
-more than a tenth, becomes validation; the tokenizer sees the rest only. `./run.sh --text FOLDER` does this and trains on
-it. Everything is held in memory: for gigabytes, and for the challenge's own list, there is data/export.py.
+ROOT/datasets/own_NAME_sp1024/, where NAME is that of the folder. About 2.3 % of the text becomes validation, but 20 to
+60 kB, so that it means something and is soon scored, and never more than a tenth; the tokenizer sees the rest only.
+`./run.sh --text FOLDER` does this and trains on it. Everything is held in memory: for gigabytes, and for the
+challenge's own list, there is data/export.py.
 """
 
 import argparse
@@ -17,12 +18,12 @@ from pathlib import Path
 
 import shards
 from documents import read_texts
-from embedded import MAX_VAL_DOCUMENT_CHARS, VAL_FRACTION, corpus_paths, describe, split_documents, write_corpus
+from embedded import MAX_VAL_DOCUMENT_CHARS, VAL_FRACTION, describe, split_documents, write_corpus
 from shards import DataError
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.xz", ".jsonl.gz", ".jsonl.zst")
 LEAST_CHARS = 100_000  # of all documents: less teaches nothing, and does not make a tokenizer of 1,024 pieces
-LEAST_VAL_CHARS = 20_000
+LEAST_VAL_CHARS, MOST_VAL_CHARS = 20_000, 60_000
 MOST = MAX_VAL_DOCUMENT_CHARS  # characters of a document, so that each may be validation
 # All that is left, or up to the last blank line in the second half of that length, or up to a blank, or just so much.
 DOCUMENT = re.compile(rf"(?s).{{1,{MOST}}}\Z|.{{{MOST // 2},{MOST - 2}}}\n[ \t\r]*\n|.{{1,{MOST - 1}}}\s|.{{{MOST}}}")
@@ -53,8 +54,12 @@ def build(folder: Path, root: Path, vocab_size: int) -> tuple[dict, bool]:
     if total < LEAST_CHARS:
         raise DataError(folder, f"{total:,} characters in {len(documents):,} documents, without repeated ones",
                         f"at least {LEAST_CHARS:,}", "add more text")
-    fraction = max(VAL_FRACTION, min(LEAST_VAL_CHARS / total, 0.1))
-    return write_corpus(root, corpus_name(folder), vocab_size, *split_documents(documents, fraction))
+    return write_corpus(root, corpus_name(folder), vocab_size, *split_documents(documents, validation_fraction(total)))
+
+
+def validation_fraction(total: int) -> float:
+    """Share of `total` characters that becomes validation."""
+    return min(max(VAL_FRACTION, LEAST_VAL_CHARS / total), MOST_VAL_CHARS / total, 0.1)
 
 
 def collect_documents(folder: Path) -> list[str]:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Makes a page of one run, or a comparison of several: one HTML file that needs no server and no network.
 
-    python records/report.py runs/a                       # writes runs/a/report.html; so does every run at its end
-    python records/report.py runs/a runs/b runs/c         # writes runs/comparison.html; runs/a is what others compare to
+    python records/report.py runs/a                   # writes runs/a/report.html; so does every run at its end
+    python records/report.py runs/a runs/b runs/c     # writes runs/comparison.html: differences from runs/a
     python records/report.py runs/a --out page.html
 
 A page of one run shows what each stage gave or cost, the loss, where the bytes are, how well each matrix was quantised,
@@ -19,7 +19,6 @@ Exit status: 0 written, 2 a mistake in the arguments or files.
 import argparse
 import csv
 import io
-import json
 import math
 import os
 import re
@@ -307,6 +306,15 @@ def by_layer(tensors: dict[str, np.ndarray], value: str) -> tuple[np.ndarray, li
     return (8 * size / np.maximum(count, 1) if value == "bits" else error), kinds
 
 
+def matrix_errors(tensors: dict[str, np.ndarray]) -> tuple[np.ndarray, bool]:
+    """(layers, kinds) of relative errors, and whether they are those of outputs: so where all quantised matrices have
+    one. What stays in half precision counts as exact."""
+    weight, output = (by_layer(tensors, f"{of}_error")[0] for of in ("weight", "output"))
+    exact = np.isnan(weight)
+    weighted = not np.isnan(output[~exact]).any()
+    return np.where(exact, 0.0, output if weighted else weight), weighted
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures: each is an SVG. They are drawn as wide as a phone, and placed beside each other where there is room.
 
@@ -326,7 +334,9 @@ def as_svg(figure: Figure, name: str, label: str) -> Markup:
     text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
     head = f'<svg role="img" aria-label="{Markup.escape(label)}" '
     size = re.search(r'viewBox="[^"]*"', text)[0]
-    return Markup(re.sub(r"<svg [^>]*>", lambda _: f'{head}{size} xmlns:xlink="http://www.w3.org/1999/xlink">', text, count=1))
+    return Markup(
+        re.sub(r"<svg [^>]*>", lambda _: f'{head}{size} xmlns:xlink="http://www.w3.org/1999/xlink">', text, count=1)
+    )
 
 
 def thinned(*columns: np.ndarray) -> list[np.ndarray]:
@@ -373,19 +383,25 @@ def draw_scores(run: RunFiles) -> Markup:
     span = max(max(ends) - min(ends), 1e-3)
     left, right = min(ends) - 0.45 * span, max(ends) + 0.55 * span
     for row, bar in enumerate(bars):
-        better = bar.end < bar.begin
-        colour = INK if bar.is_score else BLUE if better else RED
+        change = bar.end - bar.begin
+        colour = INK if bar.is_score else BLUE if change < 0 else RED
         low, high = (left, bar.end) if bar.is_score else sorted((bar.begin, bar.end))
         axes.barh(row, max(high - low, 0.004 * span), left=low, height=0.62, color=colour)
-        text = f"{bar.end:.4f}" if bar.is_score else f"{bar.end - bar.begin:+.{4 if abs(bar.end - bar.begin) > 1e-4 else 6}f}"
+        text = f"{bar.end:.4f}" if bar.is_score else format(change, "+.4f" if abs(change) > 1e-4 else "+.6f")
         axes.annotate(text, (high, row), (5, 0), textcoords="offset points", va="center", color=colour, weight="bold")
         if row:
             axes.vlines(bars[row - 1].end, row - 0.69, row - 0.31, GREY, linewidth=0.8)
-    axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
-    axes.set(xlim=(left, right), ylim=(len(bars) - 0.5, -0.5), xlabel="bits per byte (axis does not begin at 0)")
+    name_rows(axes, [bar.label for bar in bars])
+    axes.set(xlim=(left, right), xlabel="bits per byte (axis does not begin at 0)")
+    return as_svg(figure, "scores", "Bits per byte after each stage")
+
+
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """The rows of a bar chart, the first one on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
-    return as_svg(figure, "scores", "Bits per byte after each stage")
 
 
 def draw_training(run: RunFiles) -> Markup:
@@ -410,35 +426,36 @@ def draw_training(run: RunFiles) -> Markup:
 
 
 def seconds_axis(axes: Axes, steps: dict[str, np.ndarray]) -> None:
-    """A second axis on top, with the seconds at which these steps began."""
-    step, seconds = steps["step"], np.maximum.accumulate(steps["seconds"] + 1e-9 * np.arange(len(steps["step"])))
-    if len(step) < 2:
-        return
-    both = ((step, seconds), (seconds, step))
-    forward, back = (lambda x, a=a, b=b: np.interp(x, a, b) for a, b in both)
-    top = axes.secondary_xaxis("top", functions=(forward, back))
+    """A second axis on top: the seconds at which a few of the steps began."""
+    places = np.linspace(steps["step"][0], steps["step"][-1], 5)
+    seconds = np.interp(places, steps["step"], steps["seconds"])
+    top = axes.secondary_xaxis("top")
+    top.set_xticks(places, [f"{value:,.{0 if seconds[-1] >= 20 else 1}f}" for value in seconds])
     top.set_xlabel("seconds")
-    top.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
     top.spines["top"].set_visible(False)
 
 
 def draw_bytes(classes: list[TensorClass], code_bytes: int) -> Markup:
     """A bar for each kind of tensor and for the code; codes and side information apart."""
     rows = [(entry.name, entry.codes, entry.scales) for entry in classes] + [("code", code_bytes, 0.0)]
-    figure, axes = canvas(0.75 + 0.25 * len(rows))
-    for number, (_, codes, scales) in enumerate(rows):
-        axes.barh(number, codes, color=BLUE, height=0.7, label="weights, code" if not number else None)
-        axes.barh(number, scales, left=codes, color=ORANGE, height=0.7, label="scales, corrections" if not number else None)
-        text = f"{codes + scales:,.0f}"
-        axes.annotate(text, (codes + scales, number), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
-    axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
-    axes.set(ylim=(len(rows) - 0.4, -0.6), xlim=(0, 1.3 * max(codes + scales for _, codes, scales in rows)), xlabel="bytes")
+    figure, axes = canvas(0.95 + 0.25 * len(rows))
+    names, codes, scales = zip(*rows, strict=True)
+    totals = [sum(pair) for pair in zip(codes, scales, strict=True)]
+    axes.barh(range(len(rows)), codes, 0.7, color=BLUE, label="weights, code")
+    axes.barh(range(len(rows)), scales, 0.7, codes, color=ORANGE, label="scales, corrections")
+    for row, total in enumerate(totals):
+        axes.annotate(f"{total:,.0f}", (total, row), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
+    name_rows(axes, names)
+    bytes_axis(axes)
+    axes.set_xlim(0, 1.3 * max(totals))
+    figure.legend(loc="outside lower center", ncols=2)
+    return as_svg(figure, "bytes", "Bytes of the artifact by kind of tensor")
+
+
+def bytes_axis(axes: Axes) -> None:
+    axes.set_xlabel("bytes")
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M" if x >= 1e6 else f"{x / 1e3:g} k" if x else "0")
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower right")
-    return as_svg(figure, "bytes", "Bytes of the artifact by kind of tensor")
 
 
 def draw_heat(values: np.ndarray, kinds: list[str], form: str, name: str, label: str) -> Markup:
@@ -446,8 +463,8 @@ def draw_heat(values: np.ndarray, kinds: list[str], form: str, name: str, label:
     figure, axes = canvas(0.7 + 0.24 * len(values))
     middle = (values.max() + values.min()) / 2
     half = max((values.max() - values.min()) / 2, 0.05 * middle, 1e-9)  # no contrast where all are nearly equal
-    light = matplotlib.colormaps["Oranges" if name == "errors" else "Blues"](np.linspace(0.06, 0.58, 256))  # for dark text
-    colours = matplotlib.colors.ListedColormap(light)
+    shades = matplotlib.colormaps["Oranges" if name == "errors" else "Blues"]
+    colours = matplotlib.colors.ListedColormap(shades(np.linspace(0.06, 0.58, 256)))  # light enough for dark text
     axes.pcolormesh(values, cmap=colours, edgecolors="white", linewidth=1.2, vmin=middle - half, vmax=middle + half)
     for (layer, kind), value in np.ndenumerate(values):
         axes.text(kind + 0.5, layer + 0.52, format(value, form), ha="center", va="center", fontsize=8)
@@ -479,10 +496,13 @@ def draw_positions(run: RunFiles) -> Markup:
 
 def positions_axes(axes: Axes, curves: Sequence[np.ndarray]) -> None:
     """Scales and labels. The first target of a document, which has no context, may lie above the picture."""
-    first, low, high = max(y[0] for y in curves), min(y.min() for y in curves), max(y[1:].max(initial=0) for y in curves)
-    if high and first > high + 0.5 * (high - low):
-        axes.set_ylim(low - 0.08 * (high - low), high + 0.25 * (high - low))
-        axes.annotate(f"first target: {first:.1f}", (0.19, 0.97), xycoords="axes fraction", va="top", fontsize=8.5, color=GREY)
+    low, high = min(y.min() for y in curves), max(y[1:].max(initial=0) for y in curves)
+    first, height = max(y[0] for y in curves), high - low
+    if high and first > high + 0.5 * height:
+        axes.set_ylim(low - 0.08 * height, high + 0.25 * height)
+        axes.text(
+            0.19, 0.97, f"first target: {first:.1f}", transform=axes.transAxes, va="top", fontsize=8.5, color=GREY
+        )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.set(xlabel="position in the document (targets, by octaves)", ylabel="bits per byte")
@@ -509,7 +529,8 @@ def draw_documents(run: RunFiles) -> Markup | None:
     if plain == submitted:
         return None
     x, y = (bits_per_byte(run.documents[kind], run.documents["bytes"]) for kind in (plain, submitted))
-    return draw_scatter(x, y, run.documents["bytes"], (f"{SCORES[plain][0]}, bits per byte", SCORES[submitted][0]), "documents")
+    labels = f"{SCORES[plain][0]}, bits per byte", SCORES[submitted][0]
+    return draw_scatter(x, y, run.documents["bytes"], labels, "documents")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -529,18 +550,18 @@ def loss_per_byte(run: RunFiles) -> np.ndarray:
 
 def draw_losses(runs: Sequence[RunFiles], over: str) -> Markup | None:
     """Smoothed training loss of all runs over `over`: step or seconds."""
-    figure, axes = canvas(2.9)
     drawn = [(n, run) for n, run in enumerate(runs) if run.steps and "scored_bytes" in run.result]
+    if not drawn:
+        return None
+    figure, axes = canvas(2.9)
     lows, highs = [], []
     for number, run in drawn:
         x, y = thinned(run.steps[over], loss_per_byte(run))
         curve(axes, number, run, x, smoothed(y))
         lows.append(smoothed(y).min())
         highs.append(np.quantile(smoothed(y), 0.9))
-    if not drawn:
-        pyplot.close(figure)
-        return None
-    axes.set_ylim(min(lows) - 0.05 * (max(highs) - min(lows)), max(highs) + 0.2 * (max(highs) - min(lows)))
+    height = max(highs) - min(lows)
+    axes.set_ylim(min(lows) - 0.05 * height, max(highs) + 0.2 * height)  # the first steps would flatten the rest
     axes.set(xlabel="optimizer step" if over == "step" else "seconds", ylabel="bits per byte")
     axes.legend()
     return as_svg(figure, f"losses-{over}", f"Training loss of all runs over {over}")
@@ -562,8 +583,10 @@ def draw_stages(runs: Sequence[RunFiles]) -> Markup:
 
 def draw_all_positions(runs: Sequence[RunFiles]) -> Markup | None:
     """Bits per byte of the submitted score of all runs by position in the document."""
+    drawn = [(n, run) for n, run in enumerate(runs) if run.positions]
+    if not drawn:
+        return None
     figure, axes = canvas(2.9)
-    drawn = [(n, run) for n, run in enumerate(runs) if run.positions and "submitted" in run.result]
     curves: list[np.ndarray] = []
     for number, run in drawn:
         # By bytes, not by tokens: with another tokenizer the same place of a text has another number.
@@ -571,9 +594,6 @@ def draw_all_positions(runs: Sequence[RunFiles]) -> Markup | None:
         x, y = octave_means(run.positions, run.result["submitted"])
         curve(axes, number, run, x * per_token, y, marker="o", markersize=3.5)
         curves.append(y)
-    if not drawn:
-        pyplot.close(figure)
-        return None
     positions_axes(axes, curves)
     axes.set_xlabel("position in the document (bytes, by octaves of targets)")
     return as_svg(figure, "all-positions", "Bits per byte of all runs by position in the document")
@@ -586,18 +606,15 @@ def draw_all_bytes(runs: Sequence[RunFiles]) -> Markup | None:
     if not drawn:
         return None
     names = list(dict.fromkeys(name for _, _, sizes in drawn for name in sizes))
-    figure, axes = canvas(0.8 + max(0.28, 0.065 * (len(drawn) + 1)) * len(names))
+    figure, axes = canvas(1.0 + max(0.28, 0.065 * (len(drawn) + 1)) * len(names))
     height = 1 / (len(drawn) + 1)
     for place, (number, run, sizes) in enumerate(drawn):
         y = np.arange(len(names)) + (place - (len(drawn) - 1) / 2) * height
-        axes.barh(y, [sizes.get(name, 0) for name in names], height, color=COLOURS[number % len(COLOURS)], label=run.name)
-    axes.set_yticks(range(len(names)), names)
-    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel="bytes")
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} M" if x >= 1e6 else f"{x / 1e3:g} k" if x else "0")
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower right")
+        values, colour = [sizes.get(name, 0) for name in names], COLOURS[number % len(COLOURS)]
+        axes.barh(y, values, height, color=colour, label=run.name)
+    name_rows(axes, names)
+    bytes_axis(axes)
+    figure.legend(loc="outside lower center", ncols=3)
     return as_svg(figure, "all-bytes", "Bytes of the artifacts by kind of tensor")
 
 
@@ -711,6 +728,7 @@ def chosen_settings(run: RunFiles) -> list[tuple[str, str, str]]:
 def single_page(run: RunFiles) -> dict[str, Any]:
     """What the template shows of one run."""
     drawn: dict[str, Markup | None] = dict.fromkeys(("bytes", "bits", "errors"))
+    weighted = False
     drawn["scores"] = draw_scores(run) if run.kinds else None
     drawn["training"] = draw_training(run) if run.steps else None
     classes = tensor_classes(run.tensors) if run.tensors else []
@@ -718,17 +736,17 @@ def single_page(run: RunFiles) -> dict[str, Any]:
         drawn["bytes"] = draw_bytes(classes, run.result["code_bytes"])
         bits, kinds = by_layer(run.tensors, "bits")
         drawn["bits"] = draw_heat(bits, kinds, ".2f", "bits", "Bits per weight of each matrix")
-        weighted = not np.isnan(by_layer(run.tensors, "output_error")[0]).any()
-        errors = 100 * by_layer(run.tensors, "output_error" if weighted else "weight_error")[0]
-        drawn["errors"] = draw_heat(errors, kinds, ".1f", "errors", "Quantisation error of each matrix in percent")
+        errors, weighted = matrix_errors(run.tensors)
+        drawn["errors"] = draw_heat(
+            100 * errors, kinds, ".1f", "errors", "Quantisation error of each matrix in percent"
+        )
     drawn["positions"] = draw_positions(run) if run.positions else None
-    scored = run.documents is not None and "submitted" in run.result
+    scored = run.documents is not None
     drawn["documents"] = draw_documents(run) if scored else None
     lists = [("best", extremes(run, True)), ("worst", extremes(run, False))] if scored else []
-    return dict(
-        title=run.name, run=run, drawn=drawn, classes=classes, weighted=run.tensors is not None and weighted, lists=lists,
-        chosen=chosen_settings(run), plain=SCORES[plain_kind(run)][0] if scored else "",
-    )  # fmt: skip
+    plain = SCORES[plain_kind(run)][0] if drawn["documents"] else ""
+    return dict(title=run.name, run=run, drawn=drawn, classes=classes, weighted=weighted, lists=lists, plain=plain,
+                chosen=chosen_settings(run))  # fmt: skip
 
 
 def comparison_page(runs: Sequence[RunFiles]) -> dict[str, Any]:
@@ -755,7 +773,9 @@ def make_page(runs: Sequence[RunFiles]) -> str:
     loader = jinja2.FileSystemLoader(TEMPLATE.parent)
     pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                lstrip_blocks=True)  # fmt: skip
-    pages.globals.update(figure=figure_of, short=short, SCORES=SCORES, NOTHING=NOTHING, LIMIT_BYTES=LIMIT_BYTES, Markup=Markup)
+    pages.globals.update(
+        figure=figure_of, short=short, SCORES=SCORES, NOTHING=NOTHING, LIMIT_BYTES=LIMIT_BYTES, Markup=Markup
+    )
     with matplotlib.rc_context(STYLE):
         content = single_page(runs[0]) if len(runs) == 1 else comparison_page(runs)
     return pages.get_template(TEMPLATE.name).render(content, single=len(runs) == 1)

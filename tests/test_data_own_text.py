@@ -78,6 +78,13 @@ def test_documents_end_at_blank_lines_where_they_can():
     assert len(list(own_text.cut("a " * 1500 + "\n\nend"))) == 1  # what fits as a whole is not cut
 
 
+@pytest.mark.parametrize(
+    ("total", "wanted"), [(100_000, 10_000), (300_000, 20_000), (2_000_000, 46_000), (50_000_000, 60_000)]
+)
+def test_validation_is_large_enough_to_mean_something_and_small_enough_to_be_scored(total, wanted):
+    assert total * own_text.validation_fraction(total) == pytest.approx(wanted)
+
+
 def test_shards_are_what_train_gpt_reads(built):
     """Two disjoint splits, whose bytes and documents are those of the manifest; a tenth of little text is validation."""
     root, manifest, made = built

@@ -26,7 +26,10 @@ def runs(toy_data: ToyData, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
     """A whole toy run; its weights quantised to fewer bits and scored without adaptation; and what only trained."""
     root = tmp_path_factory.mktemp("runs")
     env = toy_data.env(RUNS_DIR=root, RUN_ID="whole", SLIDING_WINDOW_ENABLED=1, TTT_LORA_LR=0.001, GLOBAL_TTT_LR=0.003)
-    for name, changes in (("whole", {}), ("coarse", {"STAGES": "quantize,evaluate", "MATRIX_BITS": 4, "TTT_ENABLED": 0})):
+    for name, changes in (
+        ("whole", {}),
+        ("coarse", {"STAGES": "quantize,evaluate", "MATRIX_BITS": 4, "TTT_ENABLED": 0}),
+    ):
         if changes:
             shutil.copytree(root / "whole", root / name)
         config, origins = tg.load_config(env | {"RUN_ID": name} | {key: str(value) for key, value in changes.items()})
@@ -120,7 +123,12 @@ def test_every_figure_of_a_comparison_is_that_of_its_run(runs: list[Path]) -> No
     """Each row has the figures of its own run; the results are in the page."""
     parsed = Figures(page_of(*runs[:2]))
     results = [result_of(folder) for folder in runs[:2]]
-    assert check_figures(parsed.figures, results) >= {"val_bpb", "total_bytes", "steps", *(f"{k}_val_bpb" for k in KINDS)}
+    assert check_figures(parsed.figures, results) >= {
+        "val_bpb",
+        "total_bytes",
+        "steps",
+        *(f"{k}_val_bpb" for k in KINDS),
+    }
     assert json.loads(parsed.data) == results and len([key for key, *_ in parsed.figures if key == "val_bpb"]) == 2
     assert results[0]["val_bpb"] != results[1]["val_bpb"]
 
@@ -165,6 +173,13 @@ def test_kinds_of_tensor_account_for_the_artifact(runs: list[Path]) -> None:
     errors, _ = report.by_layer(run.tensors, "output_error")
     at = list(run.tensors["array"]).index("blocks.2.mlp.down.codes")
     assert errors[2, kinds.index("mlp.down")] == run.tensors["output_error"][at] > 0
+    kept = {key: values.copy() for key, values in run.tensors.items()}  # that matrix in half precision
+    kept["array"][at], kept["output_error"][at], kept["weight_error"][at] = "blocks.2.mlp.down", np.nan, np.nan
+    shown, weighted = report.matrix_errors(kept)
+    assert weighted and np.count_nonzero(shown != errors) == 1 and shown[2, kinds.index("mlp.down")] == 0
+    kept["output_error"][:] = np.nan  # a quantiser without Hessians
+    shown, weighted = report.matrix_errors(kept)
+    assert not weighted and shown.max() == np.nanmax(report.by_layer(kept, "weight_error")[0])
 
 
 def test_documents_are_listed_by_their_score_with_their_text(runs: list[Path]) -> None:
@@ -187,7 +202,9 @@ def test_documents_are_listed_by_their_score_with_their_text(runs: list[Path]) -
 def test_short_documents_do_not_fill_the_lists_where_there_are_others(runs: list[Path]) -> None:
     run = report.read_run(runs[0])
     sizes = np.where(np.arange(26) < 22, report.FEWEST_BYTES, 3.0)
-    assert {entry.bytes for entry in report.extremes(run._replace(documents=run.documents | {"bytes": sizes}), False)} == {100}
+    assert {
+        entry.bytes for entry in report.extremes(run._replace(documents=run.documents | {"bytes": sizes}), False)
+    } == {100}
 
 
 def test_a_run_that_only_trained_has_a_page(runs: list[Path]) -> None:
@@ -199,7 +216,9 @@ def test_a_run_that_only_trained_has_a_page(runs: list[Path]) -> None:
 
 def test_an_older_run_folder_has_a_page(runs: list[Path], tmp_path: Path) -> None:
     """Only result.json: what it says is shown, alone and beside others."""
-    shutil.copytree(runs[0], tmp_path / "old", ignore=lambda _, names: [name for name in names if name != "result.json"])
+    shutil.copytree(
+        runs[0], tmp_path / "old", ignore=lambda _, names: [name for name in names if name != "result.json"]
+    )
     page = page_of(tmp_path / "old")
     assert "val_bpb" in check_figures(Figures(page).figures, [result_of(runs[0])])
     assert "The log of the run is not there." in page
@@ -217,22 +236,28 @@ def write_run(folder: Path, preset: str, seed: int, documents: list[tuple[int, f
     """A run with nothing but a submitted score on documents of (bytes, nats), and its settings."""
     folder.mkdir(parents=True)
     size, nats = (sum(column) for column in zip(*documents))
-    result = dict(preset=preset, run_id=folder.name, seed=seed, stage_seconds={}, validity=[], valid=True, submitted="ttt",
-                  val_bpb=nats / math.log(2) / size, ttt_val_bpb=nats / math.log(2) / size)  # fmt: skip
+    result = dict(preset=preset, run_id=folder.name, seed=seed, stage_seconds={}, validity=[], valid=True)
+    result |= dict(submitted="ttt", val_bpb=nats / math.log(2) / size, ttt_val_bpb=nats / math.log(2) / size)
     (folder / "result.json").write_text(json.dumps(result))
     lines = [f"0,9,{size},{value!r}" for size, value in documents]
     (folder / "documents.csv").write_text("\n".join(["position,tokens,bytes,ttt", *lines]) + "\n")
     values = dict(seed=str(seed), **{f"filler{n}": "0" for n in range(15)}) | settings
-    log = [f"source bytes:1 sha256:{64 * '0'}", *(f"setting name:{name} value:{value} origin:environment" for name, value in settings.items())]
+    log = [
+        f"source bytes:1 sha256:{64 * '0'}",
+        *(f"setting name:{name} value:{value} origin:environment" for name, value in settings.items()),
+    ]
     (folder / "log.txt").write_text("\n".join([*log, *(f"  {name}: {value}" for name, value in values.items())]) + "\n")
     return folder
 
 
 def test_groups_are_paired_with_the_first_by_seed_and_by_document(tmp_path: Path) -> None:
-    """Two settings, two seeds, by hand: differences of 2 and 6 nats over 30 bytes, all of them in the first document."""
+    """Two settings, two seeds, by hand: differences of 2 and 6 nats over 30 bytes, all in the first document."""
     nats = {("a", 1): 10.0, ("a", 2): 11.0, ("b", 1): 8.0, ("b", 2): 5.0}
-    folders = [write_run(tmp_path / f"{name}{seed}", "tiny", seed, [(10, first), (20, 20.0)], embed_bits="7" if name == "a" else "5",
-                         iterations="9") for (name, seed), first in nats.items()]  # fmt: skip
+    bits = {"a": "7", "b": "5"}
+    folders = [
+        write_run(tmp_path / f"{n}{seed}", "tiny", seed, [(10, x), (20, 20.0)], embed_bits=bits[n], iterations="9")
+        for (n, seed), x in nats.items()
+    ]
     runs = [report.read_run(folder) for folder in folders]
     first, second = report.make_groups(runs)
     assert (first.label, second.label) == ("tiny+EMBED_BITS=7", "tiny+EMBED_BITS=5")
@@ -265,7 +290,9 @@ def test_runs_on_other_text_or_seeds_are_compared_as_far_as_possible(tmp_path: P
 
 def test_names_are_no_markup(tmp_path: Path) -> None:
     """A run id may hold what means something to a browser or to matplotlib."""
-    first, second = (write_run(tmp_path / name, "tiny", 1, [(10, 9.0), (20, n)]) for name, n in (("a", 1.0), ("b", 2.0)))
+    first, second = (
+        write_run(tmp_path / name, "tiny", 1, [(10, 9.0), (20, n)]) for name, n in (("a", 1.0), ("b", 2.0))
+    )
     for folder in (first, second):
         changed = result_of(folder) | {"run_id": "<b>$x^{$</b>&'\"" + folder.name}
         (folder / "result.json").write_text(json.dumps(changed))
@@ -283,7 +310,9 @@ def test_curves_and_clouds_stay_small_and_true() -> None:
     assert report.smoothed(np.ones(50)).tolist() == [1.0] * 50
     assert report.smoothed(x[:80])[40] == pytest.approx(40) and report.smoothed(x[:80])[0] == pytest.approx(1.0)
     random = np.random.default_rng(0)
-    cloud = report.draw_scatter(random.random(50_000), random.random(50_000), random.random(50_000), ("x", "y"), "cloud")
+    cloud = report.draw_scatter(
+        random.random(50_000), random.random(50_000), random.random(50_000), ("x", "y"), "cloud"
+    )
     assert "<image" in cloud and len(cloud) < 400_000
 
 
@@ -311,7 +340,9 @@ def test_unusable_folders_are_refused_in_one_line(
     assert not (folder / "report.html").exists()
 
 
-def test_command_line_writes_beside_the_runs(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_writes_beside_the_runs(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert report.main([str(runs[0])]) == 0
     assert (runs[0] / "report.html").read_text() == page_of(runs[0])  # the same files give the same page
     assert report.main([str(runs[0]), str(runs[1])]) == 0 and (runs[0].parent / "comparison.html").exists()
@@ -355,7 +386,8 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
          " --disable-component-update --disable-sync --allow-file-access-from-files --enable-logging=stderr"
          " --hide-scrollbars --virtual-time-budget=8000 --dump-dom").split()  # fmt: skip
-FRAME = """<!DOCTYPE html><iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe><pre></pre><script>
+FRAME = """<!DOCTYPE html><iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe><pre></pre>
+<script>
 document.querySelector("iframe").onload = event => {{
   const page = event.target.contentDocument, root = page.documentElement;
   const figures = [...page.querySelectorAll("[data-key]")].map(e => [e.dataset.key, e.dataset.value, e.textContent]);
@@ -384,5 +416,3 @@ def test_pages_open_in_a_browser(runs: list[Path], tmp_path: Path, width: int, c
     assert found["width"] == found["content"] == width and found["right"] <= width
     assert found["drawings"] >= 6
     assert "val_bpb" in check_figures(found["figures"], [result_of(folder) for folder in runs[:count]])
-
-
