@@ -5,6 +5,7 @@ usage() {
     cat <<'TEXT'
 Usage: ./run.sh                        train, quantise and score on whatever this machine has
        ./run.sh records/FOLDER [SEED]  run a published system and compare the figures (folders with published.json)
+       ./run.sh --text FOLDER          train a tiny model on your own text: the .txt and .jsonl files below FOLDER
        ./run.sh test                   run the test suite on all cores (further words go to pytest: -n 2 takes two
                                        cores, -m slow runs the long tests)
        ./run.sh --help                 this text
@@ -54,9 +55,11 @@ die_without_gpus() {
         "With an empty CUDA_VISIBLE_DEVICES= the run stays on the CPU."
 }
 
+caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 case "${1:-}" in
     "" | test) ;;
+    --text) [ -n "${2:-}" ] || die "--text needs a folder with .txt or .jsonl files" ;;
     -h | --help) usage; exit 0 ;;
     *) [ -d "$1" ] || die "'$1' is neither a folder nor a known word; see ./run.sh --help" ;;
 esac
@@ -80,7 +83,7 @@ fi
 if [ "$venv" = none ]; then
     # Names to import; those below the line about the tests are needed by the tests alone.
     if [ "${1:-}" = test ]; then last='$'; else last='/^# The tests alone/'; fi
-    packages=$(sed -nE "1,${last}s/^(pytest-)?([a-z_]+)==.*/\2/p" requirements.txt)
+    packages=$(sed -nE "1,${last}s/^(pytest-)?([a-z_0-9]+)==.*/\2/p" requirements.txt)
     # shellcheck disable=SC2086 # one word each
     missing=$("$python" -c 'import importlib.util, sys
 print(*(name for name in sys.argv[1:] if not importlib.util.find_spec(name)))' $packages)
@@ -117,14 +120,22 @@ if [ "$found" -gt 0 ] && [ "$gpus" -eq 0 ]; then
     reason=$("$python" -c 'import torch; torch.cuda.init()' 2>&1 | tail -n 1) || true
     die_without_gpus "PyTorch $version for CUDA $cuda can use none of them: $reason"
 fi
-if [ -n "${1:-}" ]; then exec "$python" records/reproduce.py "$@"; fi
+if [ "${1:-}" = --text ]; then
+    case "$2" in /*) folder=$2 ;; *) folder=$caller/$2 ;; esac
+    said=$("$python" data/own_text.py "$folder") || exit
+    echo "$said"
+    said=${said#*tokenizer:}
+    export PRESET=tiny TOKENIZER_PATH="${said%% sha256:*}" DATA_PATH="${said##*dataset:}"
+elif [ -n "${1:-}" ]; then
+    exec "$python" records/reproduce.py "$@"
+fi
 
 if [ -z "${PRESET:-}" ]; then
     shards=${DATA_PATH:-${DATA_DIR:-./data}/datasets/fineweb10B_sp${VOCAB_SIZE:-8192}}
     if [ "$gpus" -gt 0 ] && [ -d "$shards" ]; then export PRESET=default; else export PRESET=tiny; fi
     [ "${STAGES:-}" = describe ] || echo "run.sh: $gpus GPU(s), PRESET=$PRESET"
 fi
-if [ "$PRESET" = tiny ] && [ "${STAGES:-}" != describe ]; then "$python" data/embedded.py; fi
+if [ "$PRESET" = tiny ] && [ "${1:-}" != --text ] && [ "${STAGES:-}" != describe ]; then "$python" data/embedded.py; fi
 
 processes=${NPROC:-$((gpus > 0 ? gpus : 1))}
 if [ "$gpus" -eq 0 ]; then

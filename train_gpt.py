@@ -113,6 +113,7 @@ class Config:
     attn_backend: str = setting("auto", choices=("auto", "fa3", "varlen", "sdpa"))  # auto: the first that can run
     kernels: str = setting("auto", choices=("auto", "triton", "plain"))  # auto: Triton where it agrees with the plain
     checkpoint_seconds: float = setting(0.0, 0)  # save the training state this often; 0: never (timed record runs)
+    report: bool = setting(True)  # at the end records/report.py, where it is there, writes report.html
 
     # data
     data_dir: str = setting("./data/")  # holds datasets/ and tokenizers/
@@ -972,6 +973,11 @@ def write_file(path: Path, *parts: bytes | memoryview) -> int:
             partial.unlink()
         raise UserError(f"{path}: cannot write {size} bytes ({error.strerror}); free space or set RUNS_DIR") from None
     return size
+
+
+def write_table(path: Path, head: str, rows: Iterable[Iterable]) -> None:
+    """Writes a CSV file; `head` names its columns. Numbers keep all of their digits."""
+    write_file(path, ("\n".join([head, *(",".join(map(str, row)) for row in rows)]) + "\n").encode())
 
 
 def read_file(path: Path, limit: float) -> bytes:
@@ -2941,9 +2947,7 @@ class Trainer:
         return 1 / self.collected
 
     def progress(self) -> float:
-        """From 0 to 1 over the time budget, by rank 0's clock; without one, over the iterations."""
-        limit = self.config.train_seconds
-        return min(self.elapsed / limit if limit < math.inf else self.step / self.config.iterations, 1.0)
+        return progress_at(self.step, self.elapsed, self.config)
 
     def multiplier(self) -> float:
         return lr_multiplier(self.progress(), self.step, self.config)
@@ -3122,10 +3126,29 @@ class Trainer:
         return {"token_counts": np.bincount(tokens, minlength=self.config.vocab_size).astype(np.float32)}
 
 
+def progress_at(step: int, elapsed: float, config: Config) -> float:
+    """From 0 to 1 over the time budget, by rank 0's clock; without one, over the iterations."""
+    limit = config.train_seconds
+    return min(elapsed / limit if limit < math.inf else step / config.iterations, 1.0)
+
+
+def write_steps(path: Path, history: list[list[float]], config: Config) -> None:
+    """A line for each optimizer step: its loss in nats per token, when it began in seconds on the clock of the
+    schedule, its learning-rate multiplier, and 1 where the layers were looped."""
+    rows, elapsed = [], 0.0
+    for step, loss, seconds in history:
+        progress = progress_at(int(step) - 1, elapsed, config)  # as it was before this step
+        multiplier = lr_multiplier(progress, int(step) - 1, config)
+        looped = bool(config.num_loops) and progress >= config.enable_looping_at
+        rows.append((int(step), loss, seconds, multiplier, int(looped)))
+        elapsed = seconds
+    write_table(path, "step,loss,seconds,lr_multiplier,looped", rows)
+
+
 def training_settings(config: Config) -> dict[str, Any]:
     """The settings that decide what the train stage computes; a resumed run must have the same."""
     later = ("run_id", "runs_dir", "stages", "compile", "attn_backend", "kernels", "checkpoint_seconds")
-    later += ("preset", "data_dir")
+    later += ("preset", "data_dir", "report")
     shown = ("train_log_every", "val_loss_every", "val_batch_tokens", "eval_seq_len", "eval_stride", "warmup_steps")
     first, last = list(FIELDS).index("matrix_bits"), list(FIELDS).index("token_document_orders")
     stages = {*list(FIELDS)[first : last + 1]} - {"gptq_calibration_batches"}  # of quantize and evaluate
@@ -3174,6 +3197,7 @@ def train(config: Config, run: Run, log: Log, program: Program) -> dict[str, Any
         arrays = trainer.model.arrays()
         arrays |= {f"hessian.{name}.{layer}": h.cpu().numpy() for (name, layer), h in hessians.items()} | counts
         save_arrays(run_dir(config) / "trained.bin", {"settings": training_settings(config)}, arrays)
+        write_steps(run_dir(config) / "steps.csv", trainer.history, config)
         plot_history(trainer.history, run_dir(config) / "loss_curve.png")
     del hessians
     tally = trainer.validate()
@@ -4121,7 +4145,12 @@ def open_artifact(path: Path, config: Config) -> tuple[dict, list[memoryview]]:
 
 
 def load_artifact(path: Path, config: Config) -> dict[str, np.ndarray]:
-    """The float32 parameters of an artifact file by name.
+    """The float32 parameters of an artifact file by name. Raises UserError like read_artifact."""
+    return dequantize(read_artifact(path, config)[0], config)
+
+
+def read_artifact(path: Path, config: Config) -> tuple[dict[str, np.ndarray], list[Stored], dict[str, int]]:
+    """The arrays of an artifact file by name, their table, and the bytes that each stream takes in the file.
 
     Raises UserError when it is damaged, or of another model than `config` says. Decompression is bounded by the
     sizes that follow from the configuration.
@@ -4143,9 +4172,63 @@ def load_artifact(path: Path, config: Config) -> dict[str, np.ndarray]:
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             streams = dict(zip(sizes, pool.map(expand, sizes, packed)))
-        return dequantize(restore_rows(stream_arrays(streams, table)), config)
+        stored = restore_rows(stream_arrays(streams, table))
+        return stored, table, {stream: len(blob) for stream, blob in zip(sizes, packed)}
     except ValueError as error:
         raise UserError(f"{path}: damaged artifact ({error}); quantise again") from None
+
+
+def array_bytes(stored: Mapping[str, np.ndarray], table: list[Stored], packed: Mapping[str, int]) -> dict[str, float]:
+    """Bytes of the file that each array takes. Arrays of one stream are compressed together: codes share its bytes in
+    proportion to their entropy, counted for each array alone, two-byte numbers to their number."""
+
+    def weight(entry: Stored) -> float:
+        array = stored[entry.name]
+        if entry.dtype != "i1":
+            return float(array.nbytes)
+        shares = np.unique(array, return_counts=True)[1] / array.size
+        return float(array.size * (1e-3 - (shares * np.log2(shares)).sum()))  # an array of one value is not free
+
+    weights = {entry.name: weight(entry) for entry in table}
+    totals: dict[str, float] = {}
+    for entry in table:
+        totals[entry.stream] = totals.get(entry.stream, 0.0) + weights[entry.name]
+    return {entry.name: packed[entry.stream] * weights[entry.name] / totals[entry.stream] for entry in table}
+
+
+def quantisation_errors(
+    name: str, arrays: Mapping[str, np.ndarray], restored: Mapping[str, np.ndarray], config: Config
+) -> tuple[float, float | None]:
+    """Of one matrix W and its value from the artifact: |W - W'| / |W| in Frobenius norm, and the same of its outputs
+    on the calibration inputs, sqrt(tr(E H E^T) / tr(W H W^T)); None without a Hessian of its inputs."""
+    layer, kind = name.removeprefix("blocks.").split(".", 1) if name.startswith("blocks.") else ("0", "head")
+    if kind in MATRICES:
+        place = MATRICES[kind].half * config.num_layers + int(layer)
+        W, Q = (values[MATRICES[kind].bank][place].astype(np.float64) for values in (arrays, restored))
+    else:
+        W, Q = (values[name].astype(np.float64) for values in (arrays, restored))
+    source = MATRICES[kind].hessian if kind in MATRICES else "head" if name == "tok_emb.weight" else ""
+    H, E = arrays.get(f"hessian.{source}.{layer}"), W - Q
+    size = float(np.linalg.norm(W)) or 1.0
+    if H is None:
+        return float(np.linalg.norm(E)) / size, None
+    output = max(float(np.vdot(W @ H, W)), 1e-30)
+    return float(np.linalg.norm(E)) / size, math.sqrt(max(float(np.vdot(E @ H, E)), 0.0) / output)
+
+
+def write_tensors(path: Path, artifact: Path, arrays: Mapping[str, np.ndarray], config: Config) -> None:
+    """A line for each array of the artifact: its numbers, the bytes of the file that it takes (`array_bytes`; the last
+    line is the container's header), and for codes the errors of the matrix (`quantisation_errors`)."""
+    stored, table, packed = read_artifact(artifact, config)
+    sizes, restored, rows = array_bytes(stored, table, packed), dequantize(stored, config), []
+    for entry in table:
+        matrix = entry.name.removesuffix(".codes")
+        errors = quantisation_errors(matrix, arrays, restored, config) if matrix != entry.name else (None, None)
+        shown = ["" if error is None else error for error in errors]
+        rows.append((entry.name, entry.stream, math.prod(entry.shape), sizes[entry.name], *shown))
+    header = artifact.stat().st_size - sum(packed.values())
+    rows.append(("header", "", 0, header, "", ""))
+    write_table(path, "array,stream,numbers,bytes,weight_error,output_error", rows)
 
 
 def corrected_names(names: Any, config: Config) -> list[str]:
@@ -4265,12 +4348,24 @@ def plan_windows(
         scored, step = scored + step, stride
 
 
+OCTAVES = 24  # of positions in a document: 1, 2..3, 4..7 and so on
+
+
+def position_octave(validation: Validation, positions: np.ndarray) -> np.ndarray:
+    """Of stream positions of targets (n,): floor(log2(distance to the begin of the document)), the last one for all
+    that lies beyond."""
+    starts = validation.documents[:, 0]
+    distance = positions - starts[np.searchsorted(starts, positions) - 1]
+    return np.minimum(np.frexp(distance)[1] - 1, OCTAVES - 1)
+
+
 class Tally:
     """What has been scored so far, and a ledger of it: how often each token of the stream was a target."""
 
     def __init__(self, validation: Validation):
         self.validation = validation
         self.document_nats = np.zeros(len(validation.documents))
+        self.octave_nats = np.zeros(OCTAVES)  # by position in the document
         self.times = np.zeros(len(validation.tokens), np.uint8)
         self.learned = 0  # targets that a weight update has used after their score
         self.learned_early = 0  # and before it, which only TTT_KIND=pre_eval_illegal does
@@ -4279,7 +4374,9 @@ class Tally:
         """Adds nats (n,) of the targets at these stream positions (n,); summed in float64."""
         positions = np.asarray(positions)
         document = np.searchsorted(self.validation.documents[:, 0], positions) - 1  # its first token is no target
-        np.add.at(self.document_nats, document, nll.detach().double().cpu().numpy())
+        nats = nll.detach().double().cpu().numpy()
+        np.add.at(self.document_nats, document, nats)
+        self.octave_nats += np.bincount(position_octave(self.validation, positions), nats, OCTAVES)
         np.add.at(self.times, positions, 1)
 
     def learn_from(self, positions: Tensor | np.ndarray, times: np.ndarray) -> None:
@@ -4292,9 +4389,10 @@ class Tally:
     def over_ranks(self, run: Run) -> "Tally":
         """The tally of all ranks together. Collective."""
         total = Tally(self.validation)
-        sums = torch.tensor([*self.document_nats, self.learned, self.learned_early], dtype=torch.float64)
-        *nats, total.learned, total.learned_early = run.sum_(sums.to(run.device)).tolist()
-        total.document_nats = np.array(nats)
+        sums = [*self.document_nats, *self.octave_nats, self.learned, self.learned_early]
+        summed = run.sum_(torch.tensor(sums, dtype=torch.float64).to(run.device))
+        *nats, total.learned, total.learned_early = summed.tolist()
+        total.document_nats, total.octave_nats = np.split(np.array(nats), [len(self.document_nats)])
         total.times = run.sum_(torch.from_numpy(self.times).to(run.device, copy=True)).cpu().numpy()
         return total
 
@@ -4329,8 +4427,18 @@ def write_documents(path: Path, tallies: Mapping[str, Tally]) -> None:
     bytes_before = np.append(0, validation.bytes.numpy().cumsum())
     sizes = bytes_before[starts + 1 + counts] - bytes_before[starts + 1]
     rows = zip(starts, counts, sizes, *(tally.document_nats for tally in tallies.values()))
-    lines = ["position,tokens,bytes," + ",".join(tallies), *(",".join(map(str, row)) for row in rows)]
-    write_file(path, ("\n".join(lines) + "\n").encode())
+    write_table(path, "position,tokens,bytes," + ",".join(tallies), rows)
+
+
+def write_positions(path: Path, tallies: Mapping[str, Tally]) -> None:
+    """A line for each octave of positions in a document that occurs, the first target having position 1: its first
+    position, its targets, their bytes, and their nats in each kind of score, summed over documents."""
+    validation = next(iter(tallies.values())).validation
+    octaves = position_octave(validation, np.arange(1, len(validation.tokens)))
+    tokens = np.bincount(octaves, minlength=OCTAVES)
+    sizes = np.bincount(octaves, validation.bytes[1:].numpy(), OCTAVES).astype(np.int64)
+    rows = zip(2 ** np.arange(OCTAVES), tokens, sizes, *(tally.octave_nats for tally in tallies.values()))
+    write_table(path, "first,tokens,bytes," + ",".join(tallies), [row for row in rows if row[1]])
 
 
 class Window(NamedTuple):
@@ -5285,6 +5393,7 @@ def make_artifact(config: Config, device: torch.device, log: Log) -> dict[str, A
     if excess > 0 and fitting:  # the last try was bolder than an earlier one that fits
         factor, size, data = fitting
         write_file(target, data)
+    write_tensors(folder / "tensors.csv", target, arrays, config)
     return {
         "artifact_bytes": size,
         "code_bytes": code_bytes,
@@ -5364,6 +5473,7 @@ def evaluate_stage(config: Config, run: Run, log: Log, program: Program) -> dict
         tallies[kind] = tally
     run.on_main(lambda: write_documents(run_dir(config) / "documents.csv", tallies))
     text_bytes = run.on_main(lambda: decoded_bytes(validation.tokens.numpy(), load_tokenizer(config)))
+    run.on_main(lambda: write_positions(run_dir(config) / "positions.csv", tallies))
     if "oversize" in tallies:
         result["fit_cost_bpb"] = tallies["quantized"].bpb - tallies["oversize"].bpb
         log("fit", cost_bpb=result["fit_cost_bpb"])
@@ -5383,7 +5493,7 @@ def evaluate_stage(config: Config, run: Run, log: Log, program: Program) -> dict
         "text_bytes": text_bytes,
         "byte_sidecar": any(config.dataset_dir.glob("fineweb_val_bytes_[0-9]*.bin")),
         "val_documents": len(validation.documents),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in program.model.parameters()),
         "scored_sha256": hashlib.sha256((run_dir(config) / "artifact.bin").read_bytes()).hexdigest(),
         "eval_seconds": result[f"{submitted}_seconds"],
     }
@@ -5644,6 +5754,23 @@ def compile_report(stage: str, program: Program, graphs: Graphs, run: Run, log: 
     return found | dict(compile_seconds=graphs.seconds)
 
 
+def draw_report(folder: Path) -> str:
+    """Lets records/report.py, beside this file, make a page of a run; a line that says where, or what went wrong.
+
+    A process of its own, since no drawing may cost a finished run its memory or its exit status.
+    """
+    program = Path(__file__).resolve().parent / "records" / "report.py"
+    if not program.exists():
+        return ""
+    try:
+        command = [sys.executable, str(program), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"warning report:{error}"
+    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["ended without a word"]
+    return said[-1] if done.returncode == 0 else f"warning report:{said[-1]}"
+
+
 def earlier_parts(path: Path, config: Config, run: Run) -> dict[str, dict[str, Any]]:
     """What each stage of an earlier run in this folder had put into result.json."""
     if not path.exists():
@@ -5717,7 +5844,10 @@ def command_line() -> int:
             return 0
         # Compiled code stays with the runs: PyTorch's own folder for it is a temporary one.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.runs_dir, "compile-cache").resolve()))
-        return 0 if main(config, run, origins)["valid"] else 1
+        result = main(config, run, origins)
+        if run.is_main and config.report and (said := draw_report(Path(config.runs_dir) / result["run_id"])):
+            print(said, flush=True)
+        return 0 if result["valid"] else 1
     except UserError as error:
         return fail(2, str(error))
     except TrainingDiverged as error:

@@ -19,7 +19,6 @@ import json
 import re
 import sys
 import sysconfig
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -27,6 +26,7 @@ import numpy as np
 import sentencepiece
 import shards
 
+NAME = "embedded"
 MIN_DOCUMENT_CHARS = 200
 MAX_DOCUMENT_CHARS = 8_000  # longer texts are cut at paragraph ends; FineWeb's mean document is about 3,000 bytes
 MAX_VAL_DOCUMENT_CHARS = 4_000  # so that a small validation split has many documents
@@ -52,68 +52,91 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder for tokenizers/ and datasets/ (default data)")
     parser.add_argument("--vocab-size", type=int, default=1024, help="pieces of the tokenizer (default 1024)")
     options = parser.parse_args()
-    started = time.perf_counter()
-    manifest, built = build(options.root, options.vocab_size)
+    describe(*build(options.root, options.vocab_size), NAME, options.root, options.vocab_size)
+
+
+def describe(manifest: dict, built: bool, name: str, root: Path, vocab_size: int) -> None:
+    """Prints what a corpus holds and where it is."""
     state = "built" if built else "complete, nothing to do"
-    print(f"embedded_corpus:{state} seconds:{time.perf_counter() - started:.1f} python:{manifest['python'].split()[0]} "
-          f"corpus_sha256:{manifest['corpus_sha256'][:16]}")  # fmt: skip
+    print(f"{name}_corpus:{state} python:{manifest['python'].split()[0]} corpus_sha256:{manifest['corpus_sha256'][:16]}")
     for split in ("train", "val"):
         numbers = manifest["splits"][split]
         print(f"split:{split} documents:{numbers['documents']} tokens:{numbers['tokens']} bytes:{numbers['bytes']} "
               f"bytes_per_token:{numbers['bytes'] / numbers['tokens']:.3f}")  # fmt: skip
-    print(f"tokenizer:{tokenizer_path(options.root, options.vocab_size)} sha256:{manifest['tokenizer_sha256'][:16]}")
-    print(f"dataset:{dataset_folder(options.root, options.vocab_size)}")
+    tokenizer, folder = corpus_paths(root, name, vocab_size)
+    print(f"tokenizer:{tokenizer} sha256:{manifest['tokenizer_sha256'][:16]}")
+    print(f"dataset:{folder}")
+
+
+def corpus_paths(root: Path, name: str, vocab_size: int) -> tuple[Path, Path]:
+    """(tokenizer, dataset folder) of a corpus."""
+    root = Path(root)
+    return root / "tokenizers" / f"{name}_{vocab_size}_bpe.model", root / "datasets" / f"{name}_sp{vocab_size}"
 
 
 def tokenizer_path(root: Path, vocab_size: int) -> Path:
-    return Path(root) / "tokenizers" / f"embedded_{vocab_size}_bpe.model"
+    return corpus_paths(root, NAME, vocab_size)[0]
 
 
 def dataset_folder(root: Path, vocab_size: int) -> Path:
-    return Path(root) / "datasets" / f"embedded_sp{vocab_size}"
+    return corpus_paths(root, NAME, vocab_size)[1]
 
 
 def build(root: Path, vocab_size: int) -> tuple[dict, bool]:
-    """Build what is missing; returns (manifest, whether anything was built)."""
-    if not 512 <= vocab_size <= 16384:
-        raise shards.DataError("--vocab-size", vocab_size, "512 to 16384", "the published size for small runs is 1024")
-    manifest = complete_manifest(root, vocab_size)
+    """Build what is missing of the embedded corpus; returns (manifest, whether anything was built)."""
+    manifest = complete_manifest(root, NAME, vocab_size)
     if manifest is not None:
         return manifest, False
-    folder = dataset_folder(root, vocab_size)
-    folder.mkdir(parents=True, exist_ok=True)
-    # The manifest is written last and removed first: where it is, everything is there.
-    (folder / "manifest.json").unlink(missing_ok=True)
     documents = collect_documents()
     if len(documents) < MIN_DOCUMENTS:
         raise shards.DataError(sysconfig.get_path("stdlib"), f"{len(documents)} documents of text", f"at least {MIN_DOCUMENTS}",
                                "this Python lacks its documentation: install the full package (python3-full on Debian)")
-    split = dict(zip(("val", "train"), split_documents(documents), strict=True))
-    shards.train_tokenizer(training_sentences(split["train"]), vocab_size, tokenizer_path(root, vocab_size))
-    tokenizer = shards.load_tokenizer(tokenizer_path(root, vocab_size))
+    return write_corpus(root, NAME, vocab_size, *split_documents(documents, VAL_FRACTION))
+
+
+def write_corpus(root: Path, name: str, vocab_size: int, val: list[str], train: list[str]) -> tuple[dict, bool]:
+    """Tokenizer, shards and manifest of a corpus, unless they are there already; returns (manifest, whether built).
+
+    Raises DataError where the text does not make a tokenizer of this size.
+    """
+    digest = hashlib.sha256(json.dumps([val, train]).encode()).hexdigest()
+    manifest = complete_manifest(root, name, vocab_size)
+    if manifest is not None and manifest["corpus_sha256"] == digest:
+        return manifest, False
+    tokenizer_file, folder = corpus_paths(root, name, vocab_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    # The manifest is written last and removed first: where it is, everything is there.
+    (folder / "manifest.json").unlink(missing_ok=True)
+    shards.train_tokenizer(training_sentences(train), vocab_size, tokenizer_file)
+    tokenizer = shards.load_tokenizer(tokenizer_file)
     manifest = {
         "name": folder.name,
         "python": sys.version,
         "recipe_sha256": recipe_sha256(),
-        "corpus_sha256": hashlib.sha256(json.dumps(documents).encode()).hexdigest(),
-        "tokenizer": f"../../tokenizers/{tokenizer_path(root, vocab_size).name}",
-        "tokenizer_sha256": shards.file_sha256(tokenizer_path(root, vocab_size)),
+        "corpus_sha256": digest,
+        "tokenizer": f"../../tokenizers/{tokenizer_file.name}",
+        "tokenizer_sha256": shards.file_sha256(tokenizer_file),
         "vocab_size": vocab_size,
-        "splits": {name: write_split(folder, name, split[name], tokenizer) for name in ("val", "train")},
+        "splits": {split: write_split(folder, split, part, tokenizer) for split, part in (("val", val), ("train", train))},
     }
     shards.write_json(folder / "manifest.json", manifest)
     return manifest, True
 
 
-def complete_manifest(root: Path, vocab_size: int) -> dict | None:
-    """The manifest when this Python and this recipe made what is there and every file still has its hash, else None."""
-    folder = dataset_folder(root, vocab_size)
+def complete_manifest(root: Path, name: str, vocab_size: int) -> dict | None:
+    """The manifest when this Python and this recipe made what is there and every file still has its hash, else None.
+
+    Raises DataError for a size of the vocabulary that nobody uses.
+    """
+    if not 512 <= vocab_size <= 16384:
+        raise shards.DataError("--vocab-size", vocab_size, "512 to 16384", "the published size for small runs is 1024")
+    tokenizer, folder = corpus_paths(root, name, vocab_size)
     if not (folder / "manifest.json").is_file():
         return None
     manifest = shards.read_json(folder / "manifest.json")
     if (manifest.get("python"), manifest.get("recipe_sha256")) != (sys.version, recipe_sha256()):
         return None
-    expected = {tokenizer_path(root, vocab_size): manifest["tokenizer_sha256"]}
+    expected = {tokenizer: manifest["tokenizer_sha256"]}
     for split, numbers in manifest["splits"].items():
         expected[shards.shard_path(folder, split, 0)] = numbers["sha256"]
     whole = all(path.is_file() and shards.file_sha256(path) == digest for path, digest in expected.items())
@@ -226,13 +249,14 @@ def cut_document(paragraphs: list[str]) -> Iterator[str]:
         yield document
 
 
-def split_documents(documents: list[str]) -> tuple[list[str], list[str]]:
-    """(validation, training): the first documents of moderate length, until they hold VAL_FRACTION of the text."""
-    wanted = VAL_FRACTION * sum(map(len, documents))
+def split_documents(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+    """(validation, training): the first documents of moderate length, until they hold this fraction of the text."""
+    wanted, held = fraction * sum(map(len, documents)), 0
     val: list[str] = []
     train: list[str] = []
     for document in documents:
-        to_val = len(document) <= MAX_VAL_DOCUMENT_CHARS and sum(map(len, val)) < wanted
+        to_val = len(document) <= MAX_VAL_DOCUMENT_CHARS and held < wanted
+        held += len(document) * to_val
         (val if to_val else train).append(document)
     return val, train
 

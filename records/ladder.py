@@ -18,7 +18,6 @@ Exit status: 0 done, 1 a run failed, 2 a mistake in the arguments or files, 130 
 """
 
 import argparse
-import csv
 import dataclasses
 import functools
 import hashlib
@@ -51,6 +50,18 @@ import variants
 from variants import variant_of
 
 import train_gpt as tg
+from records.paired import (
+    NOTHING,
+    RESULT_FILE,
+    ByDocument,
+    RunError,
+    by_seed,
+    document_differences,
+    paired_difference,
+    read_json,
+    signed,
+    with_deviation,
+)
 
 SMALL_DIM = 128  # width of every run; a preset of this width, such as tiny, keeps its sizes
 WIDTH, LENGTH = 4, 8  # by what widths and lengths of the published systems are divided
@@ -59,22 +70,16 @@ MOST_CALIBRATION_ROWS = 32
 CHALLENGE_DOCUMENTS = variants.VAL_DOCUMENTS
 FEWEST_CHUNKS = 4  # of chunked test-time training: the last one teaches nobody
 DATA_VARIANTS = ("sp1024", "sp8192", "caseops", "mp3")  # rows of variants.VARIANTS; each becomes a folder of its name
-DATA_FILE, RUN_FILE, RESULT_FILE = "ladder.json", "run.json", "result.json"
+DATA_FILE, RUN_FILE = "ladder.json", "run.json"
 DOCUMENTS_FILE = "documents.jsonl"  # of the data
-ARTIFACT_FILE, SCORES_FILE = "artifact.bin", "documents.csv"  # of a run
+ARTIFACT_FILE = "artifact.bin"  # of a run
 SCRIPT_FILE = "train_gpt.py"
 LABEL = re.compile(r"\w+(\+[A-Z][A-Z0-9_]*=[\w.,:{}-]*)*", re.ASCII)  # of a preset or variation; names a folder too
 OWN_SETTINGS = {"PRESET", "SEED", "RUN_ID", "RUNS_DIR", "STAGES", "DATA_PATH", "TOKENIZER_PATH"}  # of the ladder
-NOTHING = "\u2013"  # in a cell of a table
-ROUNDING_BPB = 1e-6  # by how much the documents of a score may miss its bits per byte
 SPEEDS_FILE = "speeds.json"
 BUDGETS = {"seconds": "s by the clock", "processor_seconds": "s of processor time, as steps", "steps": "steps"}
 PILOT_RESERVE_S = 60.0  # for the calibration of a pilot, whose length is not known yet
 KEPT_ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES")
-
-
-class LadderError(ValueError):
-    """A mistake in the arguments or files. Its message is one line: what, where, and the fix."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,7 +127,7 @@ def scaled(preset: tg.Config, scale: Scale) -> dict[str, str]:
     Every value follows by a rule from the preset's own, so that what differs between presets differs here. Not named,
     hence as published: layers, loops, gates, skips, MLP multiplier, initial values, learning rates, momenta, weight
     decays, bits, clips, codec, passes over a chunk, n-gram tilt. What a variation changes takes the same rules, or
-    stays as it is where there is none. Raises LadderError for a preset of unknown length.
+    stays as it is where there is none. Raises RunError for a preset of unknown length.
     """
     settings = schedule(preset, scale) | averaging(preset, scale)
     if preset.model_dim > SMALL_DIM:
@@ -148,11 +153,11 @@ def changes(preset: tg.Config) -> dict[str, str]:
 
 
 def published_steps(preset: tg.Config) -> int:
-    """Steps of the full-size run. Raises LadderError where they are in no table."""
+    """Steps of the full-size run. Raises RunError where they are in no table."""
     if preset.preset in PUBLISHED:
         return PUBLISHED[preset.preset].steps
     if preset.max_wallclock_seconds:
-        raise LadderError(f"preset {preset.preset}: its published number of steps is unknown; add it to PUBLISHED")
+        raise RunError(f"preset {preset.preset}: its published number of steps is unknown; add it to PUBLISHED")
     return preset.iterations
 
 
@@ -374,6 +379,10 @@ class Finished(NamedTuple):
     result: dict[str, Any]  # RESULT_FILE
     folder: Path
 
+    @property
+    def seed(self) -> int:
+        return self.about["seed"]
+
 
 def run(options: argparse.Namespace, command: Sequence[str] = ()) -> list[Outcome]:
     """Runs every preset with every seed, `--jobs` at a time; a failure is an outcome like any other.
@@ -381,7 +390,7 @@ def run(options: argparse.Namespace, command: Sequence[str] = ()) -> list[Outcom
     Where the schedule runs by the clock, one short pilot per preset measures its speed first, under the same load.
     With --processor-seconds the number of steps is fixed instead, by the processor time of a few steps here: results
     then do not depend on what else the machine does.
-    `command` replaces the script in tests. Raises LadderError for unknown presets or data.
+    `command` replaces the script in tests. Raises RunError for unknown presets or data.
     """
     data = read_json(options.data / DATA_FILE, "make it with `ladder.py prepare`")
     configs = {label: load_preset(label) for label in options.presets}
@@ -415,19 +424,19 @@ def rescore(options: argparse.Namespace, command: Sequence[str] = ()) -> list[Ou
 
     Every artifact is copied into a folder of the same name under `--out`, where the script that made it runs with the
     same settings and nothing but its evaluate stage. Results of training stay behind: bits per byte before quantisation
-    are of the other text. `command` replaces the script in tests. Raises LadderError for unusable folders.
+    are of the other text. `command` replaces the script in tests. Raises RunError for unusable folders.
     """
     if options.out.resolve() == options.runs.resolve():
-        raise LadderError(f"--out {options.out}: holds the runs themselves; choose another folder")
+        raise RunError(f"--out {options.out}: holds the runs themselves; choose another folder")
     data = read_json(options.data / DATA_FILE, "make it with `ladder.py prepare`")
     runs, unfinished = read_runs(options.runs)
     if lacking := {run.about["variant"] for run in runs} - data["variants"].keys():
-        raise LadderError(
+        raise RunError(
             f"--data: no {', '.join(sorted(lacking))}, which these runs need; there is {[*data['variants']]}"
         )
     script = options.runs.resolve() / SCRIPT_FILE
     if not script.exists():
-        raise LadderError(f"{script}: missing, the script that made the runs; copy it there")
+        raise RunError(f"{script}: missing, the script that made the runs; copy it there")
     for name in unfinished:
         print(f"{name}: not finished, left out")
     now = {"threads": options.threads, "jobs": options.jobs, "machine": machine()}
@@ -486,27 +495,27 @@ def step_seconds(
 def load_preset(label: str) -> tg.Config:
     """The full-size configuration of a preset, or of a variation `NAME+KEY=VALUE+...` with values as at full size.
 
-    Raises LadderError for anything else, a setting given twice, and one that is the ladder's own or none.
+    Raises RunError for anything else, a setting given twice, and one that is the ladder's own or none.
     """
     where = f"--presets {label}"
     if not LABEL.fullmatch(label):
-        raise LadderError(f"{where}: must be NAME or NAME+KEY=VALUE+..., values of letters, digits and _ . , : {{ }} -")
+        raise RunError(f"{where}: must be NAME or NAME+KEY=VALUE+..., values of letters, digits and _ . , : {{ }} -")
     name, *parts = label.split("+")
     given = dict(part.split("=") for part in parts)
     if len(given) < len(parts):
-        raise LadderError(f"{where}: gives a setting twice; leave one out")
+        raise RunError(f"{where}: gives a setting twice; leave one out")
     try:
         config = tg.load_config(given | {"PRESET": name})[0]
     except tg.UserError as error:
-        raise LadderError(f"{where}: {error}") from None
+        raise RunError(f"{where}: {error}") from None
     usable = ({key.upper() for key in tg.FIELDS} | tg.SWITCHES.keys() | tg.ALIASES.keys()) - OWN_SETTINGS
     if odd := given.keys() - usable:
-        raise LadderError(f"{where}: {', '.join(sorted(odd))} cannot be varied: set by the ladder, or of no effect")
+        raise RunError(f"{where}: {', '.join(sorted(odd))} cannot be varied: set by the ladder, or of no effect")
     return config
 
 
 def check_changes(label: str, scale: Scale) -> None:
-    """Raises LadderError for a change that the small scale does not show, such as one of a size that is equal for all.
+    """Raises RunError for a change that the small scale does not show, such as one of a size that is equal for all.
 
     A change is compared with its absence at the published number of steps, where rounding hides the least.
     """
@@ -516,17 +525,17 @@ def check_changes(label: str, scale: Scale) -> None:
     for number, part in enumerate(parts):
         try:
             without = load_preset("+".join([name, *parts[:number], *parts[number + 1 :]]))
-        except LadderError:
+        except RunError:
             continue  # the others need this one
         if scaled(without, scale) == scaled(config, scale):
-            raise LadderError(f"--presets {label}: {part} changes nothing at this scale; leave it out")
+            raise RunError(f"--presets {label}: {part} changes nothing at this scale; leave it out")
 
 
 def by_steps(config: tg.Config, data: dict[str, Any], steps: int) -> Scale:
-    """The scale of a run of so many steps. Raises LadderError where the data lack the preset's tokenizer."""
+    """The scale of a run of so many steps. Raises RunError where the data lack the preset's tokenizer."""
     row = data["variants"].get(variant_of(config))
     if row is None:
-        raise LadderError(f"--data: no {variant_of(config)} for preset {config.preset}; there is {[*data['variants']]}")
+        raise RunError(f"--data: no {variant_of(config)} for preset {config.preset}; there is {[*data['variants']]}")
     return Scale(0.0, 0.0, steps or 1, row["val_documents"], row["val_tokens"])
 
 
@@ -535,7 +544,7 @@ def measured(scale: Scale, pilot: dict[str, Any], seconds: float) -> Scale:
     calibration = pilot["calibration_seconds"]
     reserve = math.ceil(15 * calibration) / 10
     if reserve >= seconds:
-        raise LadderError(
+        raise RunError(
             f"--seconds {seconds:g}: calibration takes {calibration:.1f} s of {pilot['run_id']}; give more"
         )
     speed = pilot["steps"] / max(pilot["train_seconds"] - calibration, 1e-9)
@@ -631,7 +640,7 @@ def run_one(job: Job, options: argparse.Namespace, command: Sequence[str], runni
         if result is None:
             return Outcome(job, None, f"exit status {status}: {said[-1][:300] if said else 'no output'}")
         return Outcome(job, result, f"{headline(result)} processor_share:{share:.2f}")
-    except (LadderError, tg.UserError, OSError) as error:
+    except (RunError, tg.UserError, OSError) as error:
         return Outcome(job, None, str(error))
 
 
@@ -643,7 +652,7 @@ def start_script(
     A share well below 1 says that the machine was busy with other things, so that its clock was no fair budget.
     """
     env = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
-    env |= {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
+    env |= {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads), "REPORT": "0"}
     start = time.monotonic()
     process = subprocess.Popen(
         command, env=env | job.settings | job.places, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -664,7 +673,7 @@ def parameters(env: dict[str, str]) -> int:
 
 
 def finished(folder: Path, job: Job) -> dict[str, Any] | None:
-    """The result of an earlier run of this job. Raises LadderError when the folder holds a run of other settings."""
+    """The result of an earlier run of this job. Raises RunError when the folder holds a run of other settings."""
     if not (folder / RUN_FILE).exists():
         return None
     earlier = read_json(folder / RUN_FILE, "delete the folder")
@@ -673,7 +682,7 @@ def finished(folder: Path, job: Job) -> dict[str, Any] | None:
         theirs = earlier.get(key)
         if theirs != mine:
             odd = [name for name in mine if mine[name] != theirs.get(name)] if isinstance(mine, dict) else [key]
-            raise LadderError(f"{folder}: holds a run with other {key} ({', '.join(odd)}); choose another --out")
+            raise RunError(f"{folder}: holds a run with other {key} ({', '.join(odd)}); choose another --out")
     return complete(folder, job) if "processor_share" in earlier else None
 
 
@@ -692,53 +701,20 @@ def headline(result: dict[str, Any]) -> str:
     return " ".join(f"{key}:{result[key]:.5g}" for key in keys if key in result)
 
 
-def read_json(path: Path, fix: str) -> dict[str, Any]:
-    """Raises LadderError for a missing or damaged file."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise LadderError(f"{path}: cannot be read ({error}); {fix}") from None
-    if not isinstance(value, dict):
-        raise LadderError(f"{path}: not a JSON object; {fix}")
-    return value
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Report
-
-
-class Difference(NamedTuple):
-    """Mean of differences, and its standard error; None for fewer than two."""
-
-    mean: float
-    error: float | None
-    number: int  # of differences: pairs of runs with equal seeds, or documents
-
-
-class Documents(NamedTuple):
-    """The validation documents in the order of the stream, as a run's submitted score sees them."""
-
-    bytes: np.ndarray  # (n,) int64
-    nats: np.ndarray  # (n,) float64
-
-
-class ByDocument(NamedTuple):
-    """A difference in bits per byte, seen by document."""
-
-    difference: Difference
-    better: int  # documents with fewer nats
 
 
 def report(options: argparse.Namespace) -> str:
     """Writes the table and the picture of the runs in a folder; returns the table.
 
-    Raises LadderError where there is no finished run, where runs differ in data, budget or threads, and where the row
+    Raises RunError where there is no finished run, where runs differ in data, budget or threads, and where the row
     of `--against` is not there or other documents were scored in it.
     """
     runs, unfinished = read_runs(options.runs)
     presets = ladder_order({run.about["preset"] for run in runs})
     if options.against and options.against not in presets:
-        raise LadderError(f"--against {options.against}: no such row; there is {', '.join(presets)}")
+        raise RunError(f"--against {options.against}: no such row; there is {', '.join(presets)}")
     groups = {name: [run for run in runs if run.about["preset"] == name] for name in presets}
     lines = [introduction(presets, options.against), *facts(runs, unfinished), ""]
     text = "\n".join([*lines, *table(groups, options.against), "", *remarks(groups)]) + "\n"
@@ -761,10 +737,10 @@ def read_runs(folder: Path) -> tuple[list[Finished], list[str]]:
         else:
             unfinished.append(path.parent.name)
     if not runs:
-        raise LadderError(f"{folder}: holds no finished run; start some with `ladder.py run`")
+        raise RunError(f"{folder}: holds no finished run; start some with `ladder.py run`")
     for key in ("budget", "data", "threads"):
         if len({json.dumps(run.about[key], sort_keys=True) for run in runs}) > 1:
-            raise LadderError(f"{folder}: runs with different {key}; keep each kind in a folder of its own")
+            raise RunError(f"{folder}: runs with different {key}; keep each kind in a folder of its own")
     return sorted(runs, key=lambda run: run.about["seed"]), unfinished
 
 
@@ -772,70 +748,6 @@ def ladder_order(presets: set[str]) -> list[str]:
     """As in PUBLISHED, then the others by name; the variations of a preset after it, by their text."""
     rank = {name: place for place, name in enumerate(PUBLISHED)}
     return sorted(presets, key=lambda label: (rank.get(label.split("+")[0], len(rank)), label.split("+")))
-
-
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and the sample standard deviation (divided by n - 1); None for a single value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def paired_difference(mine: dict[int, float], theirs: dict[int, float]) -> Difference | None:
-    """Of values by seed, over the seeds that both have; None without any. Error: std(differences) / sqrt(pairs)."""
-    differences = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
-    if not differences:
-        return None
-    mean, deviation = mean_and_deviation(differences)
-    return Difference(mean, deviation and deviation / math.sqrt(len(differences)), len(differences))
-
-
-def by_seed(runs: list[Finished], key: str) -> dict[int, float]:
-    return {run.about["seed"]: run.result[key] for run in runs if run.result.get(key) is not None}
-
-
-def read_documents(run: Finished) -> Documents | None:
-    """None for a run from before SCORES_FILE. Raises LadderError for one that is not of the run's result."""
-    path, kind = run.folder / SCORES_FILE, run.result["submitted"]
-    if not path.exists():
-        return None
-    try:
-        with path.open() as file:
-            rows = [(int(row["bytes"]), float(row[kind])) for row in csv.DictReader(file)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LadderError(f"{path}: cannot be read ({error!r}); delete the folder") from None
-    found = Documents(np.array([row[0] for row in rows], np.int64), np.array([row[1] for row in rows]))
-    bpb = found.nats.sum() / max(found.bytes.sum(), 1) / math.log(2)
-    if not abs(bpb - run.result["val_bpb"]) <= ROUNDING_BPB:
-        raise LadderError(f"{path}: its {kind} is {bpb:.6f} bpb, not {run.result['val_bpb']:.6f}; delete the folder")
-    return found
-
-
-def document_differences(mine: list[Finished], theirs: list[Finished]) -> ByDocument | None:
-    """Of two rows, over the seeds that both have; None without such seeds, or where a run has no SCORES_FILE.
-
-    Raises LadderError where the documents of two runs have other bytes.
-    """
-    ours, others = ({run.about["seed"]: run for run in runs} for runs in (mine, theirs))
-    pairs = [(ours[seed], others[seed]) for seed in sorted(ours.keys() & others.keys())]
-    scores = {run.folder: read_documents(run) for pair in pairs for run in pair}
-    if not scores or any(score is None for score in scores.values()):
-        return None
-    first, sizes = next((folder, score.bytes) for folder, score in scores.items())
-    for folder, score in scores.items():
-        if not np.array_equal(score.bytes, sizes):
-            raise LadderError(f"{folder}: its documents have other bytes than those of {first}; score them again")
-    nats = np.mean([scores[a.folder].nats - scores[b.folder].nats for a, b in pairs], axis=0)
-    return ByDocument(ratio(nats, sizes), int((nats < 0).sum()))
-
-
-def ratio(nats: np.ndarray, sizes: np.ndarray) -> Difference:
-    """Sum of `nats` (n,) over sum of `sizes` (n,) bytes, in bits per byte, of n documents taken as drawn at random.
-
-    Error of the ratio r = sum(d) / sum(b): sqrt(n / (n - 1) * sum((d - r b)^2)) / sum(b).
-    """
-    count, size = len(nats), sizes.sum() * math.log(2)
-    left = nats - nats.sum() / sizes.sum() * sizes
-    error = math.sqrt(count / (count - 1) * (left**2).sum()) / size if count > 1 else None
-    return Difference(float(nats.sum() / size), error, count)
 
 
 def total_seconds(runs: list[Finished]) -> dict[int, float]:
@@ -888,19 +800,6 @@ def as_markdown(rows: list[tuple[str, ...]]) -> list[str]:
     """The lines of a table whose first row is its head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return [lines[0], "|---|" + "---:|" * (len(rows[0]) - 1), *lines[1:]]
-
-
-def with_deviation(values: dict[int, float]) -> str:
-    if not values:
-        return NOTHING
-    mean, deviation = mean_and_deviation(list(values.values()))
-    return f"{mean:.4f}" + (f" \u00b1 {deviation:.4f}" if deviation is not None else "")
-
-
-def signed(difference: Difference | None) -> str:
-    if difference is None:
-        return NOTHING
-    return f"{difference.mean:+.4f}" + (f" \u00b1 {difference.error:.4f}" if difference.error is not None else "")
 
 
 def rounded(values: dict[int, float]) -> str:
@@ -1085,7 +984,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             outcomes = rescore(options) if options.command == "rescore" else run(options)
             return 1 if any(outcome.result is None for outcome in outcomes) else 0
         return 0
-    except (LadderError, shards.DataError, tg.UserError, OSError) as error:
+    except (RunError, shards.DataError, tg.UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -14,6 +14,7 @@ from unittest import mock
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when Triton is first imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start: the cores belong to other workers
+os.environ["REPORT"] = "0"  # of the many runs here; tests of the report ask for it
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -25,7 +25,7 @@ GPTQ_RESERVE_SECONDS=0.5 GPTQ_CALIBRATION_BATCHES=16 SEED=42 DATA_DIR=./data
 # Fields that no preset changes. Run-time knobs: where, how, how often, what; they are no property of a system.
 RUN_TIME = {
     "run_id", "runs_dir", "stages", "seed", "compile", "attn_backend", "kernels", "checkpoint_seconds", "data_dir",
-    "val_loss_every",
+    "val_loss_every", "report",
 }  # fmt: skip
 # Ours: budget and size keeping.
 OWN_KNOBS = {"eval_max_seconds", "eval_stride"}

@@ -83,16 +83,16 @@ def test_running_again_is_free_and_repairs_what_is_damaged(built, capsys):
     good = files_of(root)
     for path in (embedded.tokenizer_path(root, 1024), shards.shard_path(embedded.dataset_folder(root, 1024), "val", 0)):
         path.write_bytes(path.read_bytes()[:-2])
-        assert embedded.complete_manifest(root, 1024) is None
+        assert embedded.complete_manifest(root, "embedded", 1024) is None
         path.unlink()
-        assert embedded.complete_manifest(root, 1024) is None
+        assert embedded.complete_manifest(root, "embedded", 1024) is None
         path.write_bytes(good[path.relative_to(root).as_posix()])
-        assert embedded.complete_manifest(root, 1024) is not None
+        assert embedded.complete_manifest(root, "embedded", 1024) is not None
 
 
 def test_another_python_is_another_corpus(built, monkeypatch):
     monkeypatch.setattr(embedded.sys, "version", "3.99.0")
-    assert embedded.complete_manifest(built[0], 1024) is None
+    assert embedded.complete_manifest(built[0], "embedded", 1024) is None
 
 
 def test_a_build_that_breaks_off_is_not_taken_for_complete(tmp_path, monkeypatch):
@@ -100,7 +100,7 @@ def test_a_build_that_breaks_off_is_not_taken_for_complete(tmp_path, monkeypatch
     monkeypatch.setattr(embedded, "write_split", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises((KeyboardInterrupt, shards.DataError)):
         embedded.build(tmp_path, 512)
-    assert embedded.complete_manifest(tmp_path, 512) is None
+    assert embedded.complete_manifest(tmp_path, "embedded", 512) is None
 
 
 def test_bad_input_is_named(tmp_path, monkeypatch):
@@ -120,5 +120,5 @@ def test_splitting_and_cutting():
     long = "long paragraph " * 6
     assert len(embedded.fresh_paragraphs(f"{long}\n\n{long}", seen)) == 1 and embedded.fresh_paragraphs(long, seen) == []
     documents = [f"{i}" * 1000 for i in range(100)]
-    val, train = embedded.split_documents(documents)
+    val, train = embedded.split_documents(documents, embedded.VAL_FRACTION)
     assert sorted(val + train) == sorted(documents) and val == documents[:5]

@@ -1,5 +1,6 @@
 """MAIN: the stages end to end at toy size, what they write, and that importing the script does nothing."""
 
+import csv
 import dataclasses
 import json
 import math
@@ -32,10 +33,16 @@ def parse_log(text: str) -> list[tuple[str, dict[str, str]]]:
     return events
 
 
+def table(path: Path) -> list[dict[str, str]]:
+    """The lines of a CSV file."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def documents(folder: Path) -> dict[str, list[float]]:
     """The columns of documents.csv."""
-    head, *rows = [line.split(",") for line in (folder / "documents.csv").read_text().splitlines()]
-    return {name: [float(row[i]) for row in rows] for i, name in enumerate(head)}
+    rows = table(folder / "documents.csv")
+    return {name: [float(row[name]) for row in rows] for name in rows[0]}
 
 
 @dataclasses.dataclass
@@ -104,6 +111,7 @@ def test_run_folder_holds_log_weights_artifact_result_and_picture(finished: Fini
     """The files of a run, no partial ones among them, and the result twice: as a file and as the log's last line."""
     names = {path.name for path in finished.folder.iterdir()}
     assert {"log.txt", "trained.bin", "artifact.bin", "result.json", "loss_curve.png", "documents.csv"} <= names
+    assert {"steps.csv", "tensors.csv", "positions.csv"} <= names
     assert not any(name.endswith(".part") for name in names)
     assert json.loads((finished.folder / "result.json").read_text()) == json.loads(json.dumps(finished.result))
     last = (finished.folder / "log.txt").read_text().rstrip("\n").splitlines()[-1]
@@ -120,6 +128,52 @@ def test_documents_add_up_to_the_scores(finished: Finished) -> None:
     assert (sum(columns["tokens"]), sum(columns["bytes"])) == (result["scored_tokens"], result["scored_bytes"])
     for kind in ("quantized", "sliding", "ttt"):
         assert sum(columns[kind]) / result["scored_tokens"] == pytest.approx(result[f"{kind}_val_loss"])
+
+
+def test_positions_add_up_to_the_scores(finished: Finished) -> None:
+    """positions.csv: octaves in order, whose targets, bytes and nats are those of the result."""
+    rows, result = table(finished.folder / "positions.csv"), finished.result
+    assert list(rows[0]) == ["first", "tokens", "bytes", "quantized", "sliding", "ttt"]
+    assert [int(row["first"]) for row in rows] == [2**n for n in range(len(rows))]
+    assert int(rows[0]["tokens"]) == result["val_documents"]  # each document has one first target
+    for name in ("tokens", "bytes"):
+        assert sum(int(row[name]) for row in rows) == result[f"scored_{name}"]
+    for kind in ("quantized", "sliding", "ttt"):
+        nats = sum(float(row[kind]) for row in rows)
+        assert nats / result["scored_tokens"] == pytest.approx(result[f"{kind}_val_loss"])
+
+
+def test_steps_are_those_of_the_log(finished: Finished) -> None:
+    """steps.csv has every step with the loss, multiplier and time that its line in the log says; loops as logged."""
+    events = parse_log((finished.folder / "log.txt").read_text())
+    logged = [values for event, values in events if event == "train"]
+    looping = next(int(values["step"]) for event, values in events if event == "looping")
+    rows = table(finished.folder / "steps.csv")
+    assert [int(row["step"]) for row in rows] == list(range(1, 31))
+    for row, line in zip(rows, logged, strict=True):
+        for name in ("loss", "seconds", "lr_multiplier"):
+            assert float(row[name]) == pytest.approx(float(line[name]), rel=1e-5)
+        assert int(row["looped"]) == (int(row["step"]) > looping)
+    assert len({row["lr_multiplier"] for row in rows}) > 10
+
+
+def test_tensors_account_for_every_byte_of_the_artifact(finished: Finished) -> None:
+    """tensors.csv: all arrays of the file and its header; bytes add up to the file, errors are those of the weights."""
+    rows, config = table(finished.folder / "tensors.csv"), finished.config
+    assert [row["array"] for row in rows] == [entry.name for entry in tg.artifact_table(config)] + ["header"]
+    assert sum(float(row["bytes"]) for row in rows) == pytest.approx(finished.result["artifact_bytes"], abs=0.01)
+    assert all(float(row["bytes"]) > 0 for row in rows)
+    trained = tg.load_arrays(finished.folder / "trained.bin")[1]
+    restored = tg.load_artifact(finished.folder / "artifact.bin", config)
+    of = {row["array"]: row for row in rows}
+    layer, L = 2, config.num_layers
+    W, Q = (arrays["qo_bank"][L + layer].astype(float) for arrays in (trained, restored))
+    H = trained[f"hessian.{tg.MATRICES['attn.o'].hessian}.{layer}"].astype(float)
+    entry = of[f"blocks.{layer}.attn.o.codes"]
+    assert float(entry["weight_error"]) == pytest.approx(((W - Q) ** 2).sum() ** 0.5 / (W**2).sum() ** 0.5)
+    outputs = [sum(row @ H @ row for row in matrix) for matrix in (W - Q, W)]
+    assert float(entry["output_error"]) == pytest.approx((outputs[0] / outputs[1]) ** 0.5)
+    assert of["tok_emb.weight.codes"]["output_error"] and not of["tok_emb.weight.scale"]["weight_error"]
 
 
 def test_log_is_read_by_a_ten_line_parser(finished: Finished) -> None:

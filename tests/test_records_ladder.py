@@ -15,7 +15,7 @@ import pytest
 from conftest import toy_documents, train_tokenizer
 
 import train_gpt as tg
-from records import ladder
+from records import ladder, paired
 
 SCALE = ladder.Scale(seconds=90.0, reserve=5.0, steps=200, val_documents=93, val_tokens=60_000)
 PRESETS = [*tg.PRESETS]
@@ -128,7 +128,7 @@ def test_chunks_follow_the_published_proportions(name: str, val_tokens: int) -> 
 
 def test_an_unknown_full_size_preset_is_named() -> None:
     odd = dataclasses.replace(ladder.load_preset("pr1941"), preset="odd")
-    with pytest.raises(ladder.LadderError, match="preset odd: its published number of steps is unknown"):
+    with pytest.raises(paired.RunError, match="preset odd: its published number of steps is unknown"):
         ladder.scaled(odd, SCALE)
 
 
@@ -204,7 +204,7 @@ def test_variations_may_use_every_published_name(label: str, field: str, value: 
     ],
 )
 def test_bad_labels_are_refused_in_one_line(label: str, said: str) -> None:
-    with pytest.raises(ladder.LadderError, match=said) as caught:
+    with pytest.raises(paired.RunError, match=said) as caught:
         ladder.load_preset(label)
     assert label in str(caught.value) and "\n" not in str(caught.value)
 
@@ -216,7 +216,7 @@ def test_a_change_that_the_small_scale_hides_is_refused() -> None:
         ladder.check_changes(label, few)
     for part in ("TRAIN_BATCH_TOKENS=393216", "EMBED_WD=0.085"):
         for label in (f"pr2135+{part}", f"pr2135+MATRIX_LR=0.02+{part}"):
-            with pytest.raises(ladder.LadderError, match=f"{part} changes nothing"):
+            with pytest.raises(paired.RunError, match=f"{part} changes nothing"):
                 ladder.check_changes(label, few)
 
 
@@ -243,21 +243,21 @@ def test_rows_are_in_the_order_of_the_ladder_and_variations_after_their_preset()
 def test_arithmetic_of_the_report_by_hand() -> None:
     """1, 2, 6: mean 3, squared deviations 4 + 1 + 9 = 14, variance 14 / 2 = 7. Differences to 3, 5, 4: -2, -3, 2: mean
     -1, squared deviations 1 + 4 + 9 = 14, variance 7, standard error sqrt(7 / 3)."""
-    assert ladder.mean_and_deviation([1.0, 2.0, 6.0]) == (3.0, math.sqrt(7))
-    assert ladder.mean_and_deviation([1.5]) == (1.5, None)
+    assert paired.mean_and_deviation([1.0, 2.0, 6.0]) == (3.0, math.sqrt(7))
+    assert paired.mean_and_deviation([1.5]) == (1.5, None)
     mine, theirs = {1: 1.0, 2: 2.0, 3: 6.0, 9: 100.0}, {3: 4.0, 1: 3.0, 2: 5.0, 8: -100.0}
-    mean, error, pairs = ladder.paired_difference(mine, theirs)
+    mean, error, pairs = paired.paired_difference(mine, theirs)
     assert (mean, pairs) == (-1.0, 3) and error == pytest.approx(math.sqrt(7 / 3))
-    assert ladder.paired_difference({1: 2.0}, {1: 1.0}) == (1.0, None, 1)
-    assert ladder.paired_difference({1: 2.0}, {2: 1.0}) is None
+    assert paired.paired_difference({1: 2.0}, {1: 1.0}) == (1.0, None, 1)
+    assert paired.paired_difference({1: 2.0}, {2: 1.0}) is None
 
 
 def test_ratio_over_documents_by_hand() -> None:
     """-10 and 6 bits in 100 and 300 bytes: -4 / 400; left over are -10 + 1 and 6 + 3, so sqrt(2 * 162) / 400."""
-    mean, error, number = ladder.ratio(np.array([-10.0, 6.0]) * math.log(2), np.array([100, 300]))
+    mean, error, number = paired.ratio(np.array([-10.0, 6.0]) * math.log(2), np.array([100, 300]))
     assert (mean, error, number) == (pytest.approx(-0.01), pytest.approx(18 / 400), 2)
-    assert ladder.ratio(np.array([math.log(2)]), np.array([4])) == (pytest.approx(0.25), None, 1)
-    assert ladder.ratio(np.array([1.0, 3.0]), np.array([10, 30])).error == pytest.approx(0)  # equal per byte
+    assert paired.ratio(np.array([math.log(2)]), np.array([4])) == (pytest.approx(0.25), None, 1)
+    assert paired.ratio(np.array([1.0, 3.0]), np.array([10, 30])).error == pytest.approx(0)  # equal per byte
 
 
 def write_run(out: Path, preset: str, seed: int, documents: list[tuple[int, float]] | None, **result: Any) -> None:
@@ -271,9 +271,9 @@ def write_run(out: Path, preset: str, seed: int, documents: list[tuple[int, floa
     if documents:
         result |= {"val_bpb": sum(nats for _, nats in documents) / math.log(2) / sum(size for size, _ in documents)}
         rows = [f"7,1,{size},{nats + 5},{nats!r}\n" for size, nats in documents]
-        (folder / ladder.SCORES_FILE).write_text("position,tokens,bytes,quantized,sliding\n" + "".join(rows))
+        (folder / paired.SCORES_FILE).write_text("position,tokens,bytes,quantized,sliding\n" + "".join(rows))
     plain = dict(run_id=folder.name, submitted="sliding", quantized_val_bpb=3.0, hardware="1xtoy", torch="2")
-    (folder / ladder.RESULT_FILE).write_text(json.dumps(plain | result))
+    (folder / paired.RESULT_FILE).write_text(json.dumps(plain | result))
     (folder / ladder.RUN_FILE).write_text(json.dumps(about))
 
 
@@ -301,8 +301,8 @@ def test_differences_by_document_against_a_slow_reference(tmp_path: Path) -> Non
         write_run(tmp_path, name, seed, list(zip(sizes, values, strict=True)))
     runs = ladder.read_runs(tmp_path)[0]
     a, b = [[run for run in runs if run.about["preset"] == name] for name in "ab"]
-    difference, better = ladder.document_differences(b, a)
-    by_seed = ladder.paired_difference(ladder.by_seed(b, "val_bpb"), ladder.by_seed(a, "val_bpb"))
+    difference, better = paired.document_differences(b, a)
+    by_seed = paired.paired_difference(paired.by_seed(b, "val_bpb"), paired.by_seed(a, "val_bpb"))
     assert difference.mean == pytest.approx(by_seed.mean, rel=1e-9)
 
     drops = [sum(nats["b", seed][i] - nats["a", seed][i] for seed in (2, 3)) / 2 for i in range(len(sizes))]
@@ -337,7 +337,7 @@ def test_every_row_is_compared_with_the_one_asked_for(tmp_path: Path) -> None:
     plain = make_report(tmp_path)
     assert [cells(plain, 0)[name]["minus row above"] for name in "abc"] == ["–", "-0.1000", "-0.2000"]
     assert "over documents" not in plain and "| time |" not in plain
-    with pytest.raises(ladder.LadderError, match="--against d: no such row; there is a, b, c"):
+    with pytest.raises(paired.RunError, match="--against d: no such row; there is a, b, c"):
         make_report(tmp_path, "d")
 
 
@@ -345,7 +345,7 @@ def test_runs_without_scores_by_document_leave_their_cells_empty(tmp_path: Path)
     """One of four runs that are compared is enough."""
     for name, seed in itertools.product("ab", (1, 2)):
         write_run(tmp_path, name, seed, [(10, 20.0), (20, 30.0)])
-    (tmp_path / "b-seed2" / ladder.SCORES_FILE).unlink()
+    (tmp_path / "b-seed2" / paired.SCORES_FILE).unlink()
     row = cells(make_report(tmp_path, "a"), 0)["b"]
     assert (row["minus a"], row["over documents"], row["better"]) == ("+0.0000 ± 0.0000", "–", "–")
 
@@ -354,15 +354,15 @@ def test_scores_by_document_that_do_not_belong_are_refused(tmp_path: Path) -> No
     """Documents of other bytes; and a file that is not of the result beside it, or not readable."""
     write_run(tmp_path, "a", 1, [(10, 20.0), (20, 40.0)])
     write_run(tmp_path, "b", 1, [(20, 40.0), (10, 20.0)])
-    with pytest.raises(ladder.LadderError, match="b-seed1: its documents have other bytes|a-seed1"):
+    with pytest.raises(paired.RunError, match="b-seed1: its documents have other bytes|a-seed1"):
         make_report(tmp_path, "a")
-    path = tmp_path / "b-seed1" / ladder.SCORES_FILE
+    path = tmp_path / "b-seed1" / paired.SCORES_FILE
     path.write_text("position,tokens,bytes,sliding\n0,1,10,20.0\n0,1,20,40.001\n")
-    with pytest.raises(ladder.LadderError, match="its sliding is 2.885438 bpb, not 2.885390; delete the folder"):
+    with pytest.raises(paired.RunError, match="its sliding is 2.885438 bpb, not 2.885390; delete the folder"):
         make_report(tmp_path, "a")
     for text in ("position,tokens,bytes,quantized\n0,1,10,20.0\n", "bytes,sliding\nten,1\n", "bytes,sliding\n1\n", ""):
         path.write_text(text)
-        with pytest.raises(ladder.LadderError, match="documents.csv: "):
+        with pytest.raises(paired.RunError, match="documents.csv: "):
             make_report(tmp_path, "a")
 
 
@@ -371,7 +371,7 @@ def test_pilot_decides_steps_and_reserve() -> None:
     pilot = {"steps": 100, "train_seconds": 12.5, "calibration_seconds": 2.5, "run_id": "a-pilot"}
     scale = ladder.measured(SCALE, pilot, 60.0)
     assert (scale.seconds, scale.reserve, scale.steps) == (60.0, 3.8, 562)
-    with pytest.raises(ladder.LadderError, match="calibration takes"):
+    with pytest.raises(paired.RunError, match="calibration takes"):
         ladder.measured(SCALE, pilot, 3.0)
 
 
@@ -534,7 +534,7 @@ def test_report_refuses_runs_that_do_not_compare(data: Path, tmp_path: Path, stu
     out = tmp_path / "runs"
     for steps, seed in (("5", "1"), ("6", "3")):
         ladder.run(options(data, out, "--presets", "tiny", "--seeds", seed, "--steps", steps), stub)
-    with pytest.raises(ladder.LadderError, match="runs with different budget"):
+    with pytest.raises(paired.RunError, match="runs with different budget"):
         make_report(out)
 
 
@@ -579,7 +579,7 @@ def test_scoring_again_spoils_no_earlier_run(data: Path, other: Path, tmp_path: 
     runs, out = tmp_path / "runs", tmp_path / "again"
     ladder.run(options(data, runs, "--presets", "tiny", "--seeds", "1,2", "--steps", "5"), stub)
     before = {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()}
-    with pytest.raises(ladder.LadderError, match="holds the runs themselves"):
+    with pytest.raises(paired.RunError, match="holds the runs themselves"):
         ladder.rescore(again(runs, other, runs), stub)
     copied = tmp_path / "copied"
     ladder.run(options(data, copied, "--presets", "tiny", "--seeds", "1", "--steps", "5"), stub)
@@ -596,10 +596,10 @@ def test_scoring_again_spoils_no_earlier_run(data: Path, other: Path, tmp_path: 
     poor = tmp_path / "poor"
     poor.mkdir()
     (poor / ladder.DATA_FILE).write_text(json.dumps(summary | {"variants": {}}))
-    with pytest.raises(ladder.LadderError, match="--data: no sp1024"):
+    with pytest.raises(paired.RunError, match="--data: no sp1024"):
         ladder.rescore(again(runs, poor, out), stub)
     (runs / ladder.SCRIPT_FILE).unlink()
-    with pytest.raises(ladder.LadderError, match="missing, the script that made the runs"):
+    with pytest.raises(paired.RunError, match="missing, the script that made the runs"):
         ladder.rescore(again(runs, other, out), stub)
 
 
@@ -624,7 +624,7 @@ def test_the_real_script_runs_end_to_end(data: Path, tmp_path: Path, monkeypatch
     assert ladder.main([*arguments, "--against", "baseline"]) == 0 and picture.exists()
     assert f"**{outcome.result['val_bpb']:.4f}**" in table.read_text()
     (run,), _ = ladder.read_runs(tmp_path / "again")
-    documents = ladder.read_documents(run)  # None from a script without them; others must add up to the score
+    documents = paired.read_documents(run)  # None from a script without them; others must add up to the score
     assert documents is None or documents.bytes.tolist() == document_sizes(data)
 
 

@@ -205,9 +205,9 @@ def test_bits_per_byte_by_hand() -> None:
 
 def test_tally_sums_in_double_precision() -> None:
     """Small losses behind a large one are not swallowed, as they would be in float32."""
-    tally = tg.Tally(make_validation(random_tokens(1001, 64)))
-    tally.add(torch.tensor([1e8]), torch.tensor([1000]))
-    for begin in range(0, 1000, 10):
+    tally = tg.Tally(make_validation(random_tokens(1002, 64)))
+    tally.add(torch.tensor([1e8]), torch.tensor([1001]))
+    for begin in range(1, 1001, 10):
         tally.add(torch.full((10,), 1e-1), torch.arange(begin, begin + 10))
     assert tally.nats == pytest.approx(1e8 + 100, abs=0.1)
 
@@ -268,6 +268,7 @@ def test_tally_of_all_ranks_adds_up_every_count() -> None:
     tally.add(torch.tensor([1.0, 2.0, 4.5]), np.array([1, 3, 4]))
     tally.learned, tally.learned_early = 5, 7
     total = tally.over_ranks(Threefold())
+    assert total.octave_nats.tolist() == [16.5, 6, *[0] * 22]  # first targets, second to third ones
     assert total.document_nats.tolist() == [9, 13.5] and total.nats == 22.5 and total.document_nats.dtype == np.float64
     assert (total.learned, total.learned_early, total.times.tolist()) == (15, 21, [0, 3, 0, 3, 3, 0, 0, 0])
     assert tally.document_nats.tolist() == [3, 4.5] and tally.tokens == 3  # its own sums stay
@@ -291,6 +292,27 @@ def test_table_of_documents_adds_up(tmp_path: Path) -> None:
         assert [float(row[column]) for row in rows] == tally.document_nats.tolist()  # no digit is lost
         assert sum(float(row[column]) for row in rows) == pytest.approx(tally.nats)
     assert float(rows[2][3]) != pytest.approx(float(rows[2][4]))  # the columns are not the same
+
+
+def test_table_of_positions_sums_the_targets_of_each_octave(tmp_path: Path) -> None:
+    """Against a loop over documents and targets; octaves that do not occur have no line."""
+    validation = validation_of_lengths([7, 1, 33, 2, 64])
+    nats = torch.arange(1.0, len(validation.tokens))
+    tally = tg.Tally(validation)
+    for part in (slice(0, 50), slice(50, None)):
+        tally.add(nats[part], np.arange(1, len(validation.tokens))[part])
+    slow: dict[int, list[float]] = {}
+    for begin, count in validation.documents.tolist():
+        for distance in range(1, count + 1):
+            sums = slow.setdefault(2 ** (distance.bit_length() - 1), [0, 0, 0])
+            values = 1, int(validation.bytes[begin + distance]), float(nats[begin + distance - 1])
+            sums[:] = [total + value for total, value in zip(sums, values, strict=True)]
+    tg.write_positions(tmp_path / "positions.csv", {"plain": tally})
+    with open(tmp_path / "positions.csv", newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["first", "tokens", "bytes", "plain"]
+    assert {int(row[0]): [float(value) for value in row[1:]] for row in rows} == slow
+    assert [int(row[0]) for row in rows] == [1, 2, 4, 8, 16, 32, 64]
 
 
 @settings(deadline=None, max_examples=60)
