@@ -5494,7 +5494,7 @@ def evaluate_stage(config: Config, run: Run, log: Log, program: Program) -> dict
         "byte_sidecar": any(config.dataset_dir.glob("fineweb_val_bytes_[0-9]*.bin")),
         "val_documents": len(validation.documents),
         "parameters": sum(parameter.numel() for parameter in program.model.parameters()),
-        "scored_sha256": hashlib.sha256((run_dir(config) / "artifact.bin").read_bytes()).hexdigest(),
+        "scored_sha256": run.on_main(lambda: hashlib.sha256((run_dir(config) / "artifact.bin").read_bytes()).hexdigest()),
         "eval_seconds": result[f"{submitted}_seconds"],
     }
 

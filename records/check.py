@@ -17,7 +17,6 @@ Nothing in a folder is executed or imported. Exit status: 0 nothing failed, 1 a 
 
 import argparse
 import ast
-import dataclasses
 import json
 import math
 import re
@@ -39,7 +38,6 @@ from variants import VAL_DOCUMENTS, VARIANTS
 from records.claims import readme_tables, stated_in_logs
 from records.finding import Finding, fail, ok, unknown, warn, worst
 from records.folder import (
-    MARGIN_NATS,
     UNPARSABLE,
     Comparison,
     Folder,

@@ -14,7 +14,6 @@ that one, unlike cuda, has a back-end in every build, but no kernels that could 
 import contextlib
 import gc
 import importlib.machinery
-import math
 import sys
 import threading
 from collections.abc import Callable, Iterator

@@ -13,7 +13,6 @@ import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data_helpers import DATA
 
 import train_gpt as tg
 
