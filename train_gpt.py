@@ -229,7 +229,7 @@ class Config:
     eval_stride: int = setting(64, 1)  # new targets per sliding window
     eval_max_seconds: float = setting(580.0, 0)  # where training has a clock: longer chunks rather than more time
     ttt_enabled: bool = setting(True)
-    ttt_kind: str = setting("lora_phased", choices=("lora_phased", "chunk_sgd", "pre_eval_illegal"))  # see ADAPTERS
+    ttt_kind: str = setting("lora_phased", choices=("lora_phased", "chunk_sgd", "pre_eval_illegal"))  # see TTT_KINDS
     ttt_chunk_size: int = setting(48, 1)  # targets scored between two adapter updates
     ttt_chunk_steps: str = setting("")  # finer for short documents: comma list of "longest:chunk", in targets (#2014)
     ttt_eval_seq_len: int = setting(2048, 2, 2**16)
@@ -3009,7 +3009,7 @@ class Trainer:
 
     def validate(self) -> "Tally":
         """Plain score of the current weights."""
-        return score(self.program.score, self.validation, self.config, self.run, self.log, self.config.eval_seq_len)
+        return Evaluation(self.program, self.validation, self.log).score(self.config.eval_seq_len)
 
     def warm_up(self) -> None:
         """Compiles both plans by WARMUP_STEPS throw-away steps on noise, then undoes everything."""
@@ -4449,11 +4449,6 @@ class Window(NamedTuple):
     end: int
 
 
-def stretches(validation: Validation, config: Config) -> np.ndarray:
-    """What windows do not reach across (n, 2): documents, or without VARLEN_ATTN only the ends of the stream."""
-    return validation.documents if config.varlen_attn else np.array([[0, len(validation.tokens) - 1]])
-
-
 def windows_inside(documents: np.ndarray, context: int, stride: int) -> list[Window]:
     """The windows of all documents (n, 2), in stream order and stream positions."""
     return [
@@ -4476,53 +4471,56 @@ def fill_rows(windows: list[Window], limit: int) -> list[list[Window]]:
     return rows
 
 
-def window_row(
-    windows: list[Window], validation: Validation, context: int, pad_to: int, run: Run
-) -> tuple[Row, np.ndarray]:
-    """Windows as one packed row, one segment each, and the stream positions (T,) of its targets.
+class Evaluation:
+    """A pass over the validation stream: what is scored, by which model, and what has been scored so far."""
 
-    A row is padded to `pad_to` tokens with segments whose targets are at position 0, which is no target.
-    """
-    lengths = np.array([window.end - window.begin for window in windows])
-    padding = max(pad_to - lengths.sum(), 0)
-    inputs = np.concatenate([np.arange(w.begin, w.end) for w in windows] + [np.zeros(padding, np.int64)])
-    docs = pack_segments(
-        np.append(lengths, cut_lengths(np.array([padding]), context) if padding else []).astype(np.int64),
-        context,
-        run,
-    )
-    targets = inputs + 1
-    targets[len(targets) - padding :] = 0
-    ids = (move(validation.tokens[positions][None], run.device) for positions in (inputs, targets))
-    row = Row(*ids, docs)
-    return row, targets
+    def __init__(self, program: Program, validation: Validation, log: Log):
+        self.program, self.validation, self.log = program, validation, log
+        self.config, self.run = program.config, program.run
+        self.plan, self.tally = layer_plan(program.config, looping=True), Tally(validation)
 
+    @property
+    def stretches(self) -> np.ndarray:
+        """What windows do not reach across (n, 2): documents, or without VARLEN_ATTN only the ends of the stream."""
+        whole = np.array([[0, len(self.validation.tokens) - 1]])
+        return self.validation.documents if self.config.varlen_attn else whole
 
-@torch.no_grad()
-def score_windows(
-    forward: Callable, windows: Iterable[Window], tally: Tally, config: Config, run: Run, log: Log
-) -> None:
-    """Tallies this rank's share of the windows.
+    def row(self, windows: list[Window], pad_to: int) -> tuple[Row, np.ndarray]:
+        """Windows as one packed row, one segment each, and the stream positions (T,) of its targets.
 
-    Rows are formed before they are dealt to ranks, so the sums do not depend on the number of ranks.
-    """
-    context, plan = config.eval_seq_len, layer_plan(config, looping=True)
-    rows = fill_rows(list(windows), config.score_row_tokens)
-    pad_to = config.score_row_tokens if run.padded else 0
-    for part in log.bar(rows[run.rank :: run.world_size], "score"):
-        row, positions = window_row(part, tally.validation, context, pad_to, run)
-        nll = forward(row.inputs, row.targets, plan, row.docs)[0].cpu()
-        counted = np.concatenate([np.arange(w.begin, w.end) >= w.first_scored for w in part])
-        counted = torch.from_numpy(np.append(counted, np.zeros(len(positions) - len(counted), bool)))
-        tally.add(nll[counted], positions[counted.numpy()])
+        A row is padded to `pad_to` tokens with segments whose targets are at position 0, which is no target.
+        """
+        tokens, context = self.validation.tokens, self.config.eval_seq_len
+        lengths = np.array([window.end - window.begin for window in windows], np.int64)
+        padding = max(pad_to - lengths.sum(), 0)
+        if padding:
+            lengths = np.append(lengths, cut_lengths(np.array([padding]), context))
+        inputs = np.concatenate([np.arange(w.begin, w.end) for w in windows] + [np.zeros(padding, np.int64)])
+        targets = inputs + 1
+        targets[len(targets) - padding :] = 0
+        ids = (move(tokens[positions][None], self.run.device) for positions in (inputs, targets))
+        return Row(*ids, pack_segments(lengths, context, self.run)), targets
 
+    @torch.no_grad()
+    def score_windows(self, windows: Iterable[Window], quiet: bool = False) -> None:
+        """Tallies this rank's share of the windows.
 
-def score(forward: Callable, validation: Validation, config: Config, run: Run, log: Log, stride: int) -> Tally:
-    """Scores every target of the validation stream once, with windows of EVAL_SEQ_LEN inside its stretches."""
-    tally = Tally(validation)
-    windows = windows_inside(stretches(validation, config), config.eval_seq_len, stride)
-    score_windows(forward, windows, tally, config, run, log)
-    return tally.over_ranks(run)
+        Rows are formed before they are dealt to ranks, so the sums do not depend on the number of ranks.
+        """
+        run, log = self.run, Log(None) if quiet else self.log
+        rows = fill_rows(list(windows), self.config.score_row_tokens)
+        for part in log.bar(rows[run.rank :: run.world_size], "score"):
+            row, positions = self.row(part, self.config.score_row_tokens if run.padded else 0)
+            nll = self.program.score(row.inputs, row.targets, self.plan, row.docs)[0].cpu()
+            counted = np.concatenate([np.arange(w.begin, w.end) >= w.first_scored for w in part])
+            counted = np.append(counted, np.zeros(len(positions) - len(counted), bool))
+            self.tally.add(nll[torch.from_numpy(counted)], positions[counted])
+
+    def score(self, stride: int) -> Tally:
+        """Scores every target of the stream once, with windows of EVAL_SEQ_LEN inside its stretches: the tally of all
+        ranks."""
+        self.score_windows(windows_inside(self.stretches, self.config.eval_seq_len, stride))
+        return self.tally.over_ranks(self.run)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -4803,88 +4801,83 @@ class Boosts:
             self.weights[source] -= torch.linalg.solve(self.curvature[source], here.T @ error)
 
 
-def score_and_adapt(
-    forward: Callable,
-    adapters: Adapters,
-    batch: np.ndarray,
-    validation: Validation,
-    config: Config,
-    run: Run,
-    tally: Tally,
-    chunk: int,
-    hints: Tensor | None = None,
-    boosts: Boosts | None = None,
-) -> None:
-    """Scores a batch of documents in chunks of `chunk` targets; after each chunk its documents' adapters learn from it.
+class Hints(NamedTuple):
+    """What the n-gram tilt knows on one track of documents."""
 
-    One forward pass serves both: its losses are tallied first, and only then differentiated. With `hints`, as from
-    stream_hints, what is tallied is the loss under the tilted distribution (`tilt`). A chunk's window
-    begins and ends at the same distance into every document, so the chunk is the last columns of the batch;
-    documents that have ended, and the rest of a last chunk, are padding behind the real tokens.
+    table: Tensor  # (N, 2) int32 from stream_hints
+    boosts: Boosts
+
+
+def adapt_batch(
+    evaluation: Evaluation, adapters: Adapters, batch: np.ndarray, chunk: int, hints: Hints | None = None
+) -> None:
+    """Scores documents (n, 2) in chunks of `chunk` targets; after each chunk the adapters of its documents learn from
+    it.
+
+    One forward pass serves both: its losses are tallied first, and only then differentiated. With `hints`, what is
+    tallied is the loss under the tilted distribution (`tilt`). A chunk's window begins and ends at the same distance
+    into every document, so the chunk is the last columns of the batch; documents that have ended, and the rest of a
+    last chunk, are padding behind the real tokens. A batch with too many tokens goes through the model in parts.
     """
-    plan = layer_plan(config, looping=True)
+    e, config, device = evaluation, evaluation.config, evaluation.run.device
+    stream, last = e.validation.tokens, len(e.validation.tokens) - 1
     starts, counts = torch.from_numpy(batch[:, :1].copy()), torch.from_numpy(batch[:, 1].copy())
-    last = len(validation.tokens) - 1
-    for begin, first, end in plan_windows(int(counts.max()), config.ttt_eval_seq_len, chunk, first=chunk):
+    for begin, first, _ in plan_windows(int(counts.max()), config.ttt_eval_seq_len, chunk, first=chunk):
         columns = torch.arange(begin, first + chunk)
         inputs = (starts + columns).clamp(max=last)  # (B, T) stream positions
         targets = (starts + columns[-chunk:] + 1).clamp(max=last)  # (B, chunk)
         real = columns[-chunk:] < counts[:, None]
-        learns = counts > first + chunk  # a document's last chunk teaches nobody
-        inside = columns < counts[:, None]
-        tokens = move(torch.where(inside, validation.tokens[inputs], 0), run.device)
-        wanted = validation.tokens[targets]
-        if hints is not None:
-            hinted, sources = hints[targets].long().unbind(-1)
+        learns = counts > first + chunk  # a document's last chunk is not learned from
+        tokens = move(torch.where(columns < counts[:, None], stream[inputs], 0), device)
+        wanted, sources = stream[targets], torch.full_like(targets, -1)
+        if hints:
+            hinted, sources = hints.table[targets].long().unbind(-1)
             wanted = torch.stack([wanted, hinted], -1)  # (B, chunk, 2)
-        ids, teaches = move(wanted.clamp(min=0), run.device), move(learns, run.device)
-        nats, size = [], len(batch)
-        count = max(config.adapt_tokens // len(columns), 1)  # documents in a pass: memory, not results, depends on it
-        for part in (slice(start, min(start + count, size)) for start in range(0, size, count)):
-            nll = forward(tokens[part], ids[part], plan, None, adapters.lora(part))
+        ids, weights, raw = move(wanted.clamp(min=0), device), move(learns, device), []
+        size = max(config.adapt_tokens // len(columns), 1)  # of a part; memory depends on it, results do not
+        for part in (slice(start, min(start + size, len(batch))) for start in range(0, len(batch), size)):
+            nll = e.program.adapt(tokens[part], ids[part], e.plan, None, adapters.lora(part))
             scored = nll.detach().cpu()
-            nats.append(scored)
-            if hints is not None:
-                nll, scored = nll[..., 0], tilt(scored, wanted[part], boosts.boost(scored[..., 1], sources[part]))
-            tally.add(scored[real[part]], targets[part][real[part]])
+            raw.append(scored)
+            if hints:
+                boost = hints.boosts.boost(scored[..., 1], sources[part])
+                nll, scored = nll[..., 0], tilt(scored, wanted[part], boost)
+            e.tally.add(scored[real[part]], targets[part][real[part]])
             if learns[part].any():
-                tally.learn_from(targets[part][learns[part]], tally.times)
-                (nll.mean(1) * teaches[part]).sum().backward()
-        known = real & boosts.learnt(sources) if hints is not None else torch.zeros_like(real)
-        if known.any():
-            tally.learn_from(targets[known], tally.times)
-            raw, hit = torch.cat(nats)[..., 1], wanted[..., 0] == hinted
-            boosts.update(raw[known], sources[known], hit[known])
+                e.tally.learn_from(targets[part][learns[part]], e.tally.times)
+                (nll.mean(1) * weights[part]).sum().backward()
+        if hints and (known := real & hints.boosts.learnt(sources)).any():
+            e.tally.learn_from(targets[known], e.tally.times)
+            hit = (wanted[..., 0] == hinted)[known]
+            hints.boosts.update(torch.cat(raw)[..., 1][known], sources[known], hit)
         if learns.any():
             adapters.step()
 
 
 def update_weights(
-    model: GPT,
+    evaluation: Evaluation,
     optimizer: torch.optim.Optimizer,
     windows: list[Window],
     lr: float,
-    tally: Tally,
     scored: np.ndarray | None,
-    run: Run,
 ) -> None:
     """One step of all weights on the mean loss over windows, dealt to ranks and weighted by tokens.
 
     `scored` (N,) says how often each target has been scored, by all ranks; None asks for the illegal order.
     """
-    config, total = model.config, sum(window.end - window.begin for window in windows)
-    parameters = list(model.parameters())
+    e, config, run, model = evaluation, evaluation.config, evaluation.run, evaluation.program.model
+    total, parameters = sum(window.end - window.begin for window in windows), list(model.parameters())
     for group in optimizer.param_groups:
         group["lr"] = lr
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     for part in fill_rows(windows[run.rank :: run.world_size], config.score_row_tokens):
-        row, targets = window_row(part, tally.validation, config.eval_seq_len, 0, run)
+        row, targets = e.row(part, 0)
         if scored is None:
-            tally.learned_early += len(targets)
+            e.tally.learned_early += len(targets)
         else:
-            tally.learn_from(targets, scored)
-        (model(row.inputs, row.targets, layer_plan(config, looping=True), row.docs).sum() / total).backward()
+            e.tally.learn_from(targets, scored)
+        (model(row.inputs, row.targets, e.plan, row.docs).sum() / total).backward()
     for parameter in parameters:
         run.sum_(parameter.grad)
     if config.global_ttt_grad_clip:
@@ -4898,52 +4891,52 @@ def half_cosine(number: int, count: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * number / max(count - 1, 1)))
 
 
-def global_update(model: GPT, documents: np.ndarray, tally: Tally, config: Config, run: Run) -> int:
+def global_update(evaluation: Evaluation, documents: np.ndarray) -> int:
     """One pass of SGD over all weights on documents (n, 2) that are fully scored (#1610). Returns its steps.
 
     Each step takes GLOBAL_TTT_CHUNK_TOKENS targets; the learning rate falls along half a cosine to 0.
     """
+    config, model = evaluation.config, evaluation.program.model
     windows = windows_inside(documents, config.eval_seq_len, config.eval_seq_len)
     chunks = fill_rows(windows, max(config.global_ttt_chunk_tokens, config.eval_seq_len))
     optimizer = torch.optim.SGD(model.parameters(), config.global_ttt_lr, momentum=config.global_ttt_momentum)
-    scored = tally.over_ranks(run).times
+    scored = evaluation.tally.over_ranks(evaluation.run).times
     for number, chunk in enumerate(chunks):
-        lr = config.global_ttt_lr * half_cosine(number, len(chunks))
-        update_weights(model, optimizer, chunk, lr, tally, scored, run)
+        update_weights(evaluation, optimizer, chunk, config.global_ttt_lr * half_cosine(number, len(chunks)), scored)
     return len(chunks)
 
 
-def adapt(program: Program, validation: Validation, config: Config, run: Run, log: Log) -> Tally:
-    """Scores the whole validation stream with test-time training; changes the model's weights on the way."""
-    model, tally = program.model, Tally(validation)
-    queue = document_queue(validation.documents, config.ttt_batch_size, [limit for limit, _ in config.chunk_steps])
+def adapt_documents(evaluation: Evaluation) -> Tally:
+    """Scores the whole validation stream with adapters and global phases; changes the model's weights on the way."""
+    config, run, log, model = evaluation.config, evaluation.run, evaluation.log, evaluation.program.model
+    documents = evaluation.validation.documents
+    queue = document_queue(documents, config.ttt_batch_size, [limit for limit, _ in config.chunk_steps])
     pauses, tracks = phase_pauses(queue, config), range(run.rank, TTT_TRACKS, run.world_size)
     work = [batch_work(batch, config) for batch in queue]
     governor = Governor(config, [work[n] for n in range(len(queue)) if n % TTT_TRACKS in tracks])
-    hints, boosts = stream_hints(validation, config, run, log), {track: Boosts(config) for track in tracks}
-    log("ttt", documents=len(validation.documents), batches=len(queue), pauses=pauses)
+    table = stream_hints(evaluation.validation, config, run, log)
+    hints = {track: None if table is None else Hints(table, Boosts(config)) for track in tracks}
+    log("ttt", documents=len(documents), batches=len(queue), pauses=pauses)
     for phase, (begin, end) in enumerate(zip([0, *pauses], [*pauses, len(queue)])):
         model.requires_grad_(False)
         mine = [(track, number) for track in tracks for number in range(begin, end) if number % TTT_TRACKS == track]
         adapters, owner = None, None
         for track, number in log.bar(mine, "ttt"):
-            if owner != track or adapters.size != len(queue[number]):
-                seed = ((config.seed * 1000 + phase) * TTT_TRACKS + track) * 2 + (owner == track)
-                adapters, owner = Adapters(config, model, len(queue[number]), seed), track
-            adapters.forget()
-            chunk = governor.chunk_factor() * chunk_of(int(queue[number][0, 1]), config)
-            chunk = min(chunk, config.ttt_eval_seq_len)
             batch = queue[number]
-            score_and_adapt(program.adapt, adapters, batch, validation, config, run, tally, chunk, hints, boosts[track])
+            if owner != track or adapters.size != len(batch):
+                seed = ((config.seed * 1000 + phase) * TTT_TRACKS + track) * 2 + (owner == track)
+                adapters, owner = Adapters(config, model, len(batch), seed), track
+            adapters.forget()
+            chunk = min(governor.chunk_factor() * chunk_of(int(batch[0, 1]), config), config.ttt_eval_seq_len)
+            adapt_batch(evaluation, adapters, batch, chunk, hints[track])
             governor.finished(work[number])
         model.requires_grad_(True)
         if end < len(queue):
-            steps = global_update(model, np.concatenate(queue[:end]), tally, config, run)
-            seconds = time.monotonic() - governor.start
+            steps, seconds = global_update(evaluation, np.concatenate(queue[:end])), time.monotonic() - governor.start
             log("global_ttt", phase=f"{phase + 1}/{len(pauses)}", batches=end, steps=steps, seconds=seconds)
     if slowed := int(run.sum_(torch.tensor(governor.slowed, device=run.device))):
         log("warning", batches_with_longer_chunks=slowed, reason=f"EVAL_MAX_SECONDS={config.eval_max_seconds:g}")
-    return tally.over_ranks(run)
+    return evaluation.tally.over_ranks(run)
 
 
 def chunk_optimizer(model: GPT, config: Config) -> torch.optim.Optimizer:
@@ -4954,61 +4947,55 @@ def chunk_optimizer(model: GPT, config: Config) -> torch.optim.Optimizer:
 
 
 def learn_chunk(
-    model: GPT,
+    evaluation: Evaluation,
     optimizer: torch.optim.Optimizer,
     span: tuple[int, int],
     lr: float,
-    tally: Tally,
     scored: np.ndarray | None,
-    run: Run,
 ) -> None:
     """TTT_EPOCHS passes over the inputs begin..end-1 of the stream, in windows of the context beside each other."""
-    config = model.config
-    documents = stretches(tally.validation, config)
-    begins, ends = np.maximum(documents[:, 0], span[0]), np.minimum(documents.sum(1), span[1])
+    config, stretches = evaluation.config, evaluation.stretches
+    begins, ends = np.maximum(stretches[:, 0], span[0]), np.minimum(stretches.sum(1), span[1])
     inside = np.stack([begins, ends - begins], 1)[ends > begins]
     windows = windows_inside(inside, config.eval_seq_len, config.eval_seq_len)
     count = TTT_TRACKS * config.ttt_batch_seqs
     for _ in range(config.ttt_epochs):
         for begin in range(0, len(windows), count):
-            update_weights(model, optimizer, windows[begin : begin + count], lr, tally, scored, run)
+            update_weights(evaluation, optimizer, windows[begin : begin + count], lr, scored)
 
 
-def adapt_chunks(program: Program, validation: Validation, config: Config, run: Run, log: Log) -> Tally:
+def adapt_chunks(evaluation: Evaluation) -> Tally:
     """Sliding score of the stream in chunks of TTT_CHUNK_TOKENS; all weights learn from each after its score (#549,
-    #1413). The optimizer lives through all chunks, whose learning rate falls along half a cosine; the last chunk
-    teaches nobody."""
-    windows = windows_inside(stretches(validation, config), config.eval_seq_len, config.eval_stride)
-    chunks = [
-        list(chunk) for _, chunk in itertools.groupby(windows, lambda w: w.first_scored // config.ttt_chunk_tokens)
-    ]
-    tally, optimizer, quiet = Tally(validation), chunk_optimizer(program.model, config), Log(None)
-    log("ttt", chunks=len(chunks), epochs=config.ttt_epochs)
-    for number, chunk in enumerate(log.bar(chunks, "ttt")):
-        score_windows(program.score, chunk, tally, config, run, quiet)
+    #1413). The optimizer lives through all chunks, whose learning rate falls along half a cosine; the last chunk is
+    not learned from."""
+    config, run, tally = evaluation.config, evaluation.run, evaluation.tally
+    windows = windows_inside(evaluation.stretches, config.eval_seq_len, config.eval_stride)
+    in_chunk = itertools.groupby(windows, lambda window: window.first_scored // config.ttt_chunk_tokens)
+    chunks, optimizer = [list(chunk) for _, chunk in in_chunk], chunk_optimizer(evaluation.program.model, config)
+    evaluation.log("ttt", chunks=len(chunks), epochs=config.ttt_epochs)
+    for number, chunk in enumerate(evaluation.log.bar(chunks, "ttt")):
+        evaluation.score_windows(chunk, quiet=True)
         if number + 1 < len(chunks):
             begin, end = chunk[0].first_scored, chunk[-1].end
             scored = np.zeros_like(tally.times)
             times = torch.from_numpy(tally.times[begin + 1 : end + 1]).to(run.device, copy=True)
             scored[begin + 1 : end + 1] = run.sum_(times).cpu().numpy()
             lr = config.ttt_lr * half_cosine(number, len(chunks))
-            learn_chunk(program.model, optimizer, (begin, end), lr, tally, scored, run)
+            learn_chunk(evaluation, optimizer, (begin, end), lr, scored)
     return tally.over_ranks(run)
 
 
-def train_before_scoring(program: Program, validation: Validation, config: Config, run: Run, log: Log) -> Tally:
+def train_before_scoring(evaluation: Evaluation) -> Tally:
     """What #489 and others did: train on the whole validation stream, then score it. Against the rules (#402, #677);
     the result is called invalid everywhere."""
-    tally, optimizer = Tally(validation), chunk_optimizer(program.model, config)
-    learn_chunk(program.model, optimizer, (0, len(validation.tokens) - 1), config.ttt_lr, tally, None, run)
-    learned = tally.over_ranks(run).learned_early
-    log("ttt", learned_before_score=learned)
-    result = score(program.score, validation, config, run, log, config.eval_stride)
-    result.learned_early = learned
+    config, optimizer = evaluation.config, chunk_optimizer(evaluation.program.model, evaluation.config)
+    learn_chunk(evaluation, optimizer, (0, len(evaluation.validation.tokens) - 1), config.ttt_lr, None)
+    result = evaluation.score(config.eval_stride)
+    evaluation.log("ttt", learned_before_score=result.learned_early)
     return result
 
 
-ADAPTERS = {"lora_phased": adapt, "chunk_sgd": adapt_chunks, "pre_eval_illegal": train_before_scoring}
+TTT_KINDS = {"lora_phased": adapt_documents, "chunk_sgd": adapt_chunks, "pre_eval_illegal": train_before_scoring}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -5451,11 +5438,11 @@ def evaluate_stage(config: Config, run: Run, log: Log, program: Program) -> dict
         run.synchronize()
         start = time.monotonic()
         with program.clock():
-            validation = load_validation(config)
+            evaluation = Evaluation(program, load_validation(config), log)
             if kind == "ttt":
-                tally = ADAPTERS[config.ttt_kind](program, validation, config, run, log)
+                tally = TTT_KINDS[config.ttt_kind](evaluation)
             else:
-                tally = score(program.score, validation, config, run, log, strides[kind])
+                tally = evaluation.score(strides[kind])
             run.synchronize()
         seconds = time.monotonic() - start
         log(
@@ -5472,7 +5459,7 @@ def evaluate_stage(config: Config, run: Run, log: Log, program: Program) -> dict
         result |= {f"{kind}_val_loss": tally.loss, f"{kind}_val_bpb": tally.bpb, f"{kind}_seconds": seconds}
         tallies[kind] = tally
     run.on_main(lambda: write_documents(run_dir(config) / "documents.csv", tallies))
-    text_bytes = run.on_main(lambda: decoded_bytes(validation.tokens.numpy(), load_tokenizer(config)))
+    text_bytes = run.on_main(lambda: decoded_bytes(evaluation.validation.tokens.numpy(), load_tokenizer(config)))
     run.on_main(lambda: write_positions(run_dir(config) / "positions.csv", tallies))
     if "oversize" in tallies:
         result["fit_cost_bpb"] = tallies["quantized"].bpb - tallies["oversize"].bpb
@@ -5488,11 +5475,11 @@ def evaluate_stage(config: Config, run: Run, log: Log, program: Program) -> dict
         "most_times_scored": int(tally.times.max()),
         "learned_targets": round(tally.learned),
         "learned_before_score": round(tally.learned_early),
-        "val_targets": len(validation.tokens) - 1,
-        "val_bytes": int(validation.bytes.sum()),
+        "val_targets": len(evaluation.validation.tokens) - 1,
+        "val_bytes": int(evaluation.validation.bytes.sum()),
         "text_bytes": text_bytes,
         "byte_sidecar": any(config.dataset_dir.glob("fineweb_val_bytes_[0-9]*.bin")),
-        "val_documents": len(validation.documents),
+        "val_documents": len(evaluation.validation.documents),
         "parameters": sum(parameter.numel() for parameter in program.model.parameters()),
         "scored_sha256": run.on_main(lambda: hashlib.sha256((run_dir(config) / "artifact.bin").read_bytes()).hexdigest()),
         "eval_seconds": result[f"{submitted}_seconds"],
@@ -5506,26 +5493,23 @@ def noise_validation(config: Config, documents: int, count: int) -> Validation:
     return Validation(tokens, torch.zeros_like(tokens), table)
 
 
-@torch.no_grad()
-def warm_up_score(program: Program, config: Config, run: Run) -> None:
-    """Compiles the scoring of a row of windows."""
-    noise = noise_validation(config, 1, config.eval_seq_len)
-    score_windows(program.score, windows_inside(noise.documents, config.eval_seq_len, config.eval_seq_len),
-                  Tally(noise), config, dataclasses.replace(run, rank=0, world_size=1), Log(None))  # fmt: skip
+def warm_up_score(program: Program) -> None:
+    """Compiles the scoring of a row of windows, on every rank."""
+    context, rows = program.config.eval_seq_len, program.run.world_size
+    per_row = -(-program.config.score_row_tokens // context)
+    Evaluation(program, noise_validation(program.config, rows * per_row, context), Log(None)).score(context)
 
 
-def warm_up_adapt(program: Program, config: Config, run: Run) -> None:
+def warm_up_adapt(program: Program) -> None:
     """Compiles the adaptive pass: first chunks, where the window is the chunk, and later ones; for a batch of documents
     and for a single one. Chunks and batches of other sizes run the same graphs."""
+    config, chunk = program.config, program.config.ttt_chunk_size
     program.model.requires_grad_(False)
-    chunk = config.ttt_chunk_size
     for batch in sorted({1, config.ttt_batch_size}):
         noise, adapters = noise_validation(config, batch, 3 * chunk), Adapters(config, program.model, batch, 0)
-        hints = torch.full((len(noise.tokens), 2), -1, dtype=torch.int32) if config.ngram_tilt_enabled else None
-        tally, boosts = Tally(noise), Boosts(config)
-        score_and_adapt(
-            program.adapt, adapters, noise.documents, noise, config, run, tally, chunk, hints, boosts
-        )
+        no_hints = torch.full((len(noise.tokens), 2), -1, dtype=torch.int32)
+        hints = Hints(no_hints, Boosts(config)) if config.ngram_tilt_enabled else None
+        adapt_batch(Evaluation(program, noise, Log(None)), adapters, noise.documents, chunk, hints)
     program.model.requires_grad_(True)
 
 
@@ -5535,9 +5519,9 @@ def warm_up_evaluation(program: Program, config: Config, run: Run, log: Log) -> 
     if config.stage_list == ["quantize"] or not (compiles(config, run) or run.padded):
         return
     start = time.monotonic()
-    warm_up_score(program, config, run)
+    warm_up_score(program)
     if "evaluate" in config.stage_list and config.ttt_enabled and config.ttt_kind == "lora_phased":
-        warm_up_adapt(program, config, run)
+        warm_up_adapt(program)
     log("warm_up_evaluation", seconds=time.monotonic() - start)
 
 

@@ -42,12 +42,12 @@ def main() -> None:
     tg.warm_up_evaluation(program, config, run, log)
     for name, stride in (("plain", config.eval_seq_len), ("sliding", config.eval_stride)):
         if name == "plain" or config.sliding_window_enabled:
-            timed(name, lambda stride=stride: tg.score(program.score, validation, config, run, log, stride), run)
+            timed(name, lambda stride=stride: tg.Evaluation(program, validation, log).score(stride), run)
     if not config.ttt_enabled:
         return
     queue = tg.document_queue(validation.documents, config.ttt_batch_size)
     pushed = sum(tg.batch_work(batch, config) for batch in queue) / (len(validation.tokens) - 1)
-    spent = timed("ttt", lambda: tg.ADAPTERS[config.ttt_kind](program, validation, config, run, log), run)
+    spent = timed("ttt", lambda: tg.TTT_KINDS[config.ttt_kind](tg.Evaluation(program, validation, log)), run)
     if config.ttt_kind == "lora_phased":
         real = sum(int(batch[:, 1].sum()) for batch in queue)
         padded = sum(len(batch) * int(batch[0, 1]) for batch in queue)

@@ -117,11 +117,18 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def program_of(model: tg.GPT, run: tg.Run = tg.Run()) -> tg.Program:
-    """A program whose model is this one."""
-    program = tg.Program(model.config, run)
-    program.model = model
+def program_of(model: Callable, config: tg.Config, run: tg.Run = tg.Run()) -> tg.Program:
+    """A program whose model, in every use, is this one."""
+    program = tg.Program(config, run)
+    program.model = program.score = program.adapt = model
     return program
+
+
+def evaluation_of(
+    model: Callable, validation: tg.Validation, config: tg.Config, run: tg.Run = tg.Run()
+) -> tg.Evaluation:
+    """A pass over this validation stream with this model."""
+    return tg.Evaluation(program_of(model, config, run), validation, QUIET)
 
 
 def random_model(config: tg.Config, seed: int = 0) -> tg.GPT:

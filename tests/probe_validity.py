@@ -86,13 +86,12 @@ class Trace:
 
 def evaluate(kind: str, subject: Subject, validation: tg.Validation) -> Any:
     """The script's own evaluation of a fresh model; returns its tally."""
-    model, run, log = subject.make_model(), tg.Run(), tg.Log(None)
+    program = tg.Program(subject.config, tg.Run())
+    program.model = subject.make_model()
+    evaluation = tg.Evaluation(program, validation, tg.Log(None))
     if kind == "ttt":
-        program = tg.Program(subject.config, run)
-        program.model = model
-        return tg.ADAPTERS[subject.config.ttt_kind](program, validation, subject.config, run, log)
-    stride = subject.config.eval_stride if kind == "sliding" else subject.config.eval_seq_len
-    return tg.score(model, validation, subject.config, run, log, stride)
+        return tg.TTT_KINDS[subject.config.ttt_kind](evaluation)
+    return evaluation.score(subject.config.eval_stride if kind == "sliding" else subject.config.eval_seq_len)
 
 
 def trace(

@@ -86,7 +86,7 @@ def slow_down(name: str, mark: str) -> None:
         Path(mark).touch()
         time.sleep(60)
 
-    for table in (tg.QUANTIZERS, tg.ADAPTERS):
+    for table in (tg.QUANTIZERS, tg.TTT_KINDS):
         table.update({key: waiting for key, function in table.items() if function is getattr(tg, name)})
     setattr(tg, name, waiting)
 

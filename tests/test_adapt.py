@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    QUIET,
     OneOf,
+    evaluation_of,
     nll_per_target,
-    program_of,
     random_model,
     recorded_nll,
     toy_config,
@@ -35,7 +34,7 @@ def adapt_batch(
     adapters = adapters or tg.Adapters(config, model, len(batch), seed=1)
 
     def scorer(v: tg.Validation) -> None:
-        tg.score_and_adapt(forward or model, adapters, batch, v, config, RUN, tg.Tally(v), config.ttt_chunk_size)
+        tg.adapt_batch(evaluation_of(forward or model, v, config), adapters, batch, config.ttt_chunk_size)
 
     return nll_per_target(validation, scorer)
 
@@ -48,11 +47,11 @@ def with_tokens(validation: tg.Validation, changes: dict[int, int]) -> tg.Valida
     return validation._replace(tokens=tokens)
 
 
-def all_scored(validation: tg.Validation) -> tg.Tally:
-    """A tally in which every target has its score."""
-    tally = tg.Tally(validation)
-    tally.add(torch.zeros(len(validation.tokens) - 1), torch.arange(1, len(validation.tokens)))
-    return tally
+def all_scored(model: tg.GPT, validation: tg.Validation, config: tg.Config) -> tg.Evaluation:
+    """An evaluation in which every target has its score."""
+    evaluation, count = evaluation_of(model, validation, config), len(validation.tokens) - 1
+    evaluation.tally.add(torch.zeros(count), torch.arange(1, count + 1))
+    return evaluation
 
 
 def another(token: Any) -> int:
@@ -79,7 +78,7 @@ def test_every_target_is_scored_once_from_its_own_document(chunk: int, context: 
     """Documents of 1..600 targets in batches of unequal lengths: each target once, seeing only its document's past."""
     lengths = [1, 47, 48, 49, 95, 96, 97, 2, 600, 333, 144] if chunk == 48 else [1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 70]
     validation = validation_of_lengths(lengths)
-    config = toy_config(TTT_CHUNK_SIZE=chunk, TTT_EVAL_SEQ_LEN=context)
+    config = toy_config(TTT_CHUNK_SIZE=chunk, TTT_EVAL_SEQ_LEN=context, VAL_BATCH_TOKENS=65536)
     stream = validation.tokens.tolist()
     learned_from = []
 
@@ -93,7 +92,7 @@ def test_every_target_is_scored_once_from_its_own_document(chunk: int, context: 
         seen: list = []
 
         def scorer(v: tg.Validation) -> None:
-            tg.score_and_adapt(forward, NoAdapters(), batch, v, config, RUN, tg.Tally(v), chunk)
+            tg.adapt_batch(evaluation_of(forward, v, config), NoAdapters(), batch, chunk)
 
         with recorded_nll() as counted:
             scorer(validation)
@@ -113,23 +112,23 @@ def test_every_target_is_scored_once_from_its_own_document(chunk: int, context: 
 
 
 def test_whole_pass_scores_every_target_once() -> None:
-    """adapt(): tokens - 1 targets and all bytes, whatever the batch size and number of phases; learning is counted."""
+    """adapt_documents(): tokens - 1 targets and all bytes, whatever the batch size and number of phases; learning is counted."""
     validation = validation_of_lengths(LENGTHS)
     for batch_size, prefix, phases in ((4, 12, 2), (64, 2000, 3), (3, 0, 1), (1, 5, 5)):
         config = toy_config(TTT_BATCH_SIZE=batch_size, PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=phases)
-        nll_per_target(validation, lambda v: tg.adapt(program_of(random_model(config)), v, config, RUN, QUIET))
-    tally = tg.adapt(program_of(random_model(config)), validation, config, RUN, QUIET)
+        nll_per_target(validation, lambda v: tg.adapt_documents(evaluation_of(random_model(config), v, config)))
+    tally = tg.adapt_documents(evaluation_of(random_model(config), validation, config))
     assert tally.tokens == sum(LENGTHS) == len(validation.tokens) - 1
     assert tally.bytes == int(validation.bytes.sum())
     taught = sum((length - 1) // 8 * 8 for length in LENGTHS)  # all but last chunks
     assert (
-        tg.adapt(program_of(random_model(quiet := toy_config(PHASED_TTT_PREFIX_DOCS=0))), validation, quiet, RUN, QUIET).learned
+        tg.adapt_documents(evaluation_of(random_model(quiet := toy_config(PHASED_TTT_PREFIX_DOCS=0)), validation, quiet)).learned
         == taught
     )
     queue = tg.document_queue(validation.documents, 4)
     phased = toy_config()
     again = sum(int(part[:, 1].sum()) for pause in tg.phase_pauses(queue, phased) for part in queue[:pause])
-    assert tg.adapt(program_of(random_model(phased)), validation, phased, RUN, QUIET).learned == taught + again
+    assert tg.adapt_documents(evaluation_of(random_model(phased), validation, phased)).learned == taught + again
 
 
 def mixed_config(**changes: Any) -> tg.Config:
@@ -147,7 +146,7 @@ def test_chunks_of_several_sizes_score_every_target_once_before_learning_from_it
     from some place on change no score before it, and those from the next chunk on."""
     config, validation = mixed_config(), validation_of_lengths(LENGTHS)
     tallies = []
-    scorer = lambda v: tallies.append(tg.adapt(program_of(random_model(config)), v, config, RUN, QUIET))
+    scorer = lambda v: tallies.append(tg.adapt_documents(evaluation_of(random_model(config), v, config)))
     before = nll_per_target(validation, scorer)
     taught = [(length - 1) // mixed_chunk(length) * mixed_chunk(length) for length in LENGTHS]
     assert tallies[0].tokens == sum(LENGTHS) and tallies[0].learned == sum(taught)
@@ -172,7 +171,7 @@ def test_learning_behind_short_documents_is_as_fine_as_asked() -> None:
     """With TTT_CHUNK_STEPS a document's first `chunk` targets are scored bare, and the rest is not."""
     validation = validation_of_lengths(LENGTHS)
     adapted, bare = (
-        nll_per_target(validation, lambda v: tg.adapt(program_of(random_model(c)), v, c, RUN, QUIET))
+        nll_per_target(validation, lambda v: tg.adapt_documents(evaluation_of(random_model(c), v, c)))
         for c in (mixed_config(TTT_LORA_LR=0.03), mixed_config(TTT_LORA_LR=0))
     )
     for start, count in validation.documents.tolist():
@@ -188,7 +187,7 @@ def test_tiny_streams_terminate(lengths: list[int]) -> None:
         toy_config(PHASED_TTT_PREFIX_DOCS=2000, PHASED_TTT_NUM_PHASES=3),
         validation_of_lengths(lengths),
     )
-    assert tg.adapt(program_of(random_model(config)), validation, config, RUN, QUIET).tokens == sum(lengths)
+    assert tg.adapt_documents(evaluation_of(random_model(config), validation, config)).tokens == sum(lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -306,7 +305,7 @@ def test_documents_scored_before_a_pause_do_not_see_later_ones() -> None:
     queue = tg.document_queue(validation.documents, config.ttt_batch_size)
     pauses = tg.phase_pauses(queue, config)
     assert pauses[-1] < len(queue)
-    scored = lambda v: nll_per_target(v, lambda v: tg.adapt(program_of(random_model(config)), v, config, RUN, QUIET))
+    scored = lambda v: nll_per_target(v, lambda v: tg.adapt_documents(evaluation_of(random_model(config), v, config)))
     targets = lambda batches: np.concatenate(
         [np.arange(s + 1, s + n + 1) for batch in batches for s, n in batch.tolist()]
     )
@@ -343,7 +342,7 @@ def test_a_document_does_not_depend_on_its_batch_mates() -> None:
     for start, count in validation.documents.tolist():
         with recorded_nll() as rows:
             alone = np.array([[start, count]])
-            tg.score_and_adapt(model, same_start(1), alone, validation, config, RUN, tg.Tally(validation), 8)
+            tg.adapt_batch(evaluation_of(model, validation, config), same_start(1), alone, 8)
         assert sorted(rows) == list(range(start + 1, start + count + 1))
         np.testing.assert_allclose([rows[p] for p in sorted(rows)], together[start + 1 : start + count + 1], atol=1e-3)
 
@@ -361,14 +360,13 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[np.ndarray, int]]:
     """(batch, chunk) of each pass of adapters over a batch of documents, which then tally 0 without a model."""
     seen: list[tuple[np.ndarray, int]] = []
 
-    def score_and_adapt(_: Any, adapters: tg.Adapters, batch: np.ndarray, *rest: Any) -> None:
-        tally, chunk = rest[3:5]
+    def adapt_batch(e: tg.Evaluation, adapters: tg.Adapters, batch: np.ndarray, chunk: int, hints: Any) -> None:
         assert adapters.size == len(batch)
         seen.append((batch, chunk))
         for start, count in batch.tolist():
-            tally.add(torch.zeros(count), torch.arange(start + 1, start + count + 1))
+            e.tally.add(torch.zeros(count), torch.arange(start + 1, start + count + 1))
 
-    monkeypatch.setattr(tg, "score_and_adapt", score_and_adapt)
+    monkeypatch.setattr(tg, "adapt_batch", adapt_batch)
     return seen
 
 
@@ -383,7 +381,7 @@ def test_chunk_of_a_document_does_not_depend_on_its_neighbours(
     for batch_size in (1, 3, 64):
         config = mixed_config(TTT_BATCH_SIZE=batch_size)
         passes.clear()
-        nll_per_target(validation, lambda v: tg.adapt(program_of(random_model(config)), v, config, RUN, QUIET))
+        nll_per_target(validation, lambda v: tg.adapt_documents(evaluation_of(random_model(config), v, config)))
         chunks = {int(start): (int(count), chunk) for batch, chunk in passes for start, count in batch}
         assert len(chunks) == len(LENGTHS)
         assert all(chunk == min(factor * mixed_chunk(count), 32) for count, chunk in chunks.values())
@@ -416,14 +414,14 @@ def test_forgetting_leaves_nothing_of_earlier_documents_but_a() -> None:
 
 
 def test_every_batch_begins_without_memory_but_its_tracks_a(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In adapt(), B and the optimizer start empty for each batch; A is the track's last one, or drawn anew."""
+    """B and the optimizer start empty for each batch; A is the track's last one, or drawn anew."""
     config = toy_config(TTT_BATCH_SIZE=1, PHASED_TTT_PREFIX_DOCS=2, PHASED_TTT_NUM_PHASES=1)
     validation = validation_of_lengths(LENGTHS)
-    real, left, kept, drawn = tg.score_and_adapt, {}, [], []
+    real, left, kept, drawn = tg.adapt_batch, {}, [], []
     queue = tg.document_queue(validation.documents, 1)
     pauses = tg.phase_pauses(queue, config)
 
-    def spy(forward: Any, adapters: tg.Adapters, batch: np.ndarray, *rest: Any) -> None:
+    def spy(evaluation: tg.Evaluation, adapters: tg.Adapters, batch: np.ndarray, *rest: Any) -> None:
         assert all(not b.any() for _, b in adapters.factors.values())
         assert all(not buffer.any() for state in adapters.optimizer.state.values() for buffer in state.values())
         number = next(i for i, part in enumerate(queue) if np.array_equal(part, batch))
@@ -435,11 +433,11 @@ def test_every_batch_begins_without_memory_but_its_tracks_a(monkeypatch: pytest.
         else:
             assert not any(torch.equal(a, other) for other in drawn)
             drawn.append(a)
-        real(forward, adapters, batch, *rest)
+        real(evaluation, adapters, batch, *rest)
         left[place] = adapters.factors["attn.q"][0].detach().clone()
 
-    monkeypatch.setattr(tg, "score_and_adapt", spy)
-    tg.adapt(program_of(random_model(config)), validation, config, RUN, QUIET)
+    monkeypatch.setattr(tg, "adapt_batch", spy)
+    tg.adapt_documents(evaluation_of(random_model(config), validation, config))
     assert len(kept) == 10 and len(drawn) == 10  # 2 batches on 2 tracks, a pause, then 18 on 8
 
 
@@ -461,9 +459,9 @@ def test_adapters_have_the_published_shapes_and_start() -> None:
 def test_ranks_share_the_work_without_changing_the_sums(world_size: int) -> None:
     """With phases off, the ranks' own sums add up to those of one rank (with phases: test_train, real processes)."""
     config, validation = toy_config(PHASED_TTT_PREFIX_DOCS=0, TTT_BATCH_SIZE=2), validation_of_lengths(LENGTHS)
-    whole = tg.adapt(program_of(random_model(config)), validation, config, RUN, QUIET)
+    whole = tg.adapt_documents(evaluation_of(random_model(config), validation, config))
     parts = [
-        tg.adapt(program_of(random_model(config)), validation, config, OneOf(rank, world_size), QUIET) for rank in range(world_size)
+        tg.adapt_documents(evaluation_of(random_model(config), validation, config, OneOf(rank, world_size))) for rank in range(world_size)
     ]
     assert sum(part.tokens for part in parts) == whole.tokens and sum(part.bytes for part in parts) == whole.bytes
     assert sum(part.nats for part in parts) == pytest.approx(whole.nats, rel=1e-9)
@@ -523,7 +521,7 @@ def test_without_a_clock_nothing_depends_on_time(clock: list[float]) -> None:
 
 @pytest.mark.parametrize("config", [toy_config(), mixed_config()], ids=["one chunk", "chunks by length"])
 def test_work_is_the_number_of_tokens_that_go_through_the_model(config: tg.Config) -> None:
-    """batch_work() equals what score_and_adapt() passes forward, for several batches."""
+    """batch_work() equals what adapt_batch() passes forward, for several batches."""
     validation, limits = validation_of_lengths(LENGTHS), [4, 12, 30] if config.ttt_chunk_steps else []
     for batch in tg.document_queue(validation.documents, 3, limits):
         passed = []
@@ -533,23 +531,23 @@ def test_work_is_the_number_of_tokens_that_go_through_the_model(config: tg.Confi
             return torch.zeros(wanted.shape, requires_grad=torch.is_grad_enabled())
 
         chunk = mixed_chunk(batch[0, 1]) if limits else 8
-        tg.score_and_adapt(forward, NoAdapters(), batch, validation, config, RUN, tg.Tally(validation), chunk)
+        tg.adapt_batch(evaluation_of(forward, validation, config), NoAdapters(), batch, chunk)
         assert tg.batch_work(batch, config) == sum(passed)
 
 
 def test_an_evaluation_in_a_hurry_scores_every_target_once(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer chunks, at most as long as the context, change how often adapters learn, and not what is scored."""
-    validation, sizes, real = validation_of_lengths(LENGTHS[:9]), [], tg.score_and_adapt
+    validation, sizes, real = validation_of_lengths(LENGTHS[:9]), [], tg.adapt_batch
 
-    def slow(*arguments: Any) -> None:
-        sizes.append(arguments[7])
-        real(*arguments)
+    def slow(evaluation: tg.Evaluation, adapters: tg.Adapters, batch: np.ndarray, chunk: int, hints: Any) -> None:
+        sizes.append(chunk)
+        real(evaluation, adapters, batch, chunk, hints)
         clock[0] += 30
 
-    monkeypatch.setattr(tg, "score_and_adapt", slow)
+    monkeypatch.setattr(tg, "adapt_batch", slow)
     config = toy_config(**HURRY, TTT_BATCH_SIZE=1, PHASED_TTT_PREFIX_DOCS=0)
     tallies = []
-    scorer = lambda v: tallies.append(tg.adapt(program_of(random_model(config)), v, config, RUN, QUIET))
+    scorer = lambda v: tallies.append(tg.adapt_documents(evaluation_of(random_model(config), v, config)))
     nll_per_target(validation, scorer)
     assert sizes[0] == 8 and sizes[-1] == 32 and set(sizes) <= {8, 16, 32}
     assert tallies[0].tokens == sum(LENGTHS[:9]) and tallies[0].learned_early == 0
@@ -627,7 +625,7 @@ def test_global_update_equals_sgd_by_hand() -> None:
     config, validation = toy_config(GLOBAL_TTT_LR=0.1), validation_of_lengths([70, 33, 50, 20, 9, 64])
     documents = validation.documents[[0, 2, 3, 5]]
     model, slow = random_model(config), random_model(config)
-    steps = tg.global_update(model, documents, all_scored(validation), config, RUN)
+    steps = tg.global_update(all_scored(model, validation, config), documents)
     windows = []
     for start, count in documents.tolist():
         windows += [(start + i, start + min(i + 32, count)) for i in range(0, count, 32)]
@@ -667,18 +665,18 @@ def test_global_update_uses_only_the_documents_it_is_given() -> None:
     changed = with_tokens(validation, {q: another(validation.tokens[q]) for q in range(start + 1, start + count)})
     models = [random_model(config) for _ in range(2)]
     for model, v in zip(models, (validation, changed)):
-        tg.global_update(model, validation.documents[[0, 2]], all_scored(v), config, RUN)
+        tg.global_update(all_scored(model, v, config), validation.documents[[0, 2]])
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
 
 
 def test_global_update_refuses_a_document_that_is_not_scored() -> None:
     """One missing target among those to learn from stops the pass before any weight moves."""
     config, validation = toy_config(), validation_of_lengths([20, 33, 18])
-    model, tally = random_model(config), all_scored(validation)
+    evaluation = all_scored(model := random_model(config), validation, config)
     before = model.qo_bank.detach().clone()
-    tally.times[30] = 0
+    evaluation.tally.times[30] = 0
     with pytest.raises(RuntimeError, match="target 30"):
-        tg.global_update(model, validation.documents, tally, config, RUN)
+        tg.global_update(evaluation, validation.documents)
     assert torch.equal(before, model.qo_bank)
 
 
@@ -689,7 +687,7 @@ def test_adapting_changes_the_weights_only_through_global_updates() -> None:
         config = toy_config(PHASED_TTT_PREFIX_DOCS=prefix)
         model = random_model(config)
         before = {name: array.copy() for name, array in model.arrays().items()}
-        tg.adapt(program_of(model), validation, config, RUN, QUIET)
+        tg.adapt_documents(evaluation_of(model, validation, config))
         after = model.arrays()
         assert all(np.array_equal(before[name], after[name]) for name in before) == same
         assert all(parameter.requires_grad for parameter in model.parameters())

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET, nll_per_target, program_of, random_model, toy_config, validation_of_lengths
+from conftest import evaluation_of, nll_per_target, random_model, toy_config, validation_of_lengths
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train_gpt as tg
@@ -85,10 +85,10 @@ def test_learning_in_chunks_equals_a_slow_loop(optimizer: str, lr: float, varlen
     config = chunk_config(VARLEN_ATTN=varlen, EVAL_STRIDE=16, **kind)
     validation = validation_of_lengths(LENGTHS)
     fast, slow = random_model(config), random_model(config)
-    found = nll_per_target(validation, lambda v: tg.adapt_chunks(program_of(fast), v, config, RUN, QUIET))
+    found = nll_per_target(validation, lambda v: tg.adapt_chunks(evaluation_of(fast, v, config)))
     wanted = slow_chunks(slow, validation, config)
     assert not np.isnan(wanted[1:]).any()
-    bare = nll_per_target(validation, lambda v: tg.score(random_model(config), v, config, RUN, QUIET, 16))
+    bare = nll_per_target(validation, lambda v: evaluation_of(random_model(config), v, config).score(16))
     assert np.abs(bare[200:] - wanted[200:]).mean() > 0.05  # it does learn
     # AdamW's first steps are the signs of gradients, so that rounding is seen in weights whose gradient is near zero.
     np.testing.assert_allclose(found[1:], wanted[1:], atol=1e-3 if optimizer == "sgd" else 0.02)
@@ -101,7 +101,7 @@ def watched_updates(validation: tg.Validation, config: tg.Config) -> tuple[tg.Ta
     rates: list[float] = []
     handle = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     try:
-        return tg.adapt_chunks(program_of(random_model(config)), validation, config, RUN, QUIET), rates
+        return tg.adapt_chunks(evaluation_of(random_model(config), validation, config)), rates
     finally:
         handle.remove()
 
@@ -136,8 +136,8 @@ def test_updates_take_so_many_windows_at_once() -> None:
 def test_without_a_rate_chunks_are_sliding_scores() -> None:
     """TTT_LR=0 scores each target as the sliding evaluation does."""
     validation, config = validation_of_lengths(LENGTHS), chunk_config(TTT_LR=0)
-    chunked = nll_per_target(validation, lambda v: tg.adapt_chunks(program_of(random_model(config)), v, config, RUN, QUIET))
-    sliding = nll_per_target(validation, lambda v: tg.score(random_model(config), v, config, RUN, QUIET, 8))
+    chunked = nll_per_target(validation, lambda v: tg.adapt_chunks(evaluation_of(random_model(config), v, config)))
+    sliding = nll_per_target(validation, lambda v: evaluation_of(random_model(config), v, config).score(8))
     np.testing.assert_allclose(chunked[1:], sliding[1:], atol=1e-5)
 
 
@@ -145,7 +145,7 @@ def test_a_chunk_is_scored_before_it_is_learned_from() -> None:
     """Replacing the tokens from p on changes no score before p, in the same chunk too; it does change later chunks."""
     config = chunk_config(VARLEN_ATTN=0)
     validation = validation_of_lengths([400])
-    scored = lambda v: nll_per_target(v, lambda v: tg.adapt_chunks(program_of(random_model(config)), v, config, RUN, QUIET))
+    scored = lambda v: nll_per_target(v, lambda v: tg.adapt_chunks(evaluation_of(random_model(config), v, config)))
     before = scored(validation)
     for p in (60, 96, 97, 380):
         tokens = validation.tokens.clone()
@@ -159,12 +159,12 @@ def test_a_chunk_is_scored_before_it_is_learned_from() -> None:
 def test_learning_from_what_is_not_scored_stops_the_run() -> None:
     """learn_chunk() refuses a span with one unscored target, before any weight moves."""
     config, validation = chunk_config(), validation_of_lengths([100])
-    model, tally = random_model(config), tg.Tally(validation)
-    scored = np.ones_like(tally.times)
+    evaluation = evaluation_of(model := random_model(config), validation, config)
+    scored = np.ones_like(evaluation.tally.times)
     scored[41] = 0
     before = model.qo_bank.detach().clone()
     with pytest.raises(RuntimeError, match="target 41"):
-        tg.learn_chunk(model, tg.chunk_optimizer(model, config), (10, 90), 0.1, tally, scored, RUN)
+        tg.learn_chunk(evaluation, tg.chunk_optimizer(model, config), (10, 90), 0.1, scored)
     assert torch.equal(model.qo_bank, before)
 
 
@@ -174,9 +174,9 @@ def test_illegal_order_gains_and_is_counted(optimizer: str) -> None:
     rate = 0.05 if optimizer == "sgd" else 0.003
     config = chunk_config(TTT_KIND="pre_eval_illegal", TTT_EPOCHS=3, CHUNK_TTT_OPTIMIZER=optimizer, TTT_LR=rate)
     validation = validation_of_lengths(LENGTHS)
-    cheat = tg.ADAPTERS["pre_eval_illegal"](program_of(random_model(config)), validation, config, RUN, QUIET)
+    cheat = tg.TTT_KINDS["pre_eval_illegal"](evaluation_of(random_model(config), validation, config))
     honest = dataclasses.replace(config, ttt_kind="chunk_sgd")
-    fair = tg.ADAPTERS["chunk_sgd"](program_of(random_model(config)), validation, honest, RUN, QUIET)
+    fair = tg.TTT_KINDS["chunk_sgd"](evaluation_of(random_model(config), validation, honest))
     assert cheat.learned_early == 3 * sum(LENGTHS) and cheat.learned == 0 == fair.learned_early
     assert cheat.tokens == fair.tokens == sum(LENGTHS) and cheat.times.max() == 1
     assert cheat.loss < fair.loss - 0.05

@@ -11,9 +11,9 @@ import torch
 from conftest import (
     QUIET,
     OneOf,
+    evaluation_of,
     make_validation,
     nll_per_target,
-    program_of,
     random_model,
     recorded_nll,
     toy_config,
@@ -211,7 +211,7 @@ def test_only_the_tallied_score_is_tilted() -> None:
     scored = {}
     for on in (0, 1):
         config = toy_config(**TILT | dict(NGRAM_TILT_ENABLED=on), TTT_BATCH_SIZE=2, PHASED_TTT_PREFIX_DOCS=4)
-        scored[on] = nll_per_target(validation, lambda v: tg.adapt(program_of(random_model(config)), v, config, RUN, QUIET))
+        scored[on] = nll_per_target(validation, lambda v: tg.adapt_documents(evaluation_of(random_model(config), v, config)))
     hints, hits, misses = dict(slow_hints(validation.tokens.tolist(), 4, 0.5)), 0, 0
     for position in range(1, len(validation.tokens)):
         plain, tilted = scored[0][position], scored[1][position]
@@ -231,7 +231,7 @@ def test_a_missed_hint_costs_what_its_probability_says() -> None:
     """On the real path, the price of a wrong hint is log(1 + q (e^boost - 1)) with q of the hinted id at that place."""
     config = toy_config(**TILT, TTT_LORA_LR=0, PHASED_TTT_PREFIX_DOCS=0, TTT_EVAL_SEQ_LEN=32, TTT_CHUNK_SIZE=8)
     validation, model = repetitive_validation(), random_model(config)
-    scored = nll_per_target(validation, lambda v: tg.adapt(program_of(model), v, config, RUN, QUIET))
+    scored = nll_per_target(validation, lambda v: tg.adapt_documents(evaluation_of(model, v, config)))
     hints, plan, checked = dict(slow_hints(validation.tokens.tolist(), 4, 0.5)), tg.layer_plan(config, True), 0
     for start, count in validation.documents.tolist():
         for position in range(start + 1, start + min(count, 32) + 1):  # what the first four chunks read from the start
@@ -508,7 +508,7 @@ def mixed_validation() -> tg.Validation:
 
 
 def adapted(validation: tg.Validation, config: tg.Config) -> np.ndarray:
-    return nll_per_target(validation, lambda v: tg.adapt(program_of(random_model(config)), v, config, RUN, QUIET))
+    return nll_per_target(validation, lambda v: tg.adapt_documents(evaluation_of(random_model(config), v, config)))
 
 
 class Watched:
@@ -516,7 +516,7 @@ class Watched:
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.events: list[tuple[str, Any]] = []
-        kinds = ((tg.Tally, "add"), (tg.Tally, "learn_from"), (tg.Boosts, "update"), (tg.Adapters, "update"))
+        kinds = ((tg.Tally, "add"), (tg.Tally, "learn_from"), (tg.Boosts, "update"), (tg.Adapters, "step"))
         for owner, name in kinds:
             self.watch(patch, owner, name)
 
@@ -535,7 +535,7 @@ def test_boosts_learn_from_each_document_hint_once_and_after_its_score(monkeypat
     others, with sources and truth; the ledger is asked before; all such hints of the stream come by once."""
     config, validation = document_config("2,4", 4, **LEARNT), mixed_validation()
     watched = Watched(monkeypatch)
-    tg.adapt(program_of(random_model(config)), validation, config, RUN, QUIET)
+    tg.adapt_documents(evaluation_of(random_model(config), validation, config))
     hints, used = tg.stream_hints(validation, config, RUN, QUIET), []
     learnt, events = (hints[:, 1] == 0) | (hints[:, 1] == 1), [*watched.events, ("end", ())] * 2
     for number, (kind, arguments) in enumerate(watched.events):
@@ -551,16 +551,16 @@ def test_boosts_learn_from_each_document_hint_once_and_after_its_score(monkeypat
             used += wanted
     kinds = [kind for kind, _ in watched.events]
     assert sorted(used) == learnt.nonzero()[:, 0].tolist() and len(used) > 80 and (hints[:, 1] == 2).sum() > 20
-    assert 0 < kinds.count("Boosts.update") <= kinds.count("Tally.add") and "Adapters.update" in kinds
+    assert 0 < kinds.count("Boosts.update") <= kinds.count("Tally.add") and "Adapters.step" in kinds
 
 
 def test_fixed_boosts_are_never_updated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without TOKEN_DOCUMENT_ORDERS the ledger only knows the targets of weight updates."""
     watched = Watched(monkeypatch)
     config = document_config("", 4, **LEARNT)
-    tg.adapt(program_of(random_model(config)), few_validation(), config, RUN, QUIET)
+    tg.adapt_documents(evaluation_of(random_model(config), few_validation(), config))
     kinds = [kind for kind, _ in watched.events]
-    assert "Boosts.update" not in kinds and kinds.count("Tally.learn_from") == kinds.count("Adapters.update") > 0
+    assert "Boosts.update" not in kinds and kinds.count("Tally.learn_from") == kinds.count("Adapters.step") > 0
 
 
 def test_document_hints_begin_without_a_tilt_and_get_what_was_learnt() -> None:
@@ -619,7 +619,7 @@ def test_boosts_of_tracks_do_not_depend_on_the_number_of_ranks() -> None:
     alone, together = adapted(validation, config), {}
     for rank in range(2):
         with recorded_nll() as seen:
-            tg.adapt(program_of(random_model(config)), validation, config, Share(rank, 2), QUIET)
+            tg.adapt_documents(evaluation_of(random_model(config), validation, config, Share(rank, 2)))
         assert not together.keys() & seen.keys()
         together |= seen
     assert [together[p] for p in range(1, len(validation.tokens))] == alone[1:].tolist()

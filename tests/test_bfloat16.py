@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from conftest import randomise, toy_config
 
 import train_gpt as tg
-from conftest import randomise, toy_config
 
 
 class Bfloat16Run(tg.Run):

@@ -10,7 +10,16 @@ import check_fuzz
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET, ToyData, nll_per_target, preset_env, random_model, toy_config, validation_of_lengths
+from conftest import (
+    QUIET,
+    ToyData,
+    evaluation_of,
+    nll_per_target,
+    preset_env,
+    random_model,
+    toy_config,
+    validation_of_lengths,
+)
 from test_main import parse_log
 
 import train_gpt as tg
@@ -236,10 +245,9 @@ def test_scores_do_not_depend_on_the_size_of_scoring_passes() -> None:
     found = []
     for size in (64, 256, 1024):
         config = toy_config(VAL_BATCH_TOKENS=size, NGRAM_TILT_ENABLED=1, TOKEN_ORDER=2, TOKEN_DOCUMENT_ORDERS="2")
-        program = tg.Program(config, RUN)
-        program.model = random_model(config)
-        plain = nll_per_target(validation, lambda v: tg.score(program.score, v, config, RUN, QUIET, 8))
-        adapted = nll_per_target(validation, lambda v: tg.adapt(program, v, config, RUN, QUIET))
+        model = random_model(config)
+        plain = nll_per_target(validation, lambda v: evaluation_of(model, v, config).score(8))
+        adapted = nll_per_target(validation, lambda v: tg.adapt_documents(evaluation_of(model, v, config)))
         found.append(np.stack([plain, adapted])[:, 1:])
     assert np.abs(found[0][0] - found[0][1]).max() > 1e-3  # adaptation does something
     for other in found[1:]:

@@ -6,7 +6,16 @@ import sys
 
 import numpy as np
 import pytest
-from test_data_helpers import AWKWARD, DATA, load, many_space_model, sample_texts, toy_model, without_space_piece, write_documents
+from test_data_helpers import (
+    AWKWARD,
+    DATA,
+    load,
+    many_space_model,
+    sample_texts,
+    toy_model,
+    without_space_piece,
+    write_documents,
+)
 
 import documents  # isort: skip
 import export  # isort: skip

@@ -93,10 +93,10 @@ def run_everything(trainer: tg.Trainer, batches: int) -> tg.Graphs:
     assert trainer.step == config.iterations and trainer.looping == bool(config.num_loops)
     validation = varied_validation(batches * config.ttt_batch_size - 1)
     for stride in (config.eval_seq_len, config.eval_stride):
-        tg.score(program.score, validation, config, trainer.run, QUIET, stride)
+        tg.Evaluation(program, validation, QUIET).score(stride)
     if config.ttt_enabled:
         some = validation if config.ttt_kind == "lora_phased" else varied_validation(12)
-        tg.ADAPTERS[config.ttt_kind](program, some, config, trainer.run, QUIET)
+        tg.TTT_KINDS[config.ttt_kind](tg.Evaluation(program, some, QUIET))
     return tg.COMPILES.graphs().since(before)
 
 
@@ -116,7 +116,7 @@ def test_batches_that_are_passed_in_parts_are_warmed_up_too(toy_data: ToyData, t
     assert config.adapt_tokens == 64 and config.ttt_eval_seq_len == 32
     program = tg.Program(config, run)
     tg.warm_up_evaluation(program, config, run, QUIET)
-    found = compiled_by(lambda: tg.adapt(program, varied_validation(20), config, run, QUIET))
+    found = compiled_by(lambda: tg.adapt_documents(tg.Evaluation(program, varied_validation(20), QUIET)))
     assert found[:2] == (0, 0)
 
 
@@ -141,12 +141,12 @@ def test_planted_warm_up_without_a_single_document_is_noticed(
     """A batch of one document is a graph of its own."""
     config = shallow(toy_data, "pr2135", RUNS_DIR=tmp_path, RUN_ID="a", STAGES="evaluate")
     program, run = tg.Program(config, PaddedRun()), PaddedRun()
-    real = tg.score_and_adapt
+    real = tg.adapt_batch
     with monkeypatch.context() as planted:
-        planted.setattr(tg, "score_and_adapt", lambda f, a, batch, *rest: len(batch) > 1 and real(f, a, batch, *rest))
+        planted.setattr(tg, "adapt_batch", lambda e, a, batch, *rest: len(batch) > 1 and real(e, a, batch, *rest))
         tg.warm_up_evaluation(program, config, run, QUIET)
     validation = validation_of_lengths([20, 20, 17])
-    assert compiled_by(lambda: tg.adapt(program, validation, config, run, QUIET)).compiled > 0
+    assert compiled_by(lambda: tg.adapt_documents(tg.Evaluation(program, validation, QUIET))).compiled > 0
 
 
 def test_each_use_has_its_own_cache_and_giving_up_is_counted() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, ToyData, free_port, preset_env
+from conftest import ROOT, ToyData, evaluation_of, free_port, preset_env
 
 import train_gpt as tg
 
@@ -294,7 +294,7 @@ def test_every_preset_trains_packs_reloads_and_scores_at_toy_size(
     model = tg.GPT(config, RUN)
     clips = tg.scaled_clips(config, result["clip_factor"])  # FIT_ARTIFACT=fill finds room in every toy
     model.load(tg.dequantize(tg.quantize(weights, clips, RUN.device), config))
-    score = tg.score(model, tg.load_validation(config), config, RUN, tg.Log(None), config.eval_seq_len)
+    score = evaluation_of(model, tg.load_validation(config), config).score(config.eval_seq_len)
     assert score.loss == result["quantized_val_loss"] != result["prequant_val_loss"]
 
 

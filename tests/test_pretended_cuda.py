@@ -16,7 +16,8 @@ import pretended_cuda
 import pytest
 import torch
 from conftest import QUIET, ToyData, preset_env, toy_config
-from pretended_cuda import CUDA, PretendedTensor, Rules, pretended_cuda as pretend
+from pretended_cuda import CUDA, PretendedTensor, Rules
+from pretended_cuda import pretended_cuda as pretend
 from torch import Tensor
 
 import train_gpt as tg
@@ -60,7 +61,7 @@ class Finished:
 def watched(waits: list[str], steps: list[list[str]], batches: list[tuple[int, list[str]]]) -> Iterator[None]:
     """Notes the waits of training steps and of adaptation."""
     marks: list[int] = []
-    update, adapt, add = tg.Trainer.update, tg.score_and_adapt, tg.Tally.add
+    update, adapt, add = tg.Trainer.update, tg.adapt_batch, tg.Tally.add
     chunks = itertools.count()
 
     def step(*args: Any) -> Any:
@@ -78,7 +79,7 @@ def watched(waits: list[str], steps: list[list[str]], batches: list[tuple[int, l
         next(chunks)
         add(*args)
 
-    with mock.patch.object(tg.Trainer, "update", step), mock.patch.object(tg, "score_and_adapt", batch):
+    with mock.patch.object(tg.Trainer, "update", step), mock.patch.object(tg, "adapt_batch", batch):
         with mock.patch.object(tg.Tally, "add", count):
             yield
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    QUIET,
     OneOf,
+    evaluation_of,
     make_validation,
     nll_per_target,
     random_model,
@@ -82,7 +82,7 @@ def test_score_equals_a_slow_loop_over_single_tokens(stride: int, varlen: int) -
     config = toy_config(VARLEN_ATTN=varlen)
     model, validation = random_model(config), validation_of_lengths(LENGTHS)
     slow = one_token_at_a_time(model, validation, config, stride)
-    scorer = lambda v: tg.score(model, v, config, tg.Run(), QUIET, stride)
+    scorer = lambda v: evaluation_of(model, v, config).score(stride)
     fast = nll_per_target(validation, scorer)
     np.testing.assert_allclose(fast[1:], slow[1:], atol=1e-4)
     tally = scorer(validation)
@@ -102,7 +102,7 @@ def test_windows_of_a_plain_stream_ignore_documents() -> None:
     scores = []
     for varlen in (0, 1):
         config = toy_config(VARLEN_ATTN=varlen)
-        scorer = lambda v: tg.score(random_model(config), v, config, tg.Run(), QUIET, 32)
+        scorer = lambda v: evaluation_of(random_model(config), v, config).score(32)
         changed = validation.tokens.clone()
         changed[3] = 4 + (changed[3] - 3) % 60
         scores.append([nll_per_target(v, scorer) for v in (validation, validation._replace(tokens=changed))])
@@ -116,7 +116,7 @@ def test_longer_context_is_really_used() -> None:
     config = toy_config()
     model, validation = random_model(config), validation_of_lengths([90])
     plain, sliding = (
-        nll_per_target(validation, lambda v: tg.score(model, v, config, tg.Run(), QUIET, s)) for s in (32, 8)
+        nll_per_target(validation, lambda v: evaluation_of(model, v, config).score(s)) for s in (32, 8)
     )
     same = np.isclose(plain[1:], sliding[1:], atol=1e-5)
     assert same[:32].all() and not same[32:64].all()
@@ -127,14 +127,14 @@ def test_score_does_not_depend_on_the_row_size_or_the_ranks(stride: int) -> None
     """Other packed rows, and the sum over 1, 2, 3 or 40 ranks, give the same nats, tokens and bytes."""
     config = toy_config()
     model, validation = random_model(config), validation_of_lengths(LENGTHS)
-    whole = tg.score(model, validation, config, tg.Run(), QUIET, stride)
+    whole = evaluation_of(model, validation, config).score(stride)
     for batch in (256, 700, 8192):
-        other = tg.score(model, validation, toy_config(VAL_BATCH_TOKENS=batch), tg.Run(), QUIET, stride)
+        other = evaluation_of(model, validation, toy_config(VAL_BATCH_TOKENS=batch)).score(stride)
         assert (other.tokens, other.bytes) == (whole.tokens, whole.bytes)
         assert other.nats == pytest.approx(whole.nats, rel=1e-6)
     for world_size in (2, 3, 40):
         parts = [
-            tg.score(model, validation, config, OneOf(rank, world_size), QUIET, stride) for rank in range(world_size)
+            evaluation_of(model, validation, config, OneOf(rank, world_size)).score(stride) for rank in range(world_size)
         ]
         assert sum(part.tokens for part in parts) == whole.tokens
         assert sum(part.bytes for part in parts) == whole.bytes
@@ -149,7 +149,7 @@ def test_no_token_changes_the_score_of_an_earlier_target(stride: int) -> None:
     model = random_model(config)
     tokens = random_tokens(120, 64, seed=3, bos_every=50)
     tokens[0] = tg.BOS_ID
-    scorer = lambda v: tg.score(model, v, config, tg.Run(), QUIET, stride)
+    scorer = lambda v: evaluation_of(model, v, config).score(stride)
     before = nll_per_target(make_validation(tokens), scorer)
     for p in (1, 2, 20, 31, 32, 33, 50, 75, 100, 119):
         for value in (4 + (tokens[p] - 3) % 60, tg.BOS_ID):
@@ -165,10 +165,11 @@ def test_padding_changes_no_score_and_is_not_counted() -> None:
     config = toy_config()
     model, validation = random_model(config), validation_of_lengths([5, 33, 12])
     plan, windows = tg.layer_plan(config, True), tg.windows_inside(validation.documents, 32, 8)[:4]
-    bare, positions = tg.window_row(windows, validation, 32, 0, tg.Run())
+    evaluation = evaluation_of(model, validation, config)
+    bare, positions = evaluation.row(windows, 0)
     count = bare.inputs.size(1)
     for pad_to in (count, count + 1, count + 75):
-        padded, targets = tg.window_row(windows, validation, 32, pad_to, tg.Run())
+        padded, targets = evaluation.row(windows, pad_to)
         assert padded.inputs.size(1) == pad_to and padded.docs.cu_seqlens.max() == pad_to
         assert targets[:count].tolist() == positions.tolist() and not targets[count:].any()
         with torch.no_grad():
@@ -236,7 +237,7 @@ def test_nats_of_documents_equal_a_slow_loop_over_targets(varlen: int) -> None:
     for tokens in (long, [*words[:5], 1, *words[5:50], 1], [1, 1, 7]):
         validation = make_validation(np.array(tokens))
         tallies = []
-        scorer = lambda v: tallies.append(tg.score(model, v, config, tg.Run(), QUIET, 8))
+        scorer = lambda v: tallies.append(evaluation_of(model, v, config).score(8))
         nll = nll_per_target(validation, scorer)
         slow = [0.0]  # a document begins at the start of the stream
         for target in range(1, len(tokens)):
@@ -279,7 +280,7 @@ def test_table_of_documents_adds_up(tmp_path: Path) -> None:
     config, validation = toy_config(), validation_of_lengths([7, 1, 33, 2, 64])
     model = random_model(config)
     strides = {"plain": 32, "fine": 8}
-    tallies = {kind: tg.score(model, validation, config, tg.Run(), QUIET, s) for kind, s in strides.items()}
+    tallies = {kind: evaluation_of(model, validation, config).score(s) for kind, s in strides.items()}
     tg.write_documents(tmp_path / "documents.csv", tallies)
     with open(tmp_path / "documents.csv", newline="") as file:
         head, *rows = csv.reader(file)
@@ -343,7 +344,7 @@ def test_constant_model_scores_the_entropy_of_a_uniform_guess() -> None:
     config = toy_config()
     validation = validation_of_lengths([40, 3, 9])
     uniform = lambda inputs, targets, plan, docs: torch.full(targets.shape, math.log(64))
-    tally = tg.score(uniform, validation, config, tg.Run(), QUIET, 32)
+    tally = evaluation_of(uniform, validation, config).score(32)
     assert tally.loss == pytest.approx(math.log(64), rel=1e-6)
     assert tally.bpb == pytest.approx(52 * 6 / int(validation.bytes.sum()), rel=1e-6)
 
@@ -353,6 +354,6 @@ def test_scoring_leaves_no_gradients_and_no_changes() -> None:
     config = toy_config()
     model, validation = random_model(config), validation_of_lengths([20])
     before = {name: array.copy() for name, array in model.arrays().items()}
-    tg.score(model, validation, config, tg.Run(), QUIET, 8)
+    evaluation_of(model, validation, config).score(8)
     assert all(np.array_equal(before[name], array) for name, array in model.arrays().items())
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET, ROOT, ToyData, on_ranks, program_of, random_model, replace_plain, train_tokenizer, write_shard
+from conftest import (
+    QUIET,
+    ROOT,
+    ToyData,
+    evaluation_of,
+    on_ranks,
+    random_model,
+    replace_plain,
+    train_tokenizer,
+    write_shard,
+)
 
 import train_gpt as tg
 
@@ -552,13 +562,13 @@ def rank_job(run: tg.Run, env: dict[str, str]) -> dict[str, Any]:
     seen = {"losses": losses(trainer), "state": everything(trainer), "elapsed": trainer.elapsed}
     seen["hessians"] = {key: hessian.clone() for key, hessian in trainer.hessians().items()}
     validation, model = trainer.validation, random_model(config, seed=4)
-    scored = tg.score(model, validation, config, run, QUIET, config.eval_stride)
-    tallies = [scored, tg.adapt(program_of(model), validation, config, run, QUIET)]
+    scored = evaluation_of(model, validation, config, run).score(config.eval_stride)
+    tallies = [scored, tg.adapt_documents(evaluation_of(model, validation, config, run))]
     seen["adapted weights"] = {name: torch.from_numpy(array.copy()) for name, array in model.arrays().items()}
     for optimizer in ("sgd", "adamw"):
         other = dataclasses.replace(config, chunk_ttt_optimizer=optimizer)
         chunked = random_model(other, seed=4)
-        tallies.append(tg.adapt_chunks(program_of(chunked), validation, other, run, QUIET))
+        tallies.append(tg.adapt_chunks(evaluation_of(chunked, validation, other, run)))
         for name, array in chunked.arrays().items() if optimizer == "sgd" else ():
             seen["adapted weights"][f"chunks {name}"] = torch.from_numpy(array.copy())
     seen["sums"] = [(t.nats, t.tokens, t.bytes, t.learned, t.times.tolist()) for t in tallies]

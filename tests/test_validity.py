@@ -4,6 +4,7 @@ A check that cannot fail is worthless: each broken evaluator below replaces one 
 that is meant for it must notice.
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -274,19 +275,20 @@ class Silent(tg.Tally):
         pass
 
 
-def train_then_score(forward: Callable, adapters: Any, batch: np.ndarray, validation: Any, *rest: Any) -> None:
+def train_then_score(evaluation: tg.Evaluation, *rest: Any) -> None:
     """Learns from a whole batch of documents, and scores it afterwards."""
-    config, run, tally, *more = rest
-    REAL["score_and_adapt"](forward, adapters, batch, validation, config, run, Silent(validation), *more)
-    REAL["score_and_adapt"](forward, adapters, batch, validation, config, run, tally, *more)
+    silent = copy.copy(evaluation)
+    silent.tally = Silent(evaluation.validation)
+    for e in (silent, evaluation):
+        REAL["adapt_batch"](e, *rest)
 
 
-REAL = {name: getattr(tg, name) for name in ("score_and_adapt", "plan_windows", "softcapped_nll", "token_hints")}
+REAL = {name: getattr(tg, name) for name in ("adapt_batch", "plan_windows", "softcapped_nll", "token_hints")}
 
 
 def test_training_before_scoring_fails_causality_and_the_order_of_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seen from outside, whatever a ledger inside says."""
-    monkeypatch.setattr(tg, "score_and_adapt", train_then_score)
+    monkeypatch.setattr(tg, "adapt_batch", train_then_score)
     assert not probe.score_before_update(subject(), stream()).ok
     assert not probe.causality("ttt", subject(), stream(), PLACES).ok
 
@@ -304,8 +306,8 @@ def test_a_chunk_that_is_learned_from_first_fails(monkeypatch: pytest.MonkeyPatc
     real = tg.learn_chunk
     monkeypatch.setattr(tg.Tally, "learn_from", lambda *_: None)
 
-    def greedy(model: tg.GPT, optimizer: Any, span: tuple[int, int], *rest: Any) -> None:
-        real(model, optimizer, (span[0], span[1] + 16), *rest)
+    def greedy(evaluation: tg.Evaluation, optimizer: Any, span: tuple[int, int], *rest: Any) -> None:
+        real(evaluation, optimizer, (span[0], span[1] + 16), *rest)
 
     monkeypatch.setattr(tg, "learn_chunk", greedy)
     assert not probe.score_before_update(subject(**CHUNKS), stream()).ok
@@ -362,9 +364,7 @@ def test_a_global_phase_on_unscored_documents_fails(monkeypatch: pytest.MonkeyPa
     """The phase takes all documents instead of the scored ones."""
     real = tg.global_update
     monkeypatch.setattr(tg.Tally, "learn_from", lambda *_: None)
-    monkeypatch.setattr(
-        tg, "global_update", lambda model, scored, tally, *rest: real(model, tally.validation.documents, tally, *rest)
-    )
+    monkeypatch.setattr(tg, "global_update", lambda e, documents: real(e, e.validation.documents))
     assert not probe.score_before_update(subject(), stream()).ok
     assert not probe.causality("ttt", subject(), stream(), (60,)).ok
 
@@ -409,18 +409,16 @@ def scored_through(
 ) -> None:
     """Changes the nats between the forward pass and the tally, in the plain evaluation."""
 
-    def score(forward: Callable, validation: Any, config: Any, run: Any, log: Any, stride: int) -> tg.Tally:
-        tally = tg.Tally(validation)
-        windows = tg.windows_inside(validation.documents, config.eval_seq_len, stride)
-        for window in windows:
-            row, positions = tg.window_row([window], validation, config.eval_seq_len, 0, run)
+    def score(e: tg.Evaluation, stride: int) -> tg.Tally:
+        for window in tg.windows_inside(e.validation.documents, e.config.eval_seq_len, stride):
+            row, positions = e.row([window], 0)
             with torch.no_grad():
-                nll = forward(row.inputs, row.targets, tg.layer_plan(config, True), row.docs)[0]
+                nll = e.program.score(row.inputs, row.targets, e.plan, row.docs)[0]
             keep = torch.from_numpy(np.arange(window.begin, window.end) >= window.first_scored)
-            tally.add(change(nll[keep], row.targets[0][keep], tally), positions[keep.numpy()])
-        return tally
+            e.tally.add(change(nll[keep], row.targets[0][keep], e.tally), positions[keep.numpy()])
+        return e.tally
 
-    monkeypatch.setattr(tg, "score", score)
+    monkeypatch.setattr(tg.Evaluation, "score", score)
 
 
 def test_a_cache_for_the_target_behind_the_forward_pass_fails_normalisation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,9 +463,9 @@ def test_adapters_shared_by_the_documents_of_a_batch_fail_isolation(monkeypatch:
     """Every document gets the mean of all adapters."""
     real = tg.Adapters.lora
 
-    def shared(adapters: Any) -> tg.Lora:
+    def shared(adapters: Any, part: slice) -> tg.Lora:
         mean = lambda x: x.mean(1, keepdim=True).expand_as(x)
-        factors = real(adapters).factors
+        factors = real(adapters, part).factors
         return tg.Lora(adapters.scale, {name: (mean(a), mean(b)) for name, (a, b) in factors.items()})
 
     monkeypatch.setattr(tg.Adapters, "lora", shared)
@@ -508,9 +506,9 @@ def free_bos(model: tg.GPT, inputs: torch.Tensor, targets: torch.Tensor, *rest: 
     return nll * (targets != tg.BOS_ID) if targets.dim() == 2 else nll
 
 
-def learn_long_documents_first(forward: Callable, adapters: Any, batch: np.ndarray, *rest: Any) -> None:
+def learn_long_documents_first(evaluation: Any, adapters: Any, batch: np.ndarray, *rest: Any) -> None:
     """Documents of more than 256 targets are learned from before they are scored."""
-    (train_then_score if batch[0, 1] > 256 else REAL["score_and_adapt"])(forward, adapters, batch, *rest)
+    (train_then_score if batch[0, 1] > 256 else REAL["adapt_batch"])(evaluation, adapters, batch, *rest)
 
 
 def gate_on_the_target(tokens: np.ndarray, order: int, threshold: float) -> tuple[np.ndarray, np.ndarray]:
@@ -535,11 +533,11 @@ def ahead_behind_two_contexts(model: tg.GPT, inputs: torch.Tensor, *rest: Any) -
     return torch.where(late, e + 0.1 * seen, e)
 
 
-def neighbours(adapters: Any, dtype: torch.dtype) -> tg.Lora:
+def neighbours(adapters: Any, part: slice) -> tg.Lora:
     """Each document's adapters, and a hundredth of the batch's mean."""
-    views = REAL_LORA(adapters, dtype).factors
-    mix = lambda x: x + 0.01 * x.mean(0, keepdim=True)
-    return tg.Lora(adapters.scale, {name: [(mix(a), mix(b)) for a, b in rows] for name, rows in views.items()})
+    mix = lambda x: x + 0.01 * x.mean(1, keepdim=True)
+    factors = REAL_LORA(adapters, part).factors
+    return tg.Lora(adapters.scale, {name: (mix(a), mix(b)) for name, (a, b) in factors.items()})
 
 
 def no_tail_of_long_documents(n: int, context: int, stride: int, first: int | None = None) -> Iterator[tuple]:
@@ -552,8 +550,8 @@ def favoured(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> tor
     return -torch.log((-REAL["softcapped_nll"](logits, targets, softcap)).exp() + 0.001 * (targets == tg.BOS_ID))
 
 
-def global_phase_on_all(model: tg.GPT, documents: np.ndarray, tally: tg.Tally, *rest: Any) -> int:
-    return REAL_GLOBAL(model, tally.validation.documents, tally, *rest)
+def global_phase_on_all(evaluation: tg.Evaluation, documents: np.ndarray) -> int:
+    return REAL_GLOBAL(evaluation, evaluation.validation.documents)
 
 
 def taught_by_the_own_chunk(boosts: tg.Boosts, nll: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
@@ -576,7 +574,7 @@ FAULTS: dict[str, tuple[Any, str, Callable, str]] = {
     "one target in 1,000 dropped": (tg.Tally, "add", tally_add(one_in_a_thousand), "single_pass, plain"),
     "one target in 1,000 counted twice": (tg.Tally, "add", tally_add(some_twice), "single_pass, sliding"),
     "learning before the score beyond 256 targets": (
-        tg, "score_and_adapt", learn_long_documents_first, "score_before_update",
+        tg, "adapt_batch", learn_long_documents_first, "score_before_update",
     ),
     "a BOS that costs nothing": (tg.GPT, "forward", free_bos, "normalisation, plain"),
     "one id with more than its share": (tg, "PLAIN", tg.PLAIN._replace(nll=favoured), "normalisation, sliding"),
