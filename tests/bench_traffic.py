@@ -1,29 +1,31 @@
 """Counts what a training step moves and multiplies on a GPU, without having one; prints tables and a forecast in ms.
 
-    python tests/bench_traffic.py                   the model of PRESET and other settings, plain and with Triton
-    python tests/bench_traffic.py triton kernels    only with Triton, and every kernel of the looped plan
+    python tests/bench_traffic.py                   the model of PRESET and other settings, plain and with the kernels
+    python tests/bench_traffic.py triton kernels    only with the kernels; and every kernel of the looped plan
 
-The forward and backward pass over one row of ROW_TOKENS goes through torch.compile as far as inductor's schedule, which
-says what is fused into which kernel; no kernel is compiled or launched. Tracing happens on the CPU in bfloat16; then
-the graph is moved to a CUDA device with the properties of an H100. Attention is one opaque kernel with grouped heads,
-as FlashAttention-3 is. Runs wherever the pinned PyTorch and Triton are installed, and takes minutes.
+Forward and backward pass over one row of ROW_TOKENS go through torch.compile as far as inductor's schedule, which says
+what is fused into which kernel; nothing is compiled by Triton or launched. The model is traced on the CPU in bfloat16,
+and the graph then lowered as if its tensors were on an H100. Attention is one opaque kernel with grouped heads, as
+FlashAttention-3 is. Needs the pinned PyTorch (2.9.1 does too), any build of it, and Triton; takes minutes.
 
 Rules of the count: a kernel reads each of its inputs once, as far as it looks at it, and writes each output once. A
 pass is one read or one write of a (tokens, model_dim) tensor in bfloat16. Kinds of kernels:
 
-    product       matrix products, and the fused MLP and head, which are mostly these
+    product       matrix products, the two of the MLP with what is fused into them
     narrow        matrix products with fewer than NARROW rows, columns or terms: those of the gates
     attention     forward or backward
     logits        all else that touches a (tokens, vocabulary) tensor
-    elementwise   all else that touches a tensor with one entry or more for each token
+    elementwise   all else that touches a tensor with at least one entry for each token
     weights       the rest: casts of the weights, last sums of their gradients
 
-floor_ms: each kernel takes the longer of its bytes at 3.35 TB/s and its operations at 600 TFLOP/s (attention: 300).
-forecast_ms: with BANDWIDTH_SHARE of that bandwidth, GAP_US more for each kernel, and the optimizer's OPTIMIZER_MS.
-These rates are assumptions about an H100, not measurements.
+floor_ms: each kernel takes the longer of its bytes at BANDWIDTH and its operations at PRODUCTS or ATTENTION.
+forecast: with BANDWIDTH_SHARE of that bandwidth and GAP_US more for each kernel; the step has OPTIMIZER_MS on top.
+All of these rates are assumptions about an H100. The budgets are sums over the smallest sets of tensors that a visit
+must read and write when everything is fused that can be: 12 passes forward and 28 backward, 6 over the logits.
 """
 
 import contextlib
+import importlib.util
 import os
 import sys
 from collections import defaultdict
@@ -39,8 +41,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt as tg
 
-BANDWIDTH, PRODUCTS, ATTENTION = 3.35e12, 600e12, 300e12  # bytes and operations per second
-BANDWIDTH_SHARE, GAP_US, OPTIMIZER_MS = 0.85, 2.0, 1.8
+BANDWIDTH, PRODUCTS, ATTENTION = 3.35e12, 600e12, 300e12  # bytes and operations per second, bfloat16
+BANDWIDTH_SHARE, GAP_US = 0.85, 2.0
+OPTIMIZER_MS = 1.8  # Newton-Schulz shared by 8 ranks, exchange, AdamW and averaging, when they are fused and batched
 CONTEXT = 400  # keys that a query sees, on average
 FORWARD_BUDGET, BACKWARD_BUDGET, LOGITS_BUDGET = 12, 28, 6  # passes: element-wise of a visit; over the logits
 NARROW = 64
@@ -311,16 +314,14 @@ def totals(kernels: list[Kernel]) -> Totals:
 
 def report(config: tg.Config, kernels: str, each: bool) -> None:
     """The tables of one choice of KERNELS."""
-    one_pass = 2 * config.train_row_tokens * config.model_dim
     plans = {looping: tg.layer_plan(config, looping) for looping in (False, True)[: 2 if config.num_loops else 1]}
     schedules = {looping: kernels_of(config, kernels, looping) for looping in plans}
     for looping, sides in schedules.items():
-        line = f"kernels:{kernels} plan:{'looped' if looping else 'unlooped'} visits:{len(plans[looping])}"
-        print(f"{line}\n{'kind':12} {'GB fwd':>8} {'GB bwd':>8} {'kernels':>8} {'GFLOP':>8} {'floor ms':>9} {'forecast':>9}")
+        print(f"kernels:{kernels} plan:{'looped' if looping else 'unlooped'} visits:{len(plans[looping])}")
+        print("kind           GB fwd   GB bwd  kernels    GFLOP  floor_ms  forecast")
         for kind in (*KINDS, "all"):
             parts = [[k for k in side if kind in (k.kind, "all")] for side in sides]
-            fwd, bwd = map(totals, parts)
-            both = totals(parts[0] + parts[1])
+            fwd, bwd, both = totals(parts[0]), totals(parts[1]), totals(parts[0] + parts[1])
             row = f"{both.launches:8} {both.gflop:8.0f} {both.floor_ms:9.1f} {both.forecast_ms:9.1f}"
             print(f"{kind:12} {fwd.gb:8.2f} {bwd.gb:8.2f} {row}")
         everything = sides[0] + sides[1]
@@ -332,21 +333,29 @@ def report(config: tg.Config, kernels: str, each: bool) -> None:
                 for k in side:
                     print(f"{name:9} {k.kind:12} {k.bytes / 1e6:8.1f} MB {k.flops / 1e9:7.1f} GFLOP {k.name}")
     if config.num_loops:
-        more = len(plans[True]) - len(plans[False])
-        for side, name, budget in ((0, "forward", FORWARD_BUDGET), (1, "backward", BACKWARD_BUDGET)):
-            passes = [
-                sum(k.bytes for k in schedules[looping][side] if k.kind in ("elementwise", "narrow")) / one_pass
-                for looping in (False, True)
-            ]
-            visit, average = (passes[1] - passes[0]) / more, passes[1] / len(plans[True])
-            print(
-                f"elementwise_passes_{name}: {visit:.1f} for one more visit, {average:.1f} a visit with embedding and"
-                f" skips, of a budget of {budget}: factor {visit / budget:.2f} and {average / budget:.2f}"
-            )
+        report_passes(schedules, plans, 2 * config.train_row_tokens * config.model_dim)
     print(flush=True)
 
 
+def report_passes(schedules: dict, plans: dict, one_pass: int) -> None:
+    """Element-wise passes, those of the gates' narrow products included, beside their budget."""
+    more = len(plans[True]) - len(plans[False])
+    lines = [("forward", (0,), FORWARD_BUDGET), ("backward", (1,), BACKWARD_BUDGET)]
+    for name, sides, budget in [*lines, ("both", (0, 1), FORWARD_BUDGET + BACKWARD_BUDGET)]:
+        unlooped, looped = (
+            sum(k.bytes for i in sides for k in schedules[looping][i] if k.kind in ("elementwise", "narrow")) / one_pass
+            for looping in (False, True)
+        )
+        visit, average = (looped - unlooped) / more, looped / len(plans[True])
+        print(
+            f"passes_{name}: {visit:.1f} for one more visit, {average:.1f} a visit with embedding and skips,"
+            f" of a budget of {budget}: factors {visit / budget:.2f} and {average / budget:.2f}"
+        )
+
+
 def main() -> None:
+    if importlib.util.find_spec("triton") is None:
+        sys.exit("bench_traffic.py needs Triton, which PyTorch for Linux brings along: pip install triton")
     config, _ = tg.load_config({"PRESET": "default"} | dict(os.environ))
     print(f"torch:{torch.__version__} preset:{config.preset} row_tokens:{config.train_row_tokens}")
     wanted = [word for word in sys.argv[1:] if word in ("plain", "triton")]
