@@ -235,10 +235,7 @@ def text_reader(run: RunFiles) -> Callable[[int], str]:
         ids = ids[ids != shards.BOS_ID]
         text = tokenizer.decode((pairs.expand(ids) if pairs else ids).tolist())
         if operators:
-            try:
-                text = caseops.decode(text)
-            except ValueError:  # cut behind an operator
-                pass
+            text = caseops.decode(text.rstrip("".join(caseops.OPERATORS)))  # the cut may leave an operator at the end
         return text[:EXCERPT_CHARS].strip()
 
     return beginning

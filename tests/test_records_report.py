@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ToyData, toy_documents
+from test_data_helpers import sample_texts, toy_model, write_documents
 
 import train_gpt as tg
 from records import paired, report
@@ -197,6 +198,33 @@ def test_documents_are_listed_by_their_score_with_their_text(runs: list[Path]) -
         assert {entry.text for entry in report.extremes(run._replace(settings=settings), True)} == {""}
     other = run._replace(result=run.result | {"val_targets": 7})  # shards of another text
     assert {entry.text for entry in report.extremes(other, True)} == {""}
+
+
+@pytest.mark.parametrize("mp3", [False, True])
+def test_text_of_case_transformed_data_is_the_original(tmp_path: Path, mp3: bool) -> None:
+    """Of CaseOps data, with and without fused markers, wherever the excerpt is cut."""
+    import export
+    import shards
+
+    texts = [f"{text} {text.title()}" for text in sample_texts()[:50]]
+    write_documents(tmp_path / "docs.jsonl", texts)
+    (tmp_path / "model").write_bytes(toy_model(with_operators=True))
+    options = dict(docs=[tmp_path / "docs.jsonl"], val_docs=40, tokenizer=tmp_path / "model", caseops=True, mp3=mp3)
+    export.export(export.Options(out=tmp_path / "shards", **options))
+    tokens = shards.read_split(tmp_path / "shards", "val")
+    starts = np.flatnonzero(tokens == shards.BOS_ID)
+    documents = {"position": starts, "tokens": np.diff(np.append(starts, len(tokens)))}
+    settings = dict(vocab_size="800", data_dir="", data_path=str(tmp_path / "shards"), marker_pair_mode=str(mp3))
+    settings["tokenizer_path"] = str(tmp_path / "model")
+    result = {"val_targets": len(tokens) - 1}
+    run = report.RunFiles(tmp_path, result, settings, {}, {}, None, None, documents, None)
+    with pytest.MonkeyPatch.context() as patch:
+        for length in (30, 31, 32, 33, 360):
+            patch.setattr(report, "EXCERPT_CHARS", length)
+            beginning = report.text_reader(run)
+            for number, text in enumerate(texts[:40]):
+                shown = beginning(number)
+                assert shown and " ".join(text.split()).startswith(" ".join(shown.split()))
 
 
 def test_short_documents_do_not_fill_the_lists_where_there_are_others(runs: list[Path]) -> None:
