@@ -234,7 +234,9 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any, max_q
     need(torch.equal(cu_q.host, cu_k.host), "different segments of queries and keys")
 
 
-def weights(q: Tensor, k: Tensor, cu: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor, Tensor, float]:
+def weights(
+    q: Tensor, k: Tensor, cu: Tensor, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, float]:
     """float32 queries and keys (heads, n, d), one key for each query head, with what each token attends to (heads, n, n)
     and the scale."""
     place, scale = torch.arange(len(q)), scale or q.size(-1) ** -0.5
