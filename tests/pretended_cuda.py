@@ -122,19 +122,8 @@ class Rules(TorchDispatchMode):
         name, kwargs = func._schema.name, kwargs or {}
         known: dict[int, PretendedTensor] = {}  # by the identity of the host tensor inside
         hosts: list[Tensor] = []
-
-        def inside(value: Any) -> Any:
-            if isinstance(value, PretendedTensor):
-                known[id(value.host)] = value
-                return value.host
-            if isinstance(value, Tensor):
-                hosts.append(value)
-            elif isinstance(value, (list, tuple)):
-                return [inside(item) for item in value]
-            return value
-
-        bare = [inside(value) for value in args]
-        options = {key: inside(value) for key, value in kwargs.items()} if kwargs else {}
+        bare = [inside(value, known, hosts) for value in args]
+        options = {key: inside(value, known, hosts) for key, value in kwargs.items()}
         device = options.get("device")
         here = on_device(device) if device is not None else bool(known)
         if name in PINNING:
@@ -188,6 +177,22 @@ def accepted(func: Any, name: str, args: tuple, hosts: list[Tensor]) -> bool:
     return numbers and not written and (pointwise or name in ("aten::where", "aten::index_put_", "aten::index_put"))
 
 
+def inside(value: Any, known: dict[int, PretendedTensor], hosts: list[Tensor]) -> Any:
+    """An argument with host tensors in place of pretended ones, which are noted in `known`; the others, in `hosts`.
+
+    No closure: one that calls itself is a cycle, and PyTorch 2.9 strips tensors that the collector finds in a cycle of
+    their attributes, although autograd has saved them.
+    """
+    if isinstance(value, PretendedTensor):
+        known[id(value.host)] = value
+        return value.host
+    if isinstance(value, Tensor):
+        hosts.append(value)
+    elif isinstance(value, (list, tuple)):
+        return [inside(item, known, hosts) for item in value]
+    return value
+
+
 def outside(result: Any, known: dict[int, PretendedTensor]) -> Any:
     """Results as tensors of the device; what an operator wrote in place is the tensor that it was given."""
     if isinstance(result, Tensor):
@@ -234,7 +239,9 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Any, cu_k: Any, max_q
     need(torch.equal(cu_q.host, cu_k.host), "different segments of queries and keys")
 
 
-def weights(q: Tensor, k: Tensor, cu: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor, Tensor, float]:
+def weights(
+    q: Tensor, k: Tensor, cu: Tensor, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor, float]:
     """float32 queries and keys (heads, n, d), one key for each query head, with what each token attends to (heads, n, n)
     and the scale."""
     place, scale = torch.arange(len(q)), scale or q.size(-1) ** -0.5
