@@ -142,7 +142,7 @@ def script_compiles(folder: Folder) -> Finding:
     stated = max((log.facts["python"] for log in folder.logs if "python" in log.facts), key=version, default="")
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     try:
-        compile(folder.script, "train_gpt.py", "exec", dont_inherit=True)
+        compile(folder.tree or folder.script, "train_gpt.py", "exec", dont_inherit=True)
         return ok(f"{len(folder.script)} bytes")
     except UNPARSABLE as error:
         if sys.version_info >= (3, 12) or "f-string" not in str(error):
@@ -736,7 +736,8 @@ def implied_bytes(folder: Folder) -> Finding:
 
     found = of_logs(folder, judge)
     stated = worst((pair_finding(folder, *pair) for pair in stated_pairs(folder)), "no pair of a loss and a bpb")
-    return stated if stated.status == "fail" and found.status != "fail" or found.status == "unknown" else found
+    silent = not any(folder.scored(log) for log in folder.logs)
+    return stated if found.status != "fail" and (stated.status == "fail" or silent) else found
 
 
 def judge_pair(folder: Folder, log: RunLog, score: Score) -> Finding | None:

@@ -24,6 +24,12 @@ class FolderError(ValueError):
     """A folder that cannot be checked at all. The message is one line."""
 
 
+@functools.lru_cache(maxsize=2)
+def parsed(script: bytes) -> ast.Module:
+    """The tree of a script, which nobody may change. Raises one of UNPARSABLE."""
+    return ast.parse(script)
+
+
 @dataclasses.dataclass
 class Folder:
     """The contents of a record folder, parsed once."""
@@ -46,7 +52,7 @@ class Folder:
     def tree(self) -> ast.Module | None:
         """train_gpt.py, parsed; None where there is none or this Python cannot read it."""
         try:
-            return ast.parse(self.script) if self.script else None
+            return parsed(self.script) if self.script else None
         except UNPARSABLE:
             return None
 

@@ -481,7 +481,7 @@ def test_adapters_shared_by_the_documents_of_a_batch_fail_isolation(monkeypatch:
 def program(tilted: bool) -> dict[str, Callable[[], probe.Outcome]]:
     """The program's own probes, for a toy model with room for its stream."""
     changes = DOCUMENTS | dict(TOKEN_BOOST=1.0) if tilted else {}
-    mode = subject(2048, **changes)
+    mode = subject(1024, **changes)
     return probe.planned(mode._replace(config=probe.probe_config(mode.config)))
 
 
