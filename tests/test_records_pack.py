@@ -274,7 +274,8 @@ EDITS = [
     *(
         ("submission.json", rf'"{key}": \d*\.?(\d)', "", "texts_from_logs")
         for key in (
-            "bytes_code artifact_bytes_max artifact_bytes_mean val_loss_std val_bpb_std val_loss step_avg_ms step_avg_ms_mean"
+            "bytes_code artifact_bytes_max artifact_bytes_mean val_loss_std val_bpb_std val_loss step_avg_ms"
+            " step_avg_ms_mean"
             " pre_quant_val_bpb quantized_val_bpb train_time_s eval_time_s steps train_steps_mean"
         ).split()
     ),
@@ -292,11 +293,15 @@ def test_an_edit_fails_the_rule_that_knows_better(checked: Path, case: tuple[str
     assert changed != data and (rule, "fail") in with_file(checked, name, changed.encode("latin1"), rule)
 
 
-# What nothing else in a folder repeats: file, pattern of its line up to the edit, reason. Lines left out are all noticed.
+# What nothing else in a folder repeats: file, pattern of its line up to the edit, reason. All lines left out are noticed.
 UNNOTICED = [
     (r"train_seed\d\.log", r"train step:\d+/\d+ .*", "the loss, rate and speed of a single step"),
     (r"train_seed\d\.log", r"(global_ttt|calibrated|looping) .*(seconds|progress):[\d.]*", "times of parts of a stage"),
-    (r"train_seed\d\.log", r"(config .*stages:|  (runs_dir|data_\w+|tokenizer_path): ).*", "places on the machine that ran"),
+    (
+        r"train_seed\d\.log",
+        r"(config .*stages:|  (runs_dir|data_\w+|tokenizer_path): ).*",
+        "places on the machine that ran",
+    ),
     (r"train_seed\d\.log", r"setting name:(runs_dir|data_path|tokenizer_path) .*", "places on the machine that ran"),
     (r"train_seed\d\.log", r'result .*("learned_targets": \d*|"kernels": "[^"]*)', "said by the result alone"),
     (r"requirements\.txt", r"(?!torch|numpy)[a-z]+==.*", "versions that no log states"),
@@ -305,7 +310,7 @@ UNNOTICED = [
 
 
 def is_excused(name: str, line: str, column: int, old: str, new: str) -> bool:
-    """Whether nothing could notice an edit: by the list, or a digit of the result behind the six that its line shows."""
+    """Whether nothing could notice an edit: by the list, or a digit of the result behind the six of its line."""
     head = line[:column]
     if any(re.fullmatch(file, name) and re.fullmatch(pattern, head) for file, pattern, _ in UNNOTICED):
         return True
@@ -328,7 +333,9 @@ def edits(draw: st.DrawFn, folder: Path) -> tuple[str, str, int, str, str]:
     start, end = draw(st.sampled_from(found))
     start, end = begin + start, begin + end
     old = text[start:end]
-    new = "" if old.endswith("\n") else str(draw(st.integers(0, 10 ** len(old[:6]) - 1).filter(lambda n: n != int(old))))
+    new = (
+        "" if old.endswith("\n") else str(draw(st.integers(0, 10 ** len(old[:6]) - 1).filter(lambda n: n != int(old))))
+    )
     return name, text, start, old, new
 
 
@@ -338,7 +345,9 @@ def tamper(checked: Path, edit: tuple[str, str, int, str, str], usual: set[tuple
     begin = text.rfind("\n", 0, at) + 1
     line = text[begin : (text + "\n").index("\n", at)]
     excused = not old.endswith("\n") and is_excused(name, line, at - begin, old, new)
-    assert found - usual or excused, f"{name}: {old!r} -> {new!r} in {line[max(0, at - begin - 80) : at - begin + 40]!r}"
+    assert found - usual or excused, (
+        f"{name}: {old!r} -> {new!r} in {line[max(0, at - begin - 80) : at - begin + 40]!r}"
+    )
 
 
 QUICK = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
