@@ -112,7 +112,7 @@ def files(folder: Folder) -> Finding:
 
 
 def one_new_folder(folder: Folder, base: str = "") -> Finding:
-    """What the checkout around the folder changes since `base`, committed or not: this folder, new, and nothing else."""
+    """What the checkout around the folder changes since `base`, committed or not: this new folder, and nothing else."""
     if not base:
         return unknown("no --base to compare the checkout with")
     path, limit = folder.path.resolve(), "one new folder"
@@ -132,7 +132,9 @@ def one_new_folder(folder: Folder, base: str = "") -> Finding:
     outside = [name for name in changed if path not in (root / name).resolve().parents]
     if there:
         return fail(f"the folder is in {base} already", limit)
-    return fail("changed outside of it: " + ", ".join(outside[:4]), limit) if outside else ok(f"new since {base}", limit)
+    return (
+        fail("changed outside of it: " + ", ".join(outside[:4]), limit) if outside else ok(f"new since {base}", limit)
+    )
 
 
 def script_compiles(folder: Folder) -> Finding:
@@ -142,7 +144,7 @@ def script_compiles(folder: Folder) -> Finding:
     stated = max((log.facts["python"] for log in folder.logs if "python" in log.facts), key=version, default="")
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     try:
-        compile(folder.script, "train_gpt.py", "exec", dont_inherit=True)
+        compile(folder.tree or folder.script, "train_gpt.py", "exec", dont_inherit=True)
         return ok(f"{len(folder.script)} bytes")
     except UNPARSABLE as error:
         if sys.version_info >= (3, 12) or "f-string" not in str(error):
@@ -230,7 +232,9 @@ def code_size(folder: Folder) -> Finding:
     """The logged size of the code against train_gpt.py as it is, or, where the log counts a compressed form, that form
     against what compression can do."""
     scripts = [path.read_bytes() for path in folder.path.glob("*.py")]  # a script may run another one
-    shipped = {size for s in scripts for size in (len(s), len(s.replace(b"\r\n", b"\n")), len(s.decode(errors="replace")))}
+    shipped = {
+        size for s in scripts for size in (len(s), len(s.replace(b"\r\n", b"\n")), len(s.decode(errors="replace")))
+    }
 
     def judge(log: RunLog) -> Finding | None:
         counted, plain = log.facts.get("code_bytes"), log.facts.get("source_size")
@@ -261,10 +265,14 @@ def code_closure(folder: Folder) -> Finding:
 
 
 def packed_script(folder: Folder) -> Finding:
-    """Ours: train_gpt_packed.py must be, byte for byte, what packing train_gpt.py gives, and as long as the logs count."""
+    """Ours: train_gpt_packed.py is byte for byte what packing train_gpt.py gives, and as long as the logs count."""
     path = folder.path / "train_gpt_packed.py"
     if not path.exists():
-        return fail("the logs are of train_gpt.py's packed form, which is not here") if is_own(folder) else unknown("not ours")
+        return (
+            fail("the logs are of train_gpt.py's packed form, which is not here")
+            if is_own(folder)
+            else unknown("not ours")
+        )
     packed = path.read_bytes()
     counted = {log.facts["code_bytes"] for log in folder.logs if "code_bytes" in log.facts}
     if counted - {len(packed)}:
@@ -635,10 +643,13 @@ def loss_in_logs(folder: Folder) -> Finding:
 
 def sizes_in_logs(folder: Folder) -> Finding:
     logged = {log.facts.get("seed"): log for log in folder.logs if log.total_bytes}
-    rows = {seed: row["artifact_bytes"] for seed, row in folder.seeds.items() if "artifact_bytes" in row and seed in logged}
+    rows = {
+        seed: row["artifact_bytes"] for seed, row in folder.seeds.items() if "artifact_bytes" in row and seed in logged
+    }
     # Some count the model alone as the artifact of a seed, and the code apart.
     if rows and all(
-        size != logged[seed].total_bytes and size == logged[seed].facts.get("model_bytes") for seed, size in rows.items()
+        size != logged[seed].total_bytes and size == logged[seed].facts.get("model_bytes")
+        for seed, size in rows.items()
     ):
         return warn("artifact_bytes of the seeds leave out the code", "code + model")
     return stated_in_logs(folder, "size")
@@ -736,7 +747,8 @@ def implied_bytes(folder: Folder) -> Finding:
 
     found = of_logs(folder, judge)
     stated = worst((pair_finding(folder, *pair) for pair in stated_pairs(folder)), "no pair of a loss and a bpb")
-    return stated if stated.status == "fail" and found.status != "fail" or found.status == "unknown" else found
+    silent = not any(folder.scored(log) for log in folder.logs)
+    return stated if found.status != "fail" and (stated.status == "fail" or silent) else found
 
 
 def judge_pair(folder: Folder, log: RunLog, score: Score) -> Finding | None:
@@ -795,7 +807,10 @@ def pair_finding(
         return ok(text)
     if not known and not folder.is_record:
         return unknown(f"{text}, of no known export")
-    return fail(f"{text}, {'the logs say' if known else 'the nearest export has'} " + f"{min(known or exports, key=lambda v: abs(per_token / v - 1)):.4f}")
+    return fail(
+        f"{text}, {'the logs say' if known else 'the nearest export has'} "
+        + f"{min(known or exports, key=lambda v: abs(per_token / v - 1)):.4f}"
+    )
 
 
 def own_corpus(log: RunLog) -> bool:
@@ -1086,7 +1101,9 @@ def passed(verdicts: list[Verdict]) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Checks record folders against the rules of Parameter Golf.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
-    parser.add_argument("--base", default="", metavar="REV", help="a revision of the checkout that has no such folder yet")
+    parser.add_argument(
+        "--base", default="", metavar="REV", help="a revision of the checkout that has no such folder yet"
+    )
     parser.add_argument("--reference", type=Path, metavar="FOLDER", help="the record to beat")
     parser.add_argument(
         "--not-a-record", action="store_true", help="do not ask for time limits, hardware, seeds, margin"

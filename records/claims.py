@@ -1,7 +1,7 @@
 """The figures that a folder states of its runs, in submission.json and in README tables, against its logs.
 
-QUANTITIES is one table of what can be stated, under which names, and where a log says it. A stated figure has to be what
-the log of its seed says, rounded or cut; a mean, deviation or maximum has to be that of the seeds.
+QUANTITIES is one table of what can be stated, under which names, and where a log says it. A stated figure has to be
+what the log of its seed says, rounded or cut; a mean, deviation or maximum has to be that of the seeds.
 """
 
 import itertools
@@ -65,7 +65,9 @@ def sizes(log: RunLog) -> list[Figure]:
 
 def step_times(log: RunLog) -> list[Figure]:
     """Milliseconds per step: the whole time over all steps, and what step lines say."""
-    whole = [1000 * log.facts["train_s"] / log.facts["steps"]] if log.facts.get("steps") and "train_s" in log.facts else []
+    whole = (
+        [1000 * log.facts["train_s"] / log.facts["steps"]] if log.facts.get("steps") and "train_s" in log.facts else []
+    )
     return [Figure(value, 0.01) for value in whole] + facts(log, "step_ms", unit=0.01)
 
 
@@ -85,46 +87,80 @@ def eval_times(log: RunLog) -> list[Figure]:
 
 QUANTITIES = {
     "size": Quantity(
-        "bytes", sizes, re.compile(r"artifact|^total$|submission|^size|^total bytes"), "artifact_bytes",
-        ("artifact_bytes_mean",), ("bytes_total", "artifact_bytes_max", "artifact_bytes", "total_bytes"),
+        "bytes",
+        sizes,
+        re.compile(r"artifact|^total$|submission|^size|^total bytes"),
+        "artifact_bytes",
+        ("artifact_bytes_mean",),
+        ("bytes_total", "artifact_bytes_max", "artifact_bytes", "total_bytes"),
     ),
     "code": Quantity(
-        "bytes of code", lambda log: facts(log, "code_bytes", "source_size"), re.compile(r"^code"),
+        "bytes of code",
+        lambda log: facts(log, "code_bytes", "source_size"),
+        re.compile(r"^code"),
         common=("bytes_code", "code_bytes"),
     ),
     "steps": Quantity(
-        "steps", lambda log: facts(log, "steps"), re.compile(r"^(train(ing)? )?steps( completed)?$"), "steps",
-        ("train_steps_mean",), common=("step_stop", "steps"),
+        "steps",
+        lambda log: facts(log, "steps"),
+        re.compile(r"^(train(ing)? )?steps( completed)?$"),
+        "steps",
+        ("train_steps_mean",),
+        common=("step_stop", "steps"),
     ),
     "step_ms": Quantity(
-        "ms per step", step_times, re.compile(r"ms/step|step[_ ]?avg|step[_ ](time|ms)"), "step_avg_ms",
-        ("step_avg_ms_mean",), slack=5e-3,
+        "ms per step",
+        step_times,
+        re.compile(r"ms/step|step[_ ]?avg|step[_ ](time|ms)"),
+        "step_avg_ms",
+        ("step_avg_ms_mean",),
+        slack=5e-3,
     ),
     "train_s": Quantity(
-        "s of training", train_times, re.compile(r"^train(ing)?[_ ]?(time|s|ms|seconds|wallclock)?\b(?!.*(bpb|loss))"),
-        "train_time_s", ("train_time_s_mean",), common=("train_time_seconds", "wallclock_seconds"), slack=2e-3,
+        "s of training",
+        train_times,
+        re.compile(r"^train(ing)?[_ ]?(time|s|ms|seconds|wallclock)?\b(?!.*(bpb|loss))"),
+        "train_time_s",
+        ("train_time_s_mean",),
+        common=("train_time_seconds", "wallclock_seconds"),
+        slack=2e-3,
     ),
     "eval_s": Quantity(
-        "s of evaluation", eval_times, re.compile(r"^(ttt[_ ])?(ttt|eval(uation)?)[_ ](eval )?(time|s|ms|seconds)\b"),
-        "eval_time_s", ("eval_time_s_mean",), common=("eval_time_seconds",), slack=1e-2,
+        "s of evaluation",
+        eval_times,
+        re.compile(r"^(ttt[_ ])?(ttt|eval(uation)?)[_ ](eval )?(time|s|ms|seconds)\b"),
+        "eval_time_s",
+        ("eval_time_s_mean",),
+        common=("eval_time_seconds",),
+        slack=1e-2,
     ),
     "before": Quantity(
-        "bpb before quantisation", lambda log: bits(before_quantisation(log)),
-        re.compile(r"pre[-_ ]?quant.*(bpb|bpp)|post[-_ ]ema bp|bpb before"), "pre_quant_val_bpb", common=("pre_quant_val_bpb",),
+        "bpb before quantisation",
+        lambda log: bits(before_quantisation(log)),
+        re.compile(r"pre[-_ ]?quant.*(bpb|bpp)|post[-_ ]ema bp|bpb before"),
+        "pre_quant_val_bpb",
+        common=("pre_quant_val_bpb",),
     ),
     "before_loss": Quantity(
-        "nats per token before quantisation", lambda log: losses(before_quantisation(log)), re.compile(r"pre[-_ ]?quant.*loss"),
+        "nats per token before quantisation",
+        lambda log: losses(before_quantisation(log)),
+        re.compile(r"pre[-_ ]?quant.*loss"),
         common=("pre_quant_val_loss",),
     ),
     "quantised": Quantity(
-        "bpb quantised", lambda log: bits(of_kinds(log, "quantized", "final")), re.compile(r"post[-_ ]?quant.*bp|quant.*bp"),
+        "bpb quantised",
+        lambda log: bits(of_kinds(log, "quantized", "final")),
+        re.compile(r"post[-_ ]?quant.*bp|quant.*bp"),
         "quantized_val_bpb",
     ),
     "bpb": Quantity("bpb", lambda log: bits(log.scores[::-1]), re.compile(r"\bbp[bp]\b|_bpb\b")),
     "loss": Quantity(
-        "nats per token", lambda log: losses(log.scores[::-1]), re.compile(r"loss|\bnats\b"), "val_loss",
+        "nats per token",
+        lambda log: losses(log.scores[::-1]),
+        re.compile(r"loss|\bnats\b"),
+        "val_loss",
     ),
-}  # fmt: skip
+}
 SKIPPED = re.compile(r"gain|delta|Δ|improvement|\bvs\b|cost|penalty|gap")  # differences of columns
 
 
@@ -143,7 +179,9 @@ def holds(figure: Figure, known: Iterable[Figure], slack: float = 0.0) -> bool:
 def stated_figure(value: float) -> Figure:
     """A number of a JSON file; a whole one may stand for any that rounds to it."""
     text = repr(value)
-    return Figure(value, 1.0 if isinstance(value, int) else 10.0 ** -len(text.split(".")[1]) if "e" not in text else 1e-8)
+    return Figure(
+        value, 1.0 if isinstance(value, int) else 10.0 ** -len(text.split(".")[1]) if "e" not in text else 1e-8
+    )
 
 
 def stated_in_logs(folder: Folder, key: str) -> Finding:

@@ -24,6 +24,12 @@ class FolderError(ValueError):
     """A folder that cannot be checked at all. The message is one line."""
 
 
+@functools.lru_cache(maxsize=2)
+def parsed(script: bytes) -> ast.Module:
+    """The tree of a script, which nobody may change. Raises one of UNPARSABLE."""
+    return ast.parse(script)
+
+
 @dataclasses.dataclass
 class Folder:
     """The contents of a record folder, parsed once."""
@@ -46,7 +52,7 @@ class Folder:
     def tree(self) -> ast.Module | None:
         """train_gpt.py, parsed; None where there is none or this Python cannot read it."""
         try:
-            return ast.parse(self.script) if self.script else None
+            return parsed(self.script) if self.script else None
         except UNPARSABLE:
             return None
 
@@ -194,7 +200,9 @@ def seed_rows(submission: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
             pairs = list(rows.items())
         elif isinstance(rows, list) and any(isinstance(row, dict) for row in rows):
             pairs = [(row.get("seed", ""), row) for row in rows if isinstance(row, dict)]
-        elif key == "val_bpb_seeds" and isinstance(rows, list) and isinstance(listed, list) and len(rows) == len(listed):
+        elif (
+            key == "val_bpb_seeds" and isinstance(rows, list) and isinstance(listed, list) and len(rows) == len(listed)
+        ):
             pairs = list(zip(listed, rows))
         else:
             continue
@@ -337,7 +345,9 @@ def seed_cells(names: list[str], lines: list[list[str]]) -> dict[str, list[Cell 
         key = seed[1] if seed else {"avg": "mean", "average": "mean"}.get(summary[1], summary[1])
         rows.setdefault(key, [read_cell(part[0], name) for name, part in zip(names[1:], parts)])
         if any(len(part) == 2 for part in parts):
-            rows.setdefault("std", [read_cell(part[1], n) if len(part) == 2 else None for n, part in zip(names[1:], parts)])
+            rows.setdefault(
+                "std", [read_cell(part[1], n) if len(part) == 2 else None for n, part in zip(names[1:], parts)]
+            )
     return rows
 
 

@@ -66,7 +66,11 @@ FACTS: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
     ("total_bytes", r"^Total submission size (?!:)\S.*?:\s*([\d,]+) bytes", whole),
     ("total_bytes", r"^.*\bmodel: [\d,]+ bytes \| Total submission: ([\d,]+) bytes", whole),
     ("total_bytes", r"^(?:final_|total_|submission_)?artifact(?:_bytes|_size| size)?[:=]\s*([\d,]{6,})\b", whole),
-    ("total_bytes", r"^(?i:total(?: |_)(?:artifact|bytes|submission(?: |_)bytes|size))[^:=\n]*[:=]\s*([\d,]{6,})\b", whole),
+    (
+        "total_bytes",
+        r"^(?i:total(?: |_)(?:artifact|bytes|submission(?: |_)bytes|size))[^:=\n]*[:=]\s*([\d,]{6,})\b",
+        whole,
+    ),
     ("plain_total_bytes", r"^Total submission size:\s*([\d,]+) bytes", whole),
     ("eval_s", r"^total_eval_time:\s*([\d.]+)s", float),
     ("ranks", r"^(?:.*\b)?world_size:\s*(\d+)", int),

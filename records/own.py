@@ -1,7 +1,7 @@
 """A folder that records/pack.py made, against itself: its logs, line by line, and its texts, made again from them.
 
-A log of ours ends with a `result` line from which everything in the folder comes. `result_in_log` holds that line against
-the lines that stages wrote when they were done, and `texts_from_logs` the texts against the `result` lines.
+A log of ours ends with a `result` line from which everything in the folder comes. `result_in_log` holds that line
+against the lines that stages wrote when they were done, and `texts_from_logs` the texts against the `result` lines.
 """
 
 import ast
@@ -19,7 +19,14 @@ from records.logs import RunLog, logged_source
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
 LN2 = math.log(2)
-MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, SyntaxError)  # what a damaged log raises
+MALFORMED = (
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    SyntaxError,
+)  # what a damaged log raises
 # event, what selects its line, field of the line -> key of the result. The last such line counts.
 LINES = (
     ("calibrated", {}, {"seconds": "calibration_seconds", "last_training_read_s": "train_seconds"}),
@@ -96,7 +103,9 @@ def result_in_log(folder: Folder) -> Finding:
             problem = next(problems(log, log.result), None)
         except MALFORMED as error:
             problem = f"the log lacks what a finished run says ({error!r})"
-        findings.append(fail(f"{log.path.name}: {problem}") if problem else ok("the result is what the log's lines say"))
+        findings.append(
+            fail(f"{log.path.name}: {problem}") if problem else ok("the result is what the log's lines say")
+        )
     try:
         return worst([*findings, *differences(folder.logs)], "")
     except MALFORMED as error:
@@ -356,7 +365,9 @@ def readme_finding(readme: str, expected: str) -> Finding:
         return ok("texts of the logs")
     lines = readme.split("\n")
     odd = next((line for line in (head + middle).split("\n") if line.strip() and line not in lines), "")
-    return fail(f"README.md: the logs give the line {odd[:160]!r}" if odd else "README.md: has other lines than the logs give")
+    return fail(
+        f"README.md: the logs give the line {odd[:160]!r}" if odd else "README.md: has other lines than the logs give"
+    )
 
 
 def file_finding(path: Path, expected: str) -> Finding:

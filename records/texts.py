@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from records.folder import Comparison
+from records.folder import Comparison, parsed
 from records.logs import RunLog
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,7 +66,7 @@ class Words:
 
 def requirements(source: bytes, run: SeedRun) -> str:
     """The lines of the repository's requirements for what the script imports, with the versions that the log states."""
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    nodes = [node for node in ast.walk(parsed(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
     imported = {name.split(".")[0] for name in names}

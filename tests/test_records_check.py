@@ -64,7 +64,7 @@ def march_log(
         f"stopping_early: wallclock_cap train_time:590000ms step:{STEPS[seed]}/20000\n"
         f"Serialized model: 140000000 bytes\nCode size: {len(SCRIPT)} bytes\n"
         f"Total submission size: {140000000 + len(SCRIPT)} bytes\n"
-        f"Serialized model int8+zlib: {total - len(SCRIPT)} bytes (payload:17178912 raw_torch:17224025 payload_ratio:3.91x)\n"
+        f"Serialized model int8+zlib: {total - len(SCRIPT)} bytes (payload:17178912 payload_ratio:3.91x)\n"
         f"Total submission size int8+zlib: {total} bytes\n"
         f"final_int8_zlib_roundtrip val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{eval_ms}ms\n"
         f"final_int8_zlib_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}\n"
@@ -178,11 +178,15 @@ def seed_table(scores: dict[int, float]) -> str:
     """The results of the seeds as a README shows them, with their mean and sample deviation."""
     head = "| Seed | Steps | val_bpb | val_loss | Artifact | Train time | Eval time |\n|---|---|---|---|---|---|---|\n"
     rows = [(STEPS[s], bpb, nats(bpb), TOTALS[s]) for s, bpb in scores.items()]
-    lines = [f"| {s} | {n:,} | {b:.8f} | {loss:.5f} | {t:,} | 590.0s | 400.0s |" for s, (n, b, loss, t) in zip(scores, rows)]
+    lines = [
+        f"| {s} | {n:,} | {b:.8f} | {loss:.5f} | {t:,} | 590.0s | 400.0s |" for s, (n, b, loss, t) in zip(scores, rows)
+    ]
     if len(scores) > 1:
         mean = [statistics.fmean(column) for column in zip(*rows)]
         lines.append(f"| **Mean** | {mean[0]:,.0f} | **{mean[1]:.8f}** | {mean[2]:.5f} | {mean[3]:,.0f} | | 400.0s |")
-        lines.append(f"| Std | | {statistics.stdev(scores.values()):.5f} | | {statistics.stdev(r[3] for r in rows):,.0f} | | |")
+        lines.append(
+            f"| Std | | {statistics.stdev(scores.values()):.5f} | | {statistics.stdev(r[3] for r in rows):,.0f} | | |"
+        )
     return head + "\n".join(lines) + "\n"
 
 
@@ -269,7 +273,12 @@ DEFECTS: list[tuple[str, dict[str, Any], Callable[[Path], None], set[str]]] = [
     ("two seeds", dict(scores={1: 1.2304, 2: 1.2301}), nothing, {"seeds"}),
     ("third log missing", dict(), drop("train_seed3.log"), {"seeds"}),
     ("slow evaluation", dict(logged=lambda s: dict(eval_ms=688_000)), nothing, {"eval_time", "readme_tables"}),
-    ("slow training", dict(), rewrite("train_seed1.log", lambda t: t.replace("590000ms", "631000ms")), {"train_time", "readme_tables"}),
+    (
+        "slow training",
+        dict(),
+        rewrite("train_seed1.log", lambda t: t.replace("590000ms", "631000ms")),
+        {"train_time", "readme_tables"},
+    ),
     (
         "mixed settings",
         dict(),
@@ -282,7 +291,12 @@ DEFECTS: list[tuple[str, dict[str, Any], Callable[[Path], None], set[str]]] = [
         rewrite("train_seed1.log", lambda t: t.replace("model_params:35", "model_params:36")),
         {"same_parameters"},
     ),
-    ("other steps", dict(), rewrite("train_seed1.log", lambda t: t.replace("4001/", "4011/")), {"steps_in_logs", "readme_tables"}),
+    (
+        "other steps",
+        dict(),
+        rewrite("train_seed1.log", lambda t: t.replace("4001/", "4011/")),
+        {"steps_in_logs", "readme_tables"},
+    ),
     (
         "log of another seed",
         dict(),
@@ -557,50 +571,179 @@ def state(**figures: Any) -> dict[str, Any]:
 TWO_PASSES = "quantized_sliding_window val_loss:2.39000000 val_bpb:1.24000000 eval_time:250000ms\nquantized_ttt_phased"
 # what is wrong, style, arguments of make_record, a change of the finished folder, the rule that must fail, its words
 MISTAKES: list[tuple[str, str, dict[str, Any], Callable[[Path], None], str, str]] = [
-    ("code of another length", "march", {}, edit("train_gpt.py", "main()\n", "main(1)\n"), "code_size", "bytes of code"),
-    ("minified code of another length", "april", {}, edit("train_gpt.py", "print", "pprint"), "code_size", "bytes of code"),
-    ("no code counted", "march", {}, every_log(lambda t: t.replace(f"Code size: {len(SCRIPT)}", "Code size: 0")),
-     "code_size", "0 bytes"),
-    ("compressed code beyond belief", "april", {}, every_log(lambda t: t.replace("(compressed): 30000", "(compressed): 40")),
-     "code_size", "40 bytes"),
+    (
+        "code of another length",
+        "march",
+        {},
+        edit("train_gpt.py", "main()\n", "main(1)\n"),
+        "code_size",
+        "bytes of code",
+    ),
+    (
+        "minified code of another length",
+        "april",
+        {},
+        edit("train_gpt.py", "print", "pprint"),
+        "code_size",
+        "bytes of code",
+    ),
+    (
+        "no code counted",
+        "march",
+        {},
+        every_log(lambda t: t.replace(f"Code size: {len(SCRIPT)}", "Code size: 0")),
+        "code_size",
+        "0 bytes",
+    ),
+    (
+        "compressed code beyond belief",
+        "april",
+        {},
+        every_log(lambda t: t.replace("(compressed): 30000", "(compressed): 40")),
+        "code_size",
+        "40 bytes",
+    ),
     ("code bytes of submission.json", "march", dict(bytes_code=len(SCRIPT) + 1), nothing, "code_in_logs", "bytes_code"),
     ("table: steps", "april", {}, edit("README.md", "| 2 | 4,002", "| 2 | 4,012"), "readme_tables", "seed 2, steps"),
     ("table: bytes", "april", {}, edit("README.md", "15,900,222", "15,900,322"), "readme_tables", "artifact"),
-    ("table: score", "april", {}, edit("README.md", "| 3 | 4,003 | 1.2310", "| 3 | 4,003 | 1.2311"), "readme_tables", "val_bpb"),
+    (
+        "table: score",
+        "april",
+        {},
+        edit("README.md", "| 3 | 4,003 | 1.2310", "| 3 | 4,003 | 1.2311"),
+        "readme_tables",
+        "val_bpb",
+    ),
     ("table: loss", "march", {}, edit("README.md", f"{nats(1.2304):.5f}", "3.17651"), "readme_tables", "val_loss"),
-    ("table: seconds of training", "april", {}, edit("README.md", "| 15,900,111 | 590.0s", "| 15,900,111 | 580.0s"),
-     "readme_tables", "train time"),
-    ("table: seconds of evaluation", "april", {}, edit("README.md", "590.0s | 400.0s", "590.0s | 300.0s"), "readme_tables", "eval time"),
-    ("table: mean", "april", {}, edit("README.md", "| 15,900,222 | | 400.0s |", "| 15,900,223 | | 401.0s |"), "readme_tables", "mean of"),
-    ("table: deviation", "april", {}, edit("README.md", "| Std | | 0.00046", "| Std | | 0.00049"), "readme_tables", "std of val_bpb"),
-    ("headline pair", "april", dict(val_loss=round(nats(1.2305, TEXT_BYTES * 1.17), 5)),
-     lambda folder: [log.unlink() for log in folder.glob("*.log")], "implied_bytes", "bytes per token"),
-    ("pair in the README", "march", {}, edit("README.md", f"{nats(1.2304):.5f}", f"{nats(1.2304, 164.6e6):.5f}"),
-     "implied_bytes", "README, seed 1"),
+    (
+        "table: seconds of training",
+        "april",
+        {},
+        edit("README.md", "| 15,900,111 | 590.0s", "| 15,900,111 | 580.0s"),
+        "readme_tables",
+        "train time",
+    ),
+    (
+        "table: seconds of evaluation",
+        "april",
+        {},
+        edit("README.md", "590.0s | 400.0s", "590.0s | 300.0s"),
+        "readme_tables",
+        "eval time",
+    ),
+    (
+        "table: mean",
+        "april",
+        {},
+        edit("README.md", "| 15,900,222 | | 400.0s |", "| 15,900,223 | | 401.0s |"),
+        "readme_tables",
+        "mean of",
+    ),
+    (
+        "table: deviation",
+        "april",
+        {},
+        edit("README.md", "| Std | | 0.00046", "| Std | | 0.00049"),
+        "readme_tables",
+        "std of val_bpb",
+    ),
+    (
+        "headline pair",
+        "april",
+        dict(val_loss=round(nats(1.2305, TEXT_BYTES * 1.17), 5)),
+        lambda folder: [log.unlink() for log in folder.glob("*.log")],
+        "implied_bytes",
+        "bytes per token",
+    ),
+    (
+        "pair in the README",
+        "march",
+        {},
+        edit("README.md", f"{nats(1.2304):.5f}", f"{nats(1.2304, 164.6e6):.5f}"),
+        "implied_bytes",
+        "README, seed 1",
+    ),
     ("artifact_bytes at the top", "april", dict(artifact_bytes=15_800_000), nothing, "sizes_in_logs", "artifact_bytes"),
-    ("mean of the sizes", "april", dict(artifact_bytes_mean=15_900_322), nothing, "sizes_in_logs", "artifact_bytes_mean"),
-    ("total in a line of its own style", "march", {},
-     every_log(lambda t: re.sub(r"Total submission size int8\+zlib: \d+ bytes", "artifact_bytes: 15,900,999", t)),
-     "sizes_in_logs", "15,900,999"),
-    ("seed in a line of pairs", "march", {}, edit("train_seed1.log", "\nseed:1\n", "\nwall:600s seed:7\n"), "seed_names", "seed 7"),
-    ("scores by seed", "april", dict(seed_results=None, val_bpb_seeds={"1": 1.2304, "2": 1.2399, "3": 1.231}), nothing,
-     "score_in_logs", "seed 2"),
-    ("scores in a list", "april", dict(seed_results=None, val_bpb_seeds=[1.2304, 1.2399, 1.231]), nothing, "score_in_logs", "seed 2"),
+    (
+        "mean of the sizes",
+        "april",
+        dict(artifact_bytes_mean=15_900_322),
+        nothing,
+        "sizes_in_logs",
+        "artifact_bytes_mean",
+    ),
+    (
+        "total in a line of its own style",
+        "march",
+        {},
+        every_log(lambda t: re.sub(r"Total submission size int8\+zlib: \d+ bytes", "artifact_bytes: 15,900,999", t)),
+        "sizes_in_logs",
+        "15,900,999",
+    ),
+    (
+        "seed in a line of pairs",
+        "march",
+        {},
+        edit("train_seed1.log", "\nseed:1\n", "\nwall:600s seed:7\n"),
+        "seed_names",
+        "seed 7",
+    ),
+    (
+        "scores by seed",
+        "april",
+        dict(seed_results=None, val_bpb_seeds={"1": 1.2304, "2": 1.2399, "3": 1.231}),
+        nothing,
+        "score_in_logs",
+        "seed 2",
+    ),
+    (
+        "scores in a list",
+        "april",
+        dict(seed_results=None, val_bpb_seeds=[1.2304, 1.2399, 1.231]),
+        nothing,
+        "score_in_logs",
+        "seed 2",
+    ),
     ("one seed twice", "april", dict(seeds=[1, 2, 3, 3]), nothing, "seeds", "seed 3 twice"),
-    ("one key twice", "april", {}, edit("submission.json", '"2": {"val_bpb"', '"1": {"val_bpb"'), "seeds", "seed 1 twice"),
-    ("one run under two seeds", "march", dict(logged=lambda s: dict(bpb=1.2304, loss=nats(1.2304), total=TOTALS[1])),
-     every_log(lambda t: t.replace("1.2400", "1.2401")), "seeds", "one run under two seeds"),
-    ("minutes of training", "april", {},
-     every_log(lambda t: re.sub(r"stopping_early.*", "4001/20000 train_loss: 2.4 train_time: 19.8m tok/s: 1", t)), "train_time", "1188"),
-    ("passes of one evaluation", "april", dict(logged=lambda s: dict(eval_ms=400_000)),
-     every_log(lambda t: t.replace("quantized_ttt_phased", TWO_PASSES)), "eval_time", "quantized_sliding_window + quantized_ttt"),
+    (
+        "one key twice",
+        "april",
+        {},
+        edit("submission.json", '"2": {"val_bpb"', '"1": {"val_bpb"'),
+        "seeds",
+        "seed 1 twice",
+    ),
+    (
+        "one run under two seeds",
+        "march",
+        dict(logged=lambda s: dict(bpb=1.2304, loss=nats(1.2304), total=TOTALS[1])),
+        every_log(lambda t: t.replace("1.2400", "1.2401")),
+        "seeds",
+        "one run under two seeds",
+    ),
+    (
+        "minutes of training",
+        "april",
+        {},
+        every_log(lambda t: re.sub(r"stopping_early.*", "4001/20000 train_loss: 2.4 train_time: 19.8m tok/s: 1", t)),
+        "train_time",
+        "1188",
+    ),
+    (
+        "passes of one evaluation",
+        "april",
+        dict(logged=lambda s: dict(eval_ms=400_000)),
+        every_log(lambda t: t.replace("quantized_ttt_phased", TWO_PASSES)),
+        "eval_time",
+        "quantized_sliding_window + quantized_ttt",
+    ),
     ("seconds per seed", "april", state(eval_time_s=300.0), nothing, "times_in_logs", "300"),
     ("milliseconds per step", "march", state(step_avg_ms=130.0), nothing, "times_in_logs", "130"),
     ("mean of the steps", "april", dict(train_steps_mean=4005.0), nothing, "steps_in_logs", "train_steps_mean"),
     ("before quantisation", "april", state(pre_quant_val_bpb=1.2351), nothing, "parts_in_logs", "1.2351"),
     ("quantised", "april", state(quantized_val_bpb=1.2451), nothing, "parts_in_logs", "1.2451"),
     ("deviation of the losses", "april", dict(val_loss_std=0.01), nothing, "loss_std", "0.01"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", MISTAKES, ids=lambda case: case[0].replace(" ", "_"))
@@ -628,8 +771,8 @@ def test_calibration_in_other_words_is_read(tmp_path: Path) -> None:
 
 
 def test_figures_that_are_right_in_other_forms_raise_no_alarm(tmp_path: Path) -> None:
-    """A score rounded more coarsely in JSON than in the README; settings made from the seed; a budget a second shorter; a
-    last step that ends late; a repetition in further logs; a population's deviation; approximate cells."""
+    """A score rounded more coarsely in JSON than in the README; settings made from the seed; a budget a second
+    shorter; a last step that ends late; a repetition in further logs; a population's deviation; approximate cells."""
     coarse = {1: 1.1060, 2: 1.1061, 3: 1.1062}
     exact = {1: 1.10597186, 2: 1.10612345, 3: 1.10618888}
     folder = make_record(tmp_path / "a", scores=coarse, logged=lambda s: dict(bpb=exact[s], loss=nats(exact[s])))
@@ -648,7 +791,9 @@ def test_figures_that_are_right_in_other_forms_raise_no_alarm(tmp_path: Path) ->
     assert found["same_settings"] == found["train_time"] == "warn"
     folder = make_record(tmp_path / "d")
     (folder / "rerun_seed2.log").write_text(april_log(2, 1.2299, nats(1.2299), total=15_900_777))
-    table = "| Seed | Re-run val_bpb | Artifact | Steps |\n|---|---|---|---|\n| 2 | 1.22990000 | 15,900,777 | ~4,000 |\n"
+    table = (
+        "| Seed | Re-run val_bpb | Artifact | Steps |\n|---|---|---|---|\n| 2 | 1.22990000 | 15,900,777 | ~4,000 |\n"
+    )
     (folder / "README.md").write_text((folder / "README.md").read_text() + "\n" + table)
     assert statuses(folder)["readme_tables"] == "ok"
     edit("README.md", "15,900,777", "15,900,778")(folder)
@@ -662,7 +807,10 @@ def test_files_outside_of_the_folder_are_found_in_a_git_checkout(tmp_path: Path)
     """--base: one new folder and nothing else, committed or not; without it the rule is not judged."""
     repository = tmp_path / "checkout"
     git = lambda *words: subprocess.run(
-        ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *words], cwd=repository, check=True, capture_output=True
+        ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *words],
+        cwd=repository,
+        check=True,
+        capture_output=True,
     )
     repository.mkdir()
     git("init", "-q", "-b", "main")
@@ -692,8 +840,11 @@ def test_scripts_that_only_a_newer_python_reads_are_named(tmp_path: Path, monkey
     folder = make_record(tmp_path, "march")
     script = SCRIPT + "print(f'{'x'}')\n"
     (folder / "train_gpt.py").write_text(script)
-    for said, status, words in (("", "warn", "compiles with Python 3.12"), ("SyntaxError: y", "fail", "either: SyntaxError"),
-                                (None, "unknown", "is not here to try")):  # fmt: skip
+    for said, status, words in (
+        ("", "warn", "compiles with Python 3.12"),
+        ("SyntaxError: y", "fail", "either: SyntaxError"),
+        (None, "unknown", "is not here to try"),
+    ):
         monkeypatch.setattr(check, "compile_elsewhere", lambda path, python, said=said: said)
         found = check.script_compiles(check.read_folder(folder, False))
         assert found.status == status and words in found.found

@@ -1,7 +1,9 @@
 """records/pack.py: three toy seeds become a folder that passes its check and whose packed script repeats its score."""
 
+import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ToyData
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import train_gpt as tg
 from records import check, pack
@@ -176,9 +180,10 @@ def test_runs_of_different_scripts_are_refused(
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> None:
+def started(monkeypatch: pytest.MonkeyPatch, runs: list[Path]) -> None:
     """Spares a start of the packed script, which `record` has done."""
-    monkeypatch.setattr(pack, "start_packed", lambda folder: {"parameters": 1})
+    parameters = json.loads((runs[0] / "result.json").read_text())["parameters"]
+    monkeypatch.setattr(pack, "start_packed", lambda folder: {"parameters": parameters})
 
 
 def test_a_script_that_does_not_run_is_not_packed(
@@ -212,3 +217,145 @@ def test_comparison_with_a_reference_is_in_the_folder(record: Path, runs: list[P
     submission = json.loads((out / "submission.json").read_text())
     assert submission["comparison_baseline"] == record.name and submission["delta_vs_leaderboard_bpb"] == 0
     assert 0.5 < submission["p_value"] < 1 and "Welch" in (out / "README.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# TAMPERING
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checked(record: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy to tamper with; the packed form of an unchanged script is made once."""
+    folder = tmp_path_factory.mktemp("tampered") / record.name
+    shutil.copytree(record, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(check.SCRIPT, "packed_script", functools.cache(check.SCRIPT["packed_script"]))
+        yield folder
+
+
+def alarms(folder: Path, wanted: str = "") -> set[tuple[str, str]]:
+    """Rules that fail or warn; all of them, or the wanted one if it does."""
+    read = check.read_folder(folder, False)
+    found = [(rule.name, rule.check(read).status) for rule in check.RULES if wanted in ("", rule.name)]
+    return {(name, status) for name, status in found if status in ("fail", "warn")}
+
+
+def with_file(folder: Path, name: str, data: bytes, wanted: str = "") -> set[tuple[str, str]]:
+    """The alarms with other bytes in one file, which is put back."""
+    before = (folder / name).read_bytes()
+    try:
+        (folder / name).write_bytes(data)
+        return alarms(folder, wanted)
+    finally:
+        (folder / name).write_bytes(before)
+
+
+LOG = "train_seed2.log"
+# file, pattern (its first group is what is replaced; the last match), replacement, rule that must fail
+EDITS = [
+    ("train_gpt_packed.py", r"(exec)\(compile", "echo", "packed_script"),
+    ("train_gpt_packed.py", r"(B)\.decompress", "C", "packed_script"),
+    (LOG, r'"val_bpb": 1\.(\d)', "3", "result_in_log"),
+    (LOG, r'"train_seconds": \d+\.(\d)', "9", "result_in_log"),
+    (LOG, r'"learned_before_score": (0)', "5", "result_in_log"),
+    (LOG, r"^validity rule:score_before_update ok:True found:(0)", "1", "result_in_log"),
+    (LOG, r"^score kind:ttt .*tokens:(\d)", "9", "result_in_log"),
+    (LOG, r"^quantised artifact +1\.(\d)", "9", "result_in_log"),
+    (LOG, r"^  matrix_lr: 0\.0(2)6", "3", "same_settings"),
+    (LOG, r"^setting name:num_layers value:(4)", "5", "result_in_log"),
+    (LOG, r"^(train step:3/6.*\n)", "", "result_in_log"),
+    ("settings.env", r"^MATRIX_LR=0\.0(2)6", "3", "texts_from_logs"),
+    ("settings.env", r"^(EMBED_BITS=.*\n)", "", "texts_from_logs"),
+    ("requirements.txt", r"^torch==(\d)", "3", "texts_from_logs"),
+    ("README.md", r"(\d) parameters\.", "1", "texts_from_logs"),
+    ("README.md", r"`EMA_DECAY=0\.(5)`", "6", "texts_from_logs"),
+    ("train_gpt.py", r"(# )the ", "## ", "same_source"),
+    *(
+        ("submission.json", rf'"{key}": \d*\.?(\d)', "", "texts_from_logs")
+        for key in (
+            "bytes_code artifact_bytes_max artifact_bytes_mean val_loss_std val_bpb_std val_loss step_avg_ms"
+            " step_avg_ms_mean"
+            " pre_quant_val_bpb quantized_val_bpb train_time_s eval_time_s steps train_steps_mean"
+        ).split()
+    ),
+]
+
+
+@pytest.mark.parametrize("case", EDITS, ids=lambda case: f"{case[0]}:{case[1][:34]}")
+def test_an_edit_fails_the_rule_that_knows_better(checked: Path, case: tuple[str, str, str, str]) -> None:
+    """One edit at a time of a folder that pack.py wrote."""
+    name, pattern, new, rule = case
+    data = (checked / name).read_bytes().decode("latin1")
+    match = list(re.finditer(pattern, data, re.M))[-1]
+    new = new or ("" if match[1].endswith("\n") else str((int(match[1]) + 1) % 10))
+    changed = data[: match.start(1)] + new + data[match.end(1) :]
+    assert changed != data and (rule, "fail") in with_file(checked, name, changed.encode("latin1"), rule)
+
+
+# What nothing else in a folder repeats: file, pattern of its line up to the edit, reason. All lines left out are noticed.
+UNNOTICED = [
+    (r"train_seed\d\.log", r"train step:\d+/\d+ .*", "the loss, rate and speed of a single step"),
+    (r"train_seed\d\.log", r"(global_ttt|calibrated|looping) .*(seconds|progress):[\d.]*", "times of parts of a stage"),
+    (
+        r"train_seed\d\.log",
+        r"(config .*stages:|  (runs_dir|data_\w+|tokenizer_path): ).*",
+        "places on the machine that ran",
+    ),
+    (r"train_seed\d\.log", r"setting name:(runs_dir|data_path|tokenizer_path) .*", "places on the machine that ran"),
+    (r"train_seed\d\.log", r'result .*("learned_targets": \d*|"kernels": "[^"]*)', "said by the result alone"),
+    (r"requirements\.txt", r"(?!torch|numpy)[a-z]+==.*", "versions that no log states"),
+    (r"submission\.json", r'  "(author|github_id)": .*', "words of the author"),
+]
+
+
+def is_excused(name: str, line: str, column: int, old: str, new: str) -> bool:
+    """Whether nothing could notice an edit: by the list, or a digit of the result behind the six of its line."""
+    head = line[:column]
+    if any(re.fullmatch(file, name) and re.fullmatch(pattern, head) for file, pattern, _ in UNNOTICED):
+        return True
+    begin = re.search(r"[\d.]*$", head).start()
+    number = re.match(r"\d+\.\d+", line[begin:])
+    if not line.startswith("result ") or not number:
+        return False
+    changed = re.match(r"\d*\.?\d*", line[begin:column] + new + line[column + len(old) :])[0]
+    return bool(changed.strip(".")) and abs(float(changed) / float(number[0]) - 1) < 1e-5
+
+
+@st.composite
+def edits(draw: st.DrawFn, folder: Path) -> tuple[str, str, int, str, str]:
+    """(file, its text, where, old, new): a digit or a number replaced, or a line left out."""
+    name = draw(st.sampled_from(sorted(path.name for path in folder.iterdir() if path.is_file())))
+    text = (folder / name).read_bytes().decode("latin1")
+    begin = text.rindex("\nsource bytes:") + 1 if name.startswith("train_seed") and draw(st.integers(0, 9)) else 0
+    kind = draw(st.sampled_from([r"\d", r"\d+", r"(?m)^.+\n"]))
+    found = [match.span() for match in re.finditer(kind, text[begin:])]
+    start, end = draw(st.sampled_from(found))
+    start, end = begin + start, begin + end
+    old = text[start:end]
+    new = (
+        "" if old.endswith("\n") else str(draw(st.integers(0, 10 ** len(old[:6]) - 1).filter(lambda n: n != int(old))))
+    )
+    return name, text, start, old, new
+
+
+def tamper(checked: Path, edit: tuple[str, str, int, str, str], usual: set[tuple[str, str]]) -> None:
+    name, text, at, old, new = edit
+    found = with_file(checked, name, (text[:at] + new + text[at + len(old) :]).encode("latin1"))
+    begin = text.rfind("\n", 0, at) + 1
+    line = text[begin : (text + "\n").index("\n", at)]
+    excused = not old.endswith("\n") and is_excused(name, line, at - begin, old, new)
+    assert found - usual or excused, (
+        f"{name}: {old!r} -> {new!r} in {line[max(0, at - begin - 80) : at - begin + 40]!r}"
+    )
+
+
+QUICK = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+THOROUGH = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize("depth", [QUICK, pytest.param(THOROUGH, marks=pytest.mark.slow)], ids=["quick", "thorough"])
+def test_any_edit_is_noticed_or_on_the_short_list(checked: Path, depth: settings) -> None:
+    """A digit, a number or a line of any file of a packed folder."""
+    usual = alarms(checked)
+    depth(given(edits(checked))(lambda edit: tamper(checked, edit, usual)))()

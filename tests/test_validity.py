@@ -481,7 +481,7 @@ def test_adapters_shared_by_the_documents_of_a_batch_fail_isolation(monkeypatch:
 def program(tilted: bool) -> dict[str, Callable[[], probe.Outcome]]:
     """The program's own probes, for a toy model with room for its stream."""
     changes = DOCUMENTS | dict(TOKEN_BOOST=1.0) if tilted else {}
-    mode = subject(2048, **changes)
+    mode = subject(1024, **changes)
     return probe.planned(mode._replace(config=probe.probe_config(mode.config)))
 
 
@@ -526,7 +526,7 @@ def gate_on_the_target(tokens: np.ndarray, order: int, threshold: float) -> tupl
 
 
 def ahead_behind_two_contexts(model: tg.GPT, inputs: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """Rows at least as long as a context, the padded ends of long documents, see one token ahead at their last tokens."""
+    """The last tokens of long rows see one token ahead."""
     e = REAL_EMBED(model, inputs, *rest)
     seen = torch.nn.functional.pad(e, (0, 0, 0, 1))[:, 1:]
     late = (torch.arange(e.size(1)) >= 24).view(1, -1, 1)
