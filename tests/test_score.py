@@ -94,7 +94,9 @@ def test_score_equals_a_slow_loop_over_single_tokens(stride: int, varlen: int) -
 def test_windows_of_a_plain_stream_ignore_documents() -> None:
     """VARLEN_ATTN=0: windows tile the stream as if it were one document, and a document's score depends on the others."""
     validation = validation_of_lengths([20, 5, 40, 31])
-    plain, separate = (tg.stretches(validation, toy_config(VARLEN_ATTN=varlen)) for varlen in (0, 1))
+    plain, separate = (
+        evaluation_of(len, validation, toy_config(VARLEN_ATTN=varlen)).stretches for varlen in (0, 1)
+    )
     assert plain.tolist() == [[0, 96]] and separate.tolist() == validation.documents.tolist()
     assert [tuple(w) for w in tg.windows_inside(plain, 32, 32)] == [(0, 0, 32), (32, 32, 64), (64, 64, 96)]
     windows = tg.windows_inside(plain, 32, 8)
@@ -330,7 +332,7 @@ def test_documents_of_any_stream_hold_each_target_once(toy_data, tmp_path_factor
     validation = tg.load_validation(config)
     for stride in (32, 8):
         for varlen in (False, True):
-            stretches = tg.stretches(validation, dataclasses.replace(config, varlen_attn=varlen))
+            stretches = evaluation_of(len, validation, dataclasses.replace(config, varlen_attn=varlen)).stretches
             windows = tg.windows_inside(stretches, 32, stride)
             scored = Counter(p + 1 for window in windows for p in range(window.first_scored, window.end))
             assert scored == Counter(range(1, len(tokens)))
