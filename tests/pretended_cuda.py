@@ -12,7 +12,6 @@ that one, unlike cuda, has a back-end in every build, but no kernels that could 
 """
 
 import contextlib
-import gc
 import importlib.machinery
 import sys
 import threading
@@ -400,21 +399,18 @@ def pretended_cuda(
         modules["flash_attn_interface"] = module("flash_attn_interface", **functions)
     if flagged_varlen:
         modules["torch.nn.attention.varlen"] = module("torch.nn.attention.varlen", varlen_attn=varlen_attn)
+    stream = SimpleNamespace(is_capturing=lambda: False)  # AdamW of PyTorch 2.14 asks
     replaced = {name: sys.modules[name] for name in modules if name in sys.modules}
     lifted, precision = torch._C._only_lift_cpu_tensors(), torch.get_float32_matmul_precision()
-    collects = gc.isenabled()
-    gc.disable()  # in PyTorch 2.9 it empties tensors of a subclass that autograd alone holds
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes a host tensor first, and copies it in the open
     try:
         sys.modules.update(modules)
         with mock.patch.multiple(torch.cuda, **queries), mock.patch.object(torch, "Generator", PretendedGenerator):
-            with rules:
+            with mock.patch.object(torch.accelerator, "current_stream", lambda *unused: stream), rules:
                 yield rules
     finally:
         for module_name in modules:
             sys.modules.pop(module_name)
         sys.modules.update(replaced)
-        if collects:
-            gc.enable()
         torch._C._set_only_lift_cpu_tensors(lifted)
         torch.set_float32_matmul_precision(precision)
