@@ -512,15 +512,6 @@ def need(condition: Any, message: str) -> None:
         raise UserError(message)
 
 
-class Demand(NamedTuple):
-    """What a variable of the environment asks of a field. Exact values come first, then off, then on."""
-
-    order: int
-    key: str
-    value: Any
-    fits: Callable[[Any], bool]  # whether the field may keep a value
-
-
 def load_config(env: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
     """The configuration that `env` asks for, and the origin of every value that is not a default.
 
@@ -531,39 +522,36 @@ def load_config(env: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
     need(preset in PRESETS, f"PRESET={shown(preset)}: unknown; choose one of {', '.join(PRESETS)}")
     values = {name: field.default for name, field in FIELDS.items()} | PRESETS[preset]
     origins, chosen_by = dict.fromkeys(PRESETS[preset], f"preset {preset}"), {}
-    demands = []
+    demands: dict[str, Callable[[Any], bool]] = {}  # name -> whether a value of its field is what it asks for
     for key, text in env.items():
         if key not in NAMES:
             check_typo(key, text)
-        elif NAMES[key].field:
-            demands.append(read_demand(key, text))
-        else:
+        elif not (field := NAMES[key].field):
             check_built_in(key, text)
             origins[key] = f"environment, without effect here (value {shown(text)})"
-    for order, key, value, fits in sorted(demands, key=lambda demand: demand[:2]):
-        field = NAMES[key].field
-        if order == 0 or not fits(values[field]):
-            values[field], chosen_by[field] = value, key
-            origins[field] = "environment" if key.lower() == field else f"environment, as {key}"
-    for _, key, _, fits in demands:
-        field = NAMES[key].field
-        if not fits(values[field]):
-            other = chosen_by[field]
-            raise UserError(f"{key}={shown(env[key])}: {other}={shown(env[other])} says otherwise; unset one")
+        else:
+            value, demands[key] = read_demand(key, text)
+            if NAMES[key].on is None or not demands[key](values[field]):
+                values[field], chosen_by[field] = value, key
+                origins[field] = "environment" if key.lower() == field else f"environment, as {key}"
+    for key, fits in demands.items():  # two names may ask for different values of one field
+        other = chosen_by.get(NAMES[key].field, "")
+        message = f"{key}={shown(env[key])}: {other}={shown(env.get(other))} says otherwise; unset one"
+        need(fits(values[NAMES[key].field]), message)
     config = Config(preset=preset, **values)
     validate(config)
     return config, origins
 
 
-def read_demand(key: str, text: str) -> Demand:
-    """The demand of a name that has a field; UserError for text that is no value of it."""
+def read_demand(key: str, text: str) -> tuple[Any, Callable[[Any], bool]]:
+    """What a variable asks of its field: a value, and whether another one would do. Raises UserError for other text."""
     name = NAMES[key]
     if name.on is None:
         value = parse_value(key, text)
-        return Demand(0, key, value, lambda current: current == value)
+        return value, lambda current: current == value
     need(text.strip() in ("0", "1"), f"{key}={shown(text)}: not 0 or 1; for example {key}=1")
     on = text.strip() == "1"
-    return Demand(1 + on, key, name.on if on else name.off, lambda current: name.is_on(current) == on)
+    return name.on if on else name.off, lambda current: name.is_on(current) == on
 
 
 def parse_value(key: str, text: str) -> Any:

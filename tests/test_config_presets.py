@@ -248,9 +248,10 @@ def test_frontier_is_the_last_published_system_with_more() -> None:
     ],
 )  # fmt: skip
 def test_published_names_mean_their_settings(env: str, field: str, wanted: Any) -> None:
-    """Switches and aliases, alone and beside what they stand for, set their field, and change nothing else."""
+    """Switches and aliases, alone and beside what they stand for, in any order, set their field and nothing else."""
     variables = dict(pair.split("=") for pair in env.split())
     config, origins = tg.load_config(variables)
+    assert tg.load_config(dict(reversed(variables.items())))[0] == config
     plain = tg.load_config({"PRESET": variables.get("PRESET", "default")})[0]
     assert getattr(config, field) == wanted and type(getattr(config, field)) is tg.FIELDS[field].type
     others = {name for name in tg.FIELDS if getattr(config, name) != getattr(plain, name)} - {field}
