@@ -35,6 +35,7 @@ L physical layers, R LoRA rank. Linear maps are y = x W^T with W of shape (out, 
 import ast
 import contextlib
 import dataclasses
+import enum
 import functools
 import hashlib
 import importlib
@@ -94,9 +95,26 @@ class UserError(ValueError):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def setting(default: Any, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
-    """A Config field with its default and its allowed range (inclusive) or choices."""
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
+class Stage(enum.Flag):
+    """What a setting decides. A file is refused by a run in which a setting that decided it has another value."""
+
+    RUN = enum.auto()  # files, devices, log and speed: no result depends on it
+    DATA = enum.auto()  # where data lie, and rows that fit the memory: a checkpoint keeps what they come to
+    TRAIN = enum.auto()  # the weights and statistics of trained.bin
+    ARTIFACT = enum.auto()  # the forward pass or the layout of artifact.bin
+    QUANTIZE = enum.auto()  # the codes in artifact.bin
+    EVALUATE = enum.auto()  # scores
+
+
+RUN, DATA, TRAIN, ARTIFACT, QUANTIZE, EVALUATE = Stage
+MODEL, LAYOUT = TRAIN | ARTIFACT, QUANTIZE | ARTIFACT
+
+
+def setting(
+    stage: Stage, default: Any, low: float = -LARGEST_NUMBER, high: float = LARGEST_NUMBER, choices: tuple = ()
+) -> Any:
+    """A Config field: what it decides, its default, and the range of a number (inclusive) or the choices of a text."""
+    return dataclasses.field(default=default, metadata=dict(stage=stage, low=low, high=high, choices=choices))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,159 +123,161 @@ class Config:
 
     # run
     preset: str = "default"  # which row of PRESETS the values come from
-    run_id: str = setting("")  # folder under runs_dir; empty: made from the time and the seed
-    runs_dir: str = setting("runs")  # everything that a run writes goes to runs_dir/run_id
-    stages: str = setting("train,quantize,evaluate")  # comma list, in this order; or describe, or check
-    seed: int = setting(1337, 0, 2**32 - 1)  # initial weights and adapters; the data order never depends on it
-    compile: str = setting("auto", choices=("auto", "0", "1"))  # torch.compile; auto: on a GPU only
-    attn_backend: str = setting("auto", choices=("auto", "fa3", "varlen", "sdpa"))  # auto: the first that can run
-    kernels: str = setting("auto", choices=("auto", "triton", "plain"))  # auto: Triton where it agrees with the plain
-    checkpoint_seconds: float = setting(0.0, 0)  # save the training state this often; 0: never (timed record runs)
-    report: bool = setting(True)  # at the end records/report.py, where it is there, writes report.html
+    run_id: str = setting(RUN, "")  # folder under runs_dir; empty: made from the time and the seed
+    runs_dir: str = setting(RUN, "runs")  # everything that a run writes goes to runs_dir/run_id
+    stages: str = setting(RUN, "train,quantize,evaluate")  # comma list, in this order; or describe, or check
+    seed: int = setting(TRAIN | EVALUATE, 1337, 0, 2**32 - 1)  # of weights and adapters; never of the data's order
+    compile: str = setting(RUN, "auto", choices=("auto", "0", "1"))  # torch.compile; auto: on a GPU only
+    attn_backend: str = setting(RUN, "auto", choices=("auto", "fa3", "varlen", "sdpa"))  # auto: the first that can run
+    kernels: str = setting(RUN, "auto", choices=("auto", "triton", "plain"))  # auto: Triton where it agrees with plain
+    checkpoint_seconds: float = setting(RUN, 0.0, 0)  # save the training state this often; 0: never (timed record runs)
+    report: bool = setting(RUN, True)  # at the end records/report.py, where it is there, writes report.html
 
     # data
-    data_dir: str = setting("./data/")  # holds datasets/ and tokenizers/
-    data_path: str = setting("")  # dataset folder; empty: data_dir/datasets/fineweb10B_sp{vocab_size}
-    tokenizer_path: str = setting("")  # SentencePiece model; empty: data_dir/tokenizers/fineweb_{vocab_size}_bpe.model
-    vocab_size: int = setting(8192, 8, 65536)  # must equal the tokenizer's size
-    train_batch_tokens: int = setting(786_432, 1, 2**25)  # targets per optimizer step, over all ranks
-    row_tokens: int = setting(0, 0, 2**24)  # length of one packed row (the micro-batch); 0: train_batch_tokens / 8
-    train_seq_len: int = setting(2048, 2)  # longest attention segment in training
-    loader: str = setting("stream", choices=("stream", "coprime"))  # rows follow the stream, or windows all over it
-    varlen_attn: bool = setting(True)  # attention ends at documents; 0: windows of the plain stream, in scoring too
-    caseops_enabled: bool = setting(False)  # the CaseOps export of the data and its tokenizer (#1729)
-    marker_pair_mode: bool = setting(False)  # CaseOps data in which a space and the case marker behind it are one id
-    val_batch_tokens: int = setting(524_288, 1, 2**27)  # size of scoring: a row holds an eighth, adaptation a quarter
-    eval_seq_len: int = setting(2048, 2, 2**20)  # longest context in scoring
+    data_dir: str = setting(DATA, "./data/")  # holds datasets/ and tokenizers/
+    data_path: str = setting(DATA, "")  # dataset folder; empty: data_dir/datasets/fineweb10B_sp{vocab_size}
+    tokenizer_path: str = setting(DATA, "")  # SentencePiece; empty: data_dir/tokenizers/fineweb_{vocab_size}_bpe.model
+    vocab_size: int = setting(MODEL, 8192, 8, 65536)  # must equal the tokenizer's size
+    train_batch_tokens: int = setting(TRAIN, 786_432, 1, 2**25)  # targets per optimizer step, over all ranks
+    row_tokens: int = setting(DATA, 0, 0, 2**24)  # length of a packed row (the micro-batch); 0: train_batch_tokens / 8
+    train_seq_len: int = setting(TRAIN, 2048, 2)  # longest attention segment in training
+    loader: str = setting(TRAIN, "stream", choices=("stream", "coprime"))  # rows in stream order, or spread windows
+    varlen_attn: bool = setting(TRAIN | EVALUATE, True)  # attention ends at documents; 0: windows of the plain stream
+    caseops_enabled: bool = setting(TRAIN | EVALUATE, False)  # the CaseOps export of the data and its tokenizer (#1729)
+    marker_pair_mode: bool = setting(MODEL, False)  # CaseOps data that fuse a space and the case marker behind it
+    val_batch_tokens: int = setting(RUN, 524_288, 1, 2**27)  # in scoring; a row holds an eighth, adaptation a quarter
+    eval_seq_len: int = setting(EVALUATE, 2048, 2, 2**20)  # longest context in scoring
 
     # schedule (progress runs from 0 to 1 over the time budget, or over iterations where there is none)
-    iterations: int = setting(20_000, 1)  # hard limit of optimizer steps
-    max_wallclock_seconds: float = setting(600.0, 0)  # training budget; 0: no clock, the schedule runs by steps
-    gptq_reserve_seconds: float = setting(8.0, 0)  # part of the budget kept for the calibration pass (#1868)
-    warmup_steps: int = setting(20, 0)  # throw-away steps that only compile; everything they change is undone
-    warmdown_frac: float = setting(0.75, 0, 1)  # last fraction of progress in which the learning rate falls
-    warmdown_iters: int = setting(0, 0)  # the same as a number of steps, at the speed measured so far; 0: the fraction
-    min_lr: float = setting(0.10, 0, 1)  # floor of the learning-rate multiplier
-    train_log_every: int = setting(500, 1)  # steps between loss lines
-    val_loss_every: int = setting(0, 0)  # steps between validations; 0: only at the end. Not counted as training time
+    iterations: int = setting(TRAIN, 20_000, 1)  # hard limit of optimizer steps
+    max_wallclock_seconds: float = setting(TRAIN | EVALUATE, 600.0, 0)  # of training; 0: no clock, steps count
+    gptq_reserve_seconds: float = setting(TRAIN, 8.0, 0)  # part of the budget kept for the calibration pass (#1868)
+    warmup_steps: int = setting(RUN, 20, 0)  # throw-away steps that only compile; everything they change is undone
+    warmdown_frac: float = setting(TRAIN, 0.75, 0, 1)  # last fraction of progress in which the learning rate falls
+    warmdown_iters: int = setting(TRAIN, 0, 0)  # the same as a number of steps, at the speed so far; 0: the fraction
+    min_lr: float = setting(TRAIN, 0.10, 0, 1)  # floor of the learning-rate multiplier
+    train_log_every: int = setting(RUN, 500, 1)  # steps between loss lines
+    val_loss_every: int = setting(RUN, 0, 0)  # steps between validations, which training time excludes; 0: none
 
     # model
-    num_layers: int = setting(11, 2, 256)
-    model_dim: int = setting(512, 2, 2**14)
-    num_heads: int = setting(8, 1)
-    num_kv_heads: int = setting(4, 1)
-    mlp_mult: float = setting(4.0, 0.1, 64)  # hidden width = int(mlp_mult * model_dim)
-    leaky_relu_sq_slope: float = setting(0.5, 0, 1)  # MLP activation leaky_relu(x, slope)^2; 0: ReLU^2
-    ln_scale: bool = setting(True)  # norm outputs of layer l times 1 / sqrt(l + 1) (#315)
-    resid_scale_depth_init: bool = setting(False)  # attn_scale and mlp_scale begin at 1 / sqrt(l + 1), not 1 (#489)
-    init_scheme: str = setting("ortho", choices=("ortho", "default"))  # of q, k, v, MLP up; default: +-1/sqrt(fan_in)
-    qk_gain_init: float = setting(5.0)  # initial query gain of each head, after the q/k norm
-    rope_dims: int = setting(16, 0)  # rotated channels of each head; the others carry no position
-    rope_base: float = setting(1e4, 1)
-    rope_train_seq_len: int = setting(0, 0)  # NTK: the base grows with train_seq_len beyond this length; 0: never
-    xsa_last_n: int = setting(11, 0)  # exclusive self-attention on the last n layers
-    attn_gate: str = setting(
-        "dense", choices=("none", "dense", "sparse", "two_sigma")
-    )  # a factor per head: attn_gate()
-    gated_attn_init_std: float = setting(0.005, 0)  # initial spread of the dense attention gates
-    sparse_attn_gate_scale: float = setting(1.0, 0)  # factor inside the sigmoid of the sparse attention gates
-    gate_window: int = setting(12, 1)  # channels that the narrow gates look at
-    mlp_gate_out: bool = setting(True)  # a factor per token on the MLP's output (#1941)
-    mlp_gate_bias: float = setting(5.0)  # sigmoid(5) = 0.993: the MLP output gate starts almost open (#1941)
-    smear_gate_enabled: bool = setting(True)  # mix the previous token's embedding in (#1667, BOS mask of #1855)
-    smear_gate_pos: str = setting("pre_norm", choices=("pre_norm", "post_norm"))  # around the embedding norm
-    smear_perdim_enabled: bool = setting(False)  # the same with one constant factor per channel (#489)
-    bigram_vocab_size: int = setting(0, 0, 2**24)  # BigramHash: rows of a table for hashed token pairs; 0: none
-    bigram_dim: int = setting(128, 1, 2**14)
-    skip_gates_enabled: bool = setting(True)  # U-Net skips blend with the stream; 0: they are added
-    num_loops: int = setting(2, 0, 64)  # extra passes over layers loop_start..loop_end
-    loop_start: int = setting(3, 0)
-    loop_end: int = setting(5, 0)  # inclusive
-    enable_looping_at: float = setting(0.35, 0, 1)  # progress at which the extra passes begin
-    parallel_start_layer: int = setting(8, 0)  # first layer with separate attention and MLP lanes; 0: none
-    parallel_residual_start: int = setting(-1, -1)  # first layer whose MLP reads what its attention reads; -1: none
-    tied_embed_init_std: float = setting(0.005, 0)
-    logit_softcap: float = setting(30.0, 1e-3)
+    num_layers: int = setting(MODEL, 11, 2, 256)
+    model_dim: int = setting(MODEL, 512, 2, 2**14)
+    num_heads: int = setting(MODEL, 8, 1)
+    num_kv_heads: int = setting(MODEL, 4, 1)
+    mlp_mult: float = setting(MODEL, 4.0, 0.1, 64)  # hidden width = int(mlp_mult * model_dim)
+    leaky_relu_sq_slope: float = setting(MODEL, 0.5, 0, 1)  # MLP activation leaky_relu(x, slope)^2; 0: ReLU^2
+    ln_scale: bool = setting(MODEL, True)  # norm outputs of layer l times 1 / sqrt(l + 1) (#315)
+    resid_scale_depth_init: bool = setting(TRAIN, False)  # attn_scale, mlp_scale begin at 1 / sqrt(l + 1), not 1 (#489)
+    init_scheme: str = setting(TRAIN, "ortho", choices=("ortho", "default"))  # q, k, v, MLP up; default: 1/sqrt(fan_in)
+    qk_gain_init: float = setting(TRAIN, 5.0)  # initial query gain of each head, after the q/k norm
+    rope_dims: int = setting(MODEL, 16, 0)  # rotated channels of each head; the others carry no position
+    rope_base: float = setting(TRAIN, 1e4, 1)
+    rope_train_seq_len: int = setting(TRAIN, 0, 0)  # NTK: the base grows with train_seq_len beyond this; 0: never
+    xsa_last_n: int = setting(MODEL, 11, 0)  # exclusive self-attention on the last n layers
+    attn_gate: str = setting(MODEL, "dense", choices=("none", "dense", "sparse", "two_sigma"))  # see attn_gate()
+    gated_attn_init_std: float = setting(TRAIN, 0.005, 0)  # initial spread of the dense attention gates
+    sparse_attn_gate_scale: float = setting(MODEL, 1.0, 0)  # factor inside the sigmoid of the sparse attention gates
+    gate_window: int = setting(MODEL, 12, 1)  # channels that the narrow gates look at
+    mlp_gate_out: bool = setting(MODEL, True)  # a factor per token on the MLP's output (#1941)
+    mlp_gate_bias: float = setting(TRAIN, 5.0)  # sigmoid(5) = 0.993: the MLP output gate starts almost open (#1941)
+    smear_gate_enabled: bool = setting(MODEL, True)  # mix the previous token's embedding in (#1667, BOS mask of #1855)
+    smear_gate_pos: str = setting(MODEL, "pre_norm", choices=("pre_norm", "post_norm"))  # around the embedding norm
+    smear_perdim_enabled: bool = setting(MODEL, False)  # the same with one constant factor per channel (#489)
+    bigram_vocab_size: int = setting(MODEL, 0, 0, 2**24)  # BigramHash: rows of a table for hashed token pairs; 0: none
+    bigram_dim: int = setting(MODEL, 128, 1, 2**14)
+    skip_gates_enabled: bool = setting(MODEL, True)  # U-Net skips blend with the stream; 0: they are added
+    num_loops: int = setting(MODEL, 2, 0, 64)  # extra passes over layers loop_start..loop_end
+    loop_start: int = setting(MODEL, 3, 0)
+    loop_end: int = setting(MODEL, 5, 0)  # inclusive
+    enable_looping_at: float = setting(TRAIN, 0.35, 0, 1)  # progress at which the extra passes begin
+    parallel_start_layer: int = setting(MODEL, 8, 0)  # first layer with separate attention and MLP lanes; 0: none
+    parallel_residual_start: int = setting(MODEL, -1, -1)  # first layer whose MLP reads its attention's input; -1: none
+    tied_embed_init_std: float = setting(TRAIN, 0.005, 0)
+    logit_softcap: float = setting(MODEL, 30.0, 1e-3)
 
     # optimizer
-    matrix_lr: float = setting(0.026, 0)  # Muon
-    scalar_lr: float = setting(0.02, 0)  # AdamW, everything that is neither a matrix nor the embedding
-    tied_embed_lr: float = setting(0.03, 0)  # AdamW, the tied embedding
-    muon_momentum: float = setting(0.97, 0, 1)
-    muon_momentum_warmup_start: float = setting(0.92, 0, 1)
-    muon_momentum_warmup_steps: int = setting(1500, 0)
-    muon_backend_steps: int = setting(5, 1, 5)  # Newton-Schulz iterations
-    polar_express_ns: bool = setting(True)  # their coefficients change from step to step (arXiv:2505.16932)
-    muon_row_normalize: bool = setting(True)  # rows of an update get unit length first (MuonEq-R)
-    muon_per_head: bool = setting(False)  # each head of q, k and v is orthogonalised as a matrix of its own
-    beta1: float = setting(0.9, 0, 0.9999)
-    beta2: float = setting(0.95, 0, 0.99999)
-    adam_eps: float = setting(1e-8, 0)
-    muon_wd: float = setting(0.095, 0)  # decoupled weight decay: per step w *= 1 - lr * wd
-    adam_wd: float = setting(0.02, 0)
-    embed_wd: float = setting(0.085, 0)
-    grad_clip_norm: float = setting(0.3, 0)  # global norm of the gradient averaged over all ranks; 0: off
-    ema_decay: float = setting(0.9965, 0, 0.999999)  # the moving average of the weights is what gets quantised; 0: none
-    swa_enabled: bool = setting(False)  # instead the mean of the weights collected late in training
-    swa_start_frac: float = setting(0.4, 0, 1)  # collecting begins when the learning-rate multiplier falls below this
-    swa_every: int = setting(50, 1)  # steps between two collected weights
+    matrix_lr: float = setting(TRAIN, 0.026, 0)  # Muon
+    scalar_lr: float = setting(TRAIN, 0.02, 0)  # AdamW, everything that is neither a matrix nor the embedding
+    tied_embed_lr: float = setting(TRAIN, 0.03, 0)  # AdamW, the tied embedding
+    muon_momentum: float = setting(TRAIN, 0.97, 0, 1)
+    muon_momentum_warmup_start: float = setting(TRAIN, 0.92, 0, 1)
+    muon_momentum_warmup_steps: int = setting(TRAIN, 1500, 0)
+    muon_backend_steps: int = setting(TRAIN, 5, 1, 5)  # Newton-Schulz iterations
+    polar_express_ns: bool = setting(TRAIN, True)  # their coefficients change from step to step (arXiv:2505.16932)
+    muon_row_normalize: bool = setting(TRAIN, True)  # rows of an update get unit length first (MuonEq-R)
+    muon_per_head: bool = setting(TRAIN, False)  # each head of q, k and v is orthogonalised as a matrix of its own
+    beta1: float = setting(TRAIN, 0.9, 0, 0.9999)
+    beta2: float = setting(TRAIN, 0.95, 0, 0.99999)
+    adam_eps: float = setting(TRAIN, 1e-8, 0)
+    muon_wd: float = setting(TRAIN, 0.095, 0)  # decoupled weight decay: per step w *= 1 - lr * wd
+    adam_wd: float = setting(TRAIN, 0.02, 0)
+    embed_wd: float = setting(TRAIN, 0.085, 0)
+    grad_clip_norm: float = setting(TRAIN, 0.3, 0)  # global norm of the gradient averaged over all ranks; 0: off
+    ema_decay: float = setting(TRAIN, 0.9965, 0, 0.999999)  # of the averaged weights, which are quantised; 0: none
+    swa_enabled: bool = setting(TRAIN, False)  # instead the mean of the weights collected late in training
+    swa_start_frac: float = setting(TRAIN, 0.4, 0, 1)  # collecting begins at a learning-rate multiplier below this
+    swa_every: int = setting(TRAIN, 50, 1)  # steps between two collected weights
 
     # quantisation
-    quant_scheme: str = setting("gptq", choices=("gptq", "gptq_lite", "intn_row", "int8_clip"))  # see QUANTIZERS
-    matrix_bits: int = setting(6, 2, 8)
-    mlp_bits: int = setting(0, 0, 8)  # of the MLP matrices, 2 to 8; 0: matrix_bits
-    quant_scale_floor: float = setting(0.0, 0, 1)  # smallest step of MATRIX_BITS codes; it saves bytes
-    embed_bits: int = setting(7, 2, 8)
-    attn_clip_sigmas: float = setting(13.0, 1)  # row scale = clip * std(row) / (2^(bits-1) - 1)
-    mlp_clip_sigmas: float = setting(12.0, 1)
-    embed_clip_sigmas: float = setting(15.0, 1)
-    embed_damping: float = setting(0.0, 0, 1)  # more damping of the embedding's Hessian, in means of its diagonal
-    embed_freq_power: float = setting(0.0, 0, 1)  # finer embedding rows for frequent tokens: step ~ frequency^-this
-    gptq_calibration_batches: int = setting(16, 1, 100_000)  # training rows behind the Hessians, over all ranks
-    mag_prune_frac: float = setting(0.0, 0, 0.99)  # smallest weights of each matrix that become 0 before quantisation
-    fp16_keep_name_patterns: str = setting("")  # comma list; matrices with one of these in their name stay fp16
-    gated_attn_quant_gate: bool = setting(True)  # attention gates as int8 rows instead of fp16
-    lqer_rank: int = setting(0, 0, 64)  # rank of the correction of the worst quantised matrices (#1797); 0: none
-    lqer_top_k: int = setting(3, 0, 1000)  # how many matrices are corrected
-    lqer_left_bits: int = setting(2, 2, 8)  # of a left factor
-    lqer_asym_group: int = setting(64, 1)  # entries of a right factor that share a scale
-    compressor: str = setting("brotli", choices=("brotli", "rans", "lzma", "zlib", "zstd", "pergroup"))
-    fit_artifact: str = setting("1", choices=("0", "1", "fill"))  # clips rise until it fits; fill: or fall, until just
+    quant_scheme: str = setting(TRAIN | QUANTIZE, "gptq", choices=("gptq", "gptq_lite", "intn_row", "int8_clip"))
+    matrix_bits: int = setting(QUANTIZE, 6, 2, 8)
+    mlp_bits: int = setting(QUANTIZE, 0, 0, 8)  # of the MLP matrices, 2 to 8; 0: matrix_bits
+    quant_scale_floor: float = setting(QUANTIZE, 0.0, 0, 1)  # smallest step of MATRIX_BITS codes; it saves bytes
+    embed_bits: int = setting(QUANTIZE, 7, 2, 8)
+    attn_clip_sigmas: float = setting(QUANTIZE, 13.0, 1)  # row scale = clip * std(row) / (2^(bits-1) - 1)
+    mlp_clip_sigmas: float = setting(QUANTIZE, 12.0, 1)
+    embed_clip_sigmas: float = setting(QUANTIZE, 15.0, 1)
+    embed_damping: float = setting(QUANTIZE, 0.0, 0, 1)  # added to the embedding's Hessian, in means of its diagonal
+    embed_freq_power: float = setting(QUANTIZE, 0.0, 0, 1)  # finer rows for frequent tokens: step ~ frequency^-this
+    gptq_calibration_batches: int = setting(TRAIN, 16, 1, 100_000)  # training rows behind the Hessians, over all ranks
+    mag_prune_frac: float = setting(QUANTIZE, 0.0, 0, 0.99)  # share of each matrix, the smallest weights, set to 0
+    fp16_keep_name_patterns: str = setting(LAYOUT, "")  # comma list; matrices with one of these in their name stay fp16
+    gated_attn_quant_gate: bool = setting(LAYOUT, True)  # attention gates as int8 rows instead of fp16
+    lqer_rank: int = setting(LAYOUT, 0, 0, 64)  # rank of the correction of the worst matrices (#1797); 0: none
+    lqer_top_k: int = setting(QUANTIZE, 3, 0, 1000)  # how many matrices are corrected
+    lqer_left_bits: int = setting(QUANTIZE, 2, 2, 8)  # of a left factor
+    lqer_asym_group: int = setting(LAYOUT, 64, 1)  # entries of a right factor that share a scale
+    compressor: str = setting(LAYOUT, "brotli", choices=("brotli", "rans", "lzma", "zlib", "zstd", "pergroup"))
+    fit_artifact: str = setting(QUANTIZE, "1", choices=("0", "1", "fill"))  # clips rise until it fits, or fall too
 
     # scoring and test-time training (the last enabled one of plain, sliding, TTT is the submitted score)
-    sliding_window_enabled: bool = setting(False)
-    eval_stride: int = setting(64, 1)  # new targets per sliding window
-    eval_max_seconds: float = setting(580.0, 0)  # where training has a clock: longer chunks rather than more time
-    ttt_enabled: bool = setting(True)
-    ttt_kind: str = setting("lora_phased", choices=("lora_phased", "chunk_sgd", "pre_eval_illegal"))  # see TTT_KINDS
-    ttt_chunk_size: int = setting(48, 1)  # targets scored between two adapter updates
-    ttt_chunk_steps: str = setting("")  # finer for short documents: comma list of "longest:chunk", in targets (#2014)
-    ttt_eval_seq_len: int = setting(2048, 2, 2**16)
-    ttt_batch_size: int = setting(64, 1, 2**16)  # documents adapted side by side
-    ttt_lora_rank: int = setting(128, 1, 2**14)
-    ttt_lora_alpha: float = setting(144.0, 0)  # the low-rank product is scaled by alpha / rank
-    ttt_lora_lr: float = setting(1e-4, 0)
-    ttt_beta1: float = setting(0.0, 0, 0.9999)
-    ttt_beta2: float = setting(0.999, 0, 0.99999)
-    ttt_weight_decay: float = setting(2.0, 0)
-    ttt_k_lora: bool = setting(True)  # adapters on the key maps too
-    phased_ttt_prefix_docs: int = setting(2000, 0)  # scored documents after which the last global update happens
-    phased_ttt_num_phases: int = setting(3, 1, 1000)
-    global_ttt_lr: float = setting(1e-3, 0)
-    global_ttt_momentum: float = setting(0.9, 0, 0.9999)
-    global_ttt_chunk_tokens: int = setting(32_768, 2, 2**27)  # targets per global SGD step
-    global_ttt_grad_clip: float = setting(1.0, 0)  # of every update of all weights during scoring
-    ttt_chunk_tokens: int = setting(32_768, 2, 2**27)  # chunk_sgd: targets scored between two rounds of updates
-    ttt_epochs: int = setting(3, 1, 1000)  # passes over each scored chunk
-    ttt_lr: float = setting(0.005, 0)
-    ttt_momentum: float = setting(0.9, 0, 0.9999)
-    ttt_batch_seqs: int = setting(32, 1, 2**16)  # windows per update for each of 8 ranks, whatever their number
-    chunk_ttt_optimizer: str = setting("sgd", choices=("sgd", "adamw"))
-    ngram_tilt_enabled: bool = setting(False)  # raise the probability of the token that followed before (#1145)
-    token_order: int = setting(16, 2, 64)  # length of such a repetition, the token itself included
-    token_threshold: float = setting(0.8, 0, 1)  # share of earlier occurrences that it followed
-    token_boost: float = setting(2.625, 0, 100)  # what is added to its logit
-    token_document_orders: str = setting("")  # comma list: hints from the own document too, and boosts that are learnt
+    sliding_window_enabled: bool = setting(EVALUATE, False)
+    eval_stride: int = setting(EVALUATE, 64, 1)  # new targets per sliding window
+    eval_max_seconds: float = setting(EVALUATE, 580.0, 0)  # with a training clock: chunks grow rather than exceed this
+    ttt_enabled: bool = setting(EVALUATE, True)
+    ttt_kind: str = setting(EVALUATE, "lora_phased", choices=("lora_phased", "chunk_sgd", "pre_eval_illegal"))
+    ttt_chunk_size: int = setting(EVALUATE, 48, 1)  # targets scored between two adapter updates
+    ttt_chunk_steps: str = setting(EVALUATE, "")  # for short documents: list of "longest:chunk", in targets (#2014)
+    ttt_eval_seq_len: int = setting(EVALUATE, 2048, 2, 2**16)
+    ttt_batch_size: int = setting(EVALUATE, 64, 1, 2**16)  # documents adapted side by side
+    ttt_lora_rank: int = setting(EVALUATE, 128, 1, 2**14)
+    ttt_lora_alpha: float = setting(EVALUATE, 144.0, 0)  # the low-rank product is scaled by alpha / rank
+    ttt_lora_lr: float = setting(EVALUATE, 1e-4, 0)
+    ttt_beta1: float = setting(EVALUATE, 0.0, 0, 0.9999)
+    ttt_beta2: float = setting(EVALUATE, 0.999, 0, 0.99999)
+    ttt_weight_decay: float = setting(EVALUATE, 2.0, 0)
+    ttt_k_lora: bool = setting(EVALUATE, True)  # adapters on the key maps too
+    phased_ttt_prefix_docs: int = setting(EVALUATE, 2000, 0)  # scored documents before the last global update
+    phased_ttt_num_phases: int = setting(EVALUATE, 3, 1, 1000)
+    global_ttt_lr: float = setting(EVALUATE, 1e-3, 0)
+    global_ttt_momentum: float = setting(EVALUATE, 0.9, 0, 0.9999)
+    global_ttt_chunk_tokens: int = setting(EVALUATE, 32_768, 2, 2**27)  # targets per global SGD step
+    global_ttt_grad_clip: float = setting(EVALUATE, 1.0, 0)  # of every update of all weights during scoring
+    ttt_chunk_tokens: int = setting(EVALUATE, 32_768, 2, 2**27)  # chunk_sgd: targets scored between rounds of updates
+    ttt_epochs: int = setting(EVALUATE, 3, 1, 1000)  # passes over each scored chunk
+    ttt_lr: float = setting(EVALUATE, 0.005, 0)
+    ttt_momentum: float = setting(EVALUATE, 0.9, 0, 0.9999)
+    ttt_batch_seqs: int = setting(EVALUATE, 32, 1, 2**16)  # windows per update for each of 8 (also absent) ranks
+    chunk_ttt_optimizer: str = setting(EVALUATE, "sgd", choices=("sgd", "adamw"))
+    ngram_tilt_enabled: bool = setting(EVALUATE, False)  # raise the token that followed here before (#1145)
+    token_order: int = setting(EVALUATE, 16, 2, 64)  # length of such a repetition, the token itself included
+    token_threshold: float = setting(EVALUATE, 0.8, 0, 1)  # share of earlier occurrences that it followed
+    token_boost: float = setting(EVALUATE, 2.625, 0, 100)  # what is added to its logit
+    token_document_orders: str = setting(EVALUATE, "")  # comma list: hints from the document itself, learned boosts
+
+    def of_stage(self, stage: Stage) -> dict[str, Any]:
+        """The settings that decide a stage."""
+        return {name: getattr(self, name) for name, field in FIELDS.items() if stage in field.metadata["stage"]}
 
     @property
     def head_dim(self) -> int:
@@ -306,7 +326,7 @@ class Config:
         """TOKEN_DOCUMENT_ORDERS, the longest first; ValueError for anything but distinct orders from 2 to 64."""
         orders = [int(order) for order in self.token_document_orders.replace(" ", "").split(",") if order]
         if len(set(orders)) < len(orders) or not all(2 <= order <= 64 for order in orders):
-            raise ValueError("need distinct numbers from 2 to 64")
+            raise ValueError(orders)
         return sorted(orders, reverse=True)
 
     @property
@@ -315,7 +335,7 @@ class Config:
         steps = [tuple(map(int, step.split(":"))) for step in self.ttt_chunk_steps.replace(" ", "").split(",") if step]
         limits = [limit for limit, _ in steps]
         if limits != sorted({*limits}) or min((number for step in steps for number in step), default=1) < 1:
-            raise ValueError("limits must rise, and all numbers be positive")
+            raise ValueError(steps)
         return steps
 
     @property
@@ -401,89 +421,69 @@ PRESETS["frontier"] = PRESETS["pr2135"] | dict(
 )  # fmt: skip
 # The whole system at a size that two CPU cores train in minutes, on the corpus of data/embedded.py. Its own values
 # where the published ones assume thousands of steps: the average spans 6 % of the steps, the momentum ramp 30 %.
-PRESETS["tiny"] = PRESETS["default"] | dict(
-    data_path="./data/datasets/embedded_sp1024",
-    tokenizer_path="./data/tokenizers/embedded_1024_bpe.model",
-    vocab_size=1024,
-    model_dim=128,
-    num_heads=4,
-    num_kv_heads=2,
-    train_batch_tokens=1024,
-    row_tokens=512,
-    train_seq_len=256,
-    eval_seq_len=256,
-    val_batch_tokens=65_536,
-    iterations=560,
-    max_wallclock_seconds=0.0,
-    warmup_steps=0,
-    train_log_every=20,
-    muon_momentum_warmup_steps=170,
-    ema_decay=0.96,
-    gptq_calibration_batches=32,
-    sliding_window_enabled=True,
-    ttt_eval_seq_len=256,
-    ttt_chunk_size=64,
-    ttt_batch_size=8,
-    ttt_lora_rank=16,
-    ttt_lora_alpha=18.0,
-    ttt_lora_lr=3e-3,
-    phased_ttt_prefix_docs=16,
-    phased_ttt_num_phases=2,
-    global_ttt_lr=1e-2,
+PRESETS["tiny"] = dict(
+    data_path="./data/datasets/embedded_sp1024", tokenizer_path="./data/tokenizers/embedded_1024_bpe.model",
+    vocab_size=1024, model_dim=128, num_heads=4, num_kv_heads=2, train_batch_tokens=1024, row_tokens=512,
+    train_seq_len=256, eval_seq_len=256, val_batch_tokens=65_536, iterations=560, max_wallclock_seconds=0.0,
+    warmup_steps=0, train_log_every=20, muon_momentum_warmup_steps=170, ema_decay=0.96, gptq_calibration_batches=32,
+    sliding_window_enabled=True, ttt_eval_seq_len=256, ttt_chunk_size=64, ttt_batch_size=8, ttt_lora_rank=16,
+    ttt_lora_alpha=18.0, ttt_lora_lr=3e-3, phased_ttt_prefix_docs=16, phased_ttt_num_phases=2, global_ttt_lr=1e-2,
     global_ttt_chunk_tokens=2048,
-)
+)  # fmt: skip
 
 
-class Switch(NamedTuple):
-    """A published on/off name of something that has a value here."""
+class Name(NamedTuple):
+    """The meaning of a name in the environment: a field, on or off for a value of a field, or something built in."""
 
-    field: str
-    on: Any
-    off: Any
-    amount: bool = False  # an amount keeps its size when switched on; a choice is replaced
+    field: str = ""
+    on: Any = None  # the value for 1; None: the text is the value
+    off: Any = None  # the value for 0; where it is a zero, any other amount is on as well
+    built_in: str | None = None  # the only value that is accepted where there is no field; None: any
+    advice: str = ""  # why the name is refused, and what to set instead
+
+    def is_on(self, value: Any) -> bool:
+        return value == self.on if self.off else value != self.off
 
 
-SWITCHES = {
-    "ATTN_OUT_GATE_ENABLED": Switch("attn_gate", "two_sigma", "none"),
-    "GATE_ATTN_OUT": Switch("attn_gate", "two_sigma", "none"),  # #1667's name
-    "GATED_ATTN_ENABLED": Switch("attn_gate", "dense", "none"),
-    "SPARSE_ATTN_GATE_ENABLED": Switch("attn_gate", "sparse", "none"),
-    "INT5_ALL": Switch("matrix_bits", 5, 6),
-    "EMA_ENABLED": Switch("ema_decay", 0.9965, 0.0, amount=True),
-    "LQER_ENABLED": Switch("lqer_rank", 4, 0, amount=True),
+NAMES = {name.upper(): Name(name) for name in FIELDS}
+NAMES |= {  # other published names of the same quantity
+    "ATTN_OUT_GATE_WIDTH": Name("gate_window"),
+    "SMEAR_GATE_WIDTH": Name("gate_window"),
+    "GATE_WIDTH": Name("gate_window"),
+    "BIGRAM_HASH_BUCKETS": Name("bigram_vocab_size"),
+    "PRUNE_FRAC": Name("mag_prune_frac"),
+    "SMEAR_GATE": Name("smear_gate_enabled"),
+    "VAL_BATCH_SIZE": Name("val_batch_tokens"),
 }
-
-# Other published names of the same quantity.
-ALIASES = {
-    "ATTN_OUT_GATE_WIDTH": "gate_window",
-    "SMEAR_GATE_WIDTH": "gate_window",
-    "GATE_WIDTH": "gate_window",
-    "BIGRAM_HASH_BUCKETS": "bigram_vocab_size",
-    "PRUNE_FRAC": "mag_prune_frac",
-    "SMEAR_GATE": "smear_gate_enabled",
-    "VAL_BATCH_SIZE": "val_batch_tokens",
+NAMES |= {  # published on/off names
+    "ATTN_OUT_GATE_ENABLED": Name("attn_gate", on="two_sigma", off="none"),
+    "GATE_ATTN_OUT": Name("attn_gate", on="two_sigma", off="none"),  # #1667's name
+    "GATED_ATTN_ENABLED": Name("attn_gate", on="dense", off="none"),
+    "SPARSE_ATTN_GATE_ENABLED": Name("attn_gate", on="sparse", off="none"),
+    "INT5_ALL": Name("matrix_bits", on=5, off=6),
+    "EMA_ENABLED": Name("ema_decay", on=0.9965, off=0.0),
+    "LQER_ENABLED": Name("lqer_rank", on=4, off=0),
 }
-
-# Published names with a meaning in each record, or with one that is not offered: what to say instead.
-AMBIGUOUS = {
-    "GATE_MLP_OUT": "#1667's gate is another one than #1941's MLP_GATE_OUT and in no preset; unset it",
-    "SWA_CHECKPOINTS": "set SWA_START_FRAC and SWA_EVERY",
-    "TTT_NUM_CHUNKS": "set TTT_CHUNK_TOKENS",
-    "WEIGHT_DECAY": "it meant Muon's decay (#489, fork5), AdamW's (#180, #267) or both (#179);"
-    " set MUON_WD, ADAM_WD, EMBED_WD",
-}
-
-# Published names that are no longer a choice. They are accepted so that published commands run as they are: some never
-# had an effect on the result (None; the two caps of ASYM_LOGIT_RESCALE received no gradient, and the BOS mask of the
-# SmearGate is always on here), of the others only the value that is built in. The matrices of MATRIX_CLIP_SIGMAS are
-# those of the ATTN and MLP clips.
-RETIRED: dict[str, str | None] = dict.fromkeys(
+NAMES |= {  # published names with a meaning of its own in each record, or with one that is not offered
+    "GATE_MLP_OUT": Name(advice="#1667's gate is not #1941's MLP_GATE_OUT, and in no preset; unset it"),
+    "SWA_CHECKPOINTS": Name(advice="set SWA_START_FRAC and SWA_EVERY"),
+    "TTT_NUM_CHUNKS": Name(advice="set TTT_CHUNK_TOKENS"),
+    "WEIGHT_DECAY": Name(advice="it meant Muon's decay (#489, fork5), AdamW's (#180, #267) or both (#179);"
+                         " set MUON_WD, ADAM_WD, EMBED_WD"),
+}  # fmt: skip
+# Published names that are not a choice here. They are accepted so that published commands run as they are. These had no
+# effect on the result: the two caps of ASYM_LOGIT_RESCALE received no gradient, the BOS mask of the SmearGate is always
+# on here.
+NAMES |= dict.fromkeys(
     """ARTIFACT_DIR ASYM_LOGIT_RESCALE COMPILE_SHAPE_WARMUP CONTROL_TENSOR_NAME_PATTERNS EMBED_LR
     EVAL_BATCH_SEQS FUSED_CE_ENABLED GLOBAL_TTT_BATCH_SEQS GLOBAL_TTT_WARMUP_START_LR GPTQ_CALIBRATION_MODE HEAD_LR
     LATE_QAT_THRESHOLD LOGIT_RESCALE_OFFSET LOGIT_RESCALE_SCALE LOGIT_RESCALE_STEEPNESS LQER_FACTOR_BITS MUON_BETA2
     PHASED_TTT_ENABLED QAT_THRESHOLD SMEAR_GATE_BOS_FIX TTT_GRAD_STEPS_CLEAN WITHIN_TAU WORD_NORMALIZE WORD_ORDER
-    WORD_TAU""".split()
-) | dict(
+    WORD_TAU""".split(),
+    Name(),
+)
+# Of these only the built-in value is accepted. MATRIX_CLIP_SIGMAS is for the matrices of the ATTN and MLP clips.
+NAMES |= {key: Name(built_in=value) for key, value in dict(
     AGREE_ADD_BOOST="0", ALIAS_PREV_SMEAR_SCALE="0", ATTN_OUT_GATE_SRC="proj", AWQ_LITE_ENABLED="0",
     EMBEDDING_DIM="512", EVAL_INCLUDE_TAIL="1",
     GLOBAL_TTT_EPOCHS="1", GLOBAL_TTT_OPTIMIZER="sgd", GLOBAL_TTT_RESPECT_DOC_BOUNDARIES="1",
@@ -495,97 +495,95 @@ RETIRED: dict[str, str | None] = dict.fromkeys(
     TTT_FREEZE_LAYERS="0", TTT_GRAD_STEPS="1", TTT_LORA_EMA_DECAY="0", TTT_MLP_LORA="1", TTT_O_LORA="1",
     TTT_OPTIMIZER="adam", TTT_UPDATE_EVERY="1", TTT_WARM_START_A="1", VAL_DOC_FRACTION="1", WITHIN_BOOST="0",
     WORD_BOOST="0",
-)  # fmt: skip
+).items()}  # fmt: skip
+
+
+def shown(value: Any) -> str:
+    """A value as it is typed, on one line: what is long is cut, and what cannot be printed is escaped."""
+    value = int(value) if isinstance(value, bool) else value
+    text = str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+    text = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def need(condition: Any, message: str) -> None:
+    """Raises UserError with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
 
 
 def load_config(env: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
     """The configuration that `env` asks for, and the origin of every value that is not a default.
 
-    Raises UserError for an unknown preset, a value that does not parse or is out of range, a retired name with
-    another value than the built-in one, and a name that is one typo away from a real one.
+    Raises UserError for an unknown preset, a value that does not parse or is out of range, two names that contradict
+    each other, a choice that is built in otherwise, and a name that is one typo away from a real one.
     """
     preset = env.get("PRESET", "default")
-    if preset not in PRESETS:
-        raise UserError(f"PRESET={preset}: unknown; choose one of {', '.join(PRESETS)}")
-    values = dict(PRESETS[preset])
-    origins = {name: f"preset {preset}" for name in values}
-    known = {name.upper() for name in FIELDS} | RETIRED.keys() | SWITCHES.keys() | ALIASES.keys() | {"PRESET"}
-    given: dict[str, str] = {}  # field -> the name under which the environment set it
+    need(preset in PRESETS, f"PRESET={shown(preset)}: unknown; choose one of {', '.join(PRESETS)}")
+    values = {name: field.default for name, field in FIELDS.items()} | PRESETS[preset]
+    origins, chosen_by = dict.fromkeys(PRESETS[preset], f"preset {preset}"), {}
+    demands: dict[str, Callable[[Any], bool]] = {}  # name -> whether a value of its field is what it asks for
     for key, text in env.items():
-        need(key not in AMBIGUOUS, f"{key}={text}: {AMBIGUOUS.get(key)}")
-        if key in RETIRED:
-            check_retired(key, text)
-            origins[key] = f"environment, without effect here (value {text!r})"
-        elif (name := ALIASES.get(key, key.lower() if key.isupper() else "")) in FIELDS:
-            value = parse_value(key, text, name)
-            clash = name in given and value != values[name]
-            need(not clash, f"{key}={text}: {given.get(name)}={env.get(given.get(name, ''))} says otherwise; unset one")
-            values[name], given[name], origins[name] = value, key, "environment" + f", as {key}" * (key in ALIASES)
-        elif key not in known:
-            near = next((name for name in sorted(known) if one_typo_apart(key, name)), None)
-            need(not near, f"{key}={text}: no such setting; did you mean {near}? Rename or unset it")
-    turn_switches(env, values, given, origins)
+        if key not in NAMES:
+            check_typo(key, text)
+        elif not (field := NAMES[key].field):
+            check_built_in(key, text)
+            origins[key] = f"environment, without effect here (value {shown(text)})"
+        else:
+            value, demands[key] = read_demand(key, text)
+            if NAMES[key].on is None or not demands[key](values[field]):
+                values[field], chosen_by[field] = value, key
+                origins[field] = "environment" if key.lower() == field else f"environment, as {key}"
+    for key, fits in demands.items():  # two names may ask for different values of one field
+        other = chosen_by.get(NAMES[key].field, "")
+        message = f"{key}={shown(env[key])}: {other}={shown(env.get(other))} says otherwise; unset one"
+        need(fits(values[NAMES[key].field]), message)
     config = Config(preset=preset, **values)
     validate(config)
     return config, origins
 
 
-def turn_switches(env: Mapping[str, str], values: dict[str, Any], given: dict[str, str], origins: dict) -> None:
-    """Applies the published on/off names in `env` to `values`; a contradiction raises UserError."""
-    denied: dict[tuple, str] = {}
-    for key in sorted(SWITCHES.keys() & env.keys(), key=lambda key: (env[key], key)):  # 0 comes first
-        field, on, off, amount = SWITCHES[key]
-        need(env[key].strip() in ("0", "1"), f"{key}={env[key]}: not 0 or 1; for example {key}=1")
-        wanted, current = env[key].strip() == "1", values.get(field, FIELDS[field].default)
-        fits = (current != off if amount else current == on) == wanted
-        other = denied.get((field, on)) if wanted else None
-        other = other or (given.get(field) if not fits else None)
-        need(not other, f"{key}={env[key]}: {other}={env.get(other or '')} says otherwise; unset one")
-        if not fits:
-            values[field], origins[field] = on if wanted else off, f"environment, as {key}"
-        if wanted:
-            given[field] = key
-        else:
-            denied[field, on] = key
+def read_demand(key: str, text: str) -> tuple[Any, Callable[[Any], bool]]:
+    """What a variable asks of its field: a value, and whether another one would do. Raises UserError for other text."""
+    name = NAMES[key]
+    if name.on is None:
+        value = parse_value(key, text)
+        return value, lambda current: current == value
+    need(text.strip() in ("0", "1"), f"{key}={shown(text)}: not 0 or 1; for example {key}=1")
+    on = text.strip() == "1"
+    return name.on if on else name.off, lambda current: name.is_on(current) == on
 
 
-def parse_value(key: str, text: str, name: str = "") -> Any:
-    """The text of one environment variable as the type of its Config field `name` (that of the key), in its range."""
-    field = FIELDS[name or key.lower()]
-    default = field.default
+def parse_value(key: str, text: str) -> Any:
+    """The text of a variable as the type of its field, in the field's range."""
+    field, given = FIELDS[NAMES[key].field], f"{key}={shown(text)}"
+    low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
     try:
-        if field.type is bool:
-            value = {"0": False, "1": True}[text.strip()]
-        else:
-            value = field.type(text)
+        value = {"0": False, "1": True}[text.strip()] if field.type is bool else field.type(text)
     except (ValueError, KeyError):
         wanted = {bool: "0 or 1", int: "a whole number", float: "a number"}[field.type]
-        raise UserError(
-            f"{key}={text}: not {wanted}; for example {key}={int(default) if field.type is bool else default}"
-        ) from None
-    low, high, choices = (field.metadata[name] for name in ("low", "high", "choices"))
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{key}={text}: must be finite; the default is {field.default}")
-    if field.type in (int, float) and high is None:
-        low, high = max(low, -LARGEST_NUMBER) if low is not None else -LARGEST_NUMBER, LARGEST_NUMBER
-    if low is not None and value < low:
-        raise UserError(f"{key}={text}: must be at least {low}; the default is {field.default}")
-    if high is not None and value > high:
-        raise UserError(f"{key}={text}: must be at most {high}; the default is {field.default}")
-    if choices and value not in choices:
-        raise UserError(f"{key}={text}: unknown; choose one of {', '.join(choices)}")
+        raise UserError(f"{given}: not {wanted}; for example {key}={shown(field.default)}") from None
+    if field.type in (int, float):
+        limits = f"must be at least {low} and at most {high}; the default is {field.default}"
+        need(low <= value <= high, f"{given}: {limits}")
+    need(not choices or value in choices, f"{given}: unknown; choose one of {', '.join(choices)}")
     return value
 
 
-def check_retired(key: str, text: str) -> None:
-    built_in = RETIRED[key]
-    same = text == built_in
-    try:
+def check_built_in(key: str, text: str) -> None:
+    """Raises UserError for a refused name, and for another value than the one that is built in."""
+    built_in, advice = NAMES[key].built_in, NAMES[key].advice
+    need(not advice, f"{key}={shown(text)}: {advice}")
+    same = built_in is None or text == built_in
+    with contextlib.suppress(TypeError, ValueError):  # not numbers: only the exact text counts
         same = same or float(text) == float(built_in)
-    except (TypeError, ValueError):
-        pass  # not numbers: only the exact text counts
-    if built_in is not None and not same:
-        raise UserError(f"{key}={text}: this script has {key}={built_in or 'empty'} built in; unset it")
+    need(same, f"{key}={shown(text)}: this script has {key}={built_in or 'empty'} built in; unset it")
+
+
+def check_typo(key: str, text: str) -> None:
+    """Raises UserError for a foreign name that is almost one of ours."""
+    near = next((name for name in sorted([*NAMES, "PRESET"]) if one_typo_apart(key, name)), None)
+    need(not near, f"{key}={shown(text)}: no such setting; did you mean {near}? Rename or unset it")
 
 
 def one_typo_apart(a: str, b: str) -> bool:
@@ -602,118 +600,90 @@ def one_typo_apart(a: str, b: str) -> bool:
     )
 
 
-def need(condition: Any, message: str) -> None:
-    """Raises UserError with the message unless the condition holds."""
-    if not condition:
-        raise UserError(message)
+Rule = tuple[Any, str, str]  # what must hold, the settings that it is about, and what is wrong with the fix
 
 
 def validate(config: Config) -> None:
     """Checks what involves several settings. Raises UserError with the keys, the values and the fix."""
-    validate_model(config)
-    validate_rows(config)
-    validate_stages(config)
+    for holds, names, message in itertools.chain(model_rules(config), row_rules(config), stage_rules(config)):
+        need(holds, f"{shown_settings(config, names)}: {message}")
 
 
-def validate_model(c: Config) -> None:
-    heads = f"NUM_HEADS={c.num_heads}"
-    need(c.model_dim % c.num_heads == 0, f"MODEL_DIM={c.model_dim}: not divisible by {heads}; change one")
-    need(c.num_heads % c.num_kv_heads == 0, f"{heads}: not divisible by NUM_KV_HEADS={c.num_kv_heads}; change one")
+def shown_settings(config: Config, names: str) -> str:
+    """`KEY=value, KEY=value` of these fields, whose names are separated by blanks."""
+    return ", ".join(f"{name.upper()}={shown(getattr(config, name))}" for name in names.split())
+
+
+def model_rules(c: Config) -> Iterator[Rule]:
+    yield c.model_dim % c.num_heads == 0, "model_dim num_heads", "the first must be divisible by the second; change one"
+    yield c.num_heads % c.num_kv_heads == 0, "num_heads num_kv_heads", "must be divisible by the second; change one"
     layer_numbers = 2 * c.model_dim**2 + 2 * c.model_dim * (c.num_kv_heads * c.head_dim + c.mlp_dim)
     count = c.num_layers * layer_numbers + c.vocab_size * c.model_dim
-    need(
-        c.mlp_dim > 0 and count <= LARGEST_NUMBER,
-        f"NUM_LAYERS={c.num_layers}, MODEL_DIM={c.model_dim}, MLP_MULT={c.mlp_mult:g}: {count} parameters with"
-        f" {c.mlp_dim} hidden channels; need at least one channel and at most {LARGEST_NUMBER} parameters",
-    )
-    need(
-        c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim,
-        f"ROPE_DIMS={c.rope_dims}: must be even and at most MODEL_DIM / NUM_HEADS = {c.head_dim}",
-    )
-    need(c.gate_window <= c.model_dim, f"GATE_WINDOW={c.gate_window}: larger than MODEL_DIM={c.model_dim}; lower it")
-    key = f"MARKER_PAIR_MODE={c.marker_pair_mode:d}: VOCAB_SIZE={c.vocab_size}"
-    need(not c.marker_pair_mode or c.vocab_size > SPACE_ID, f"{key} is not that of CaseOps; set VOCAB_SIZE=8192")
-    need(
-        c.bigram_vocab_size != 1 and c.bigram_vocab_size * c.bigram_dim <= LARGEST_NUMBER // 4,
-        f"BIGRAM_VOCAB_SIZE={c.bigram_vocab_size}: need 0, or 2 and more rows, and fewer than {LARGEST_NUMBER // 4}"
-        f" numbers with BIGRAM_DIM={c.bigram_dim}",
-    )
-    need(
-        not c.parallel_start_layer or c.parallel_residual_start < 0,
-        f"PARALLEL_RESIDUAL_START={c.parallel_residual_start}: excludes"
-        f" PARALLEL_START_LAYER={c.parallel_start_layer}; set that to 0, or this to -1",
-    )
-    need(
-        not c.num_loops or c.loop_start <= c.loop_end < c.num_layers,
-        f"LOOP_START={c.loop_start}, LOOP_END={c.loop_end}: need LOOP_START <= LOOP_END < NUM_LAYERS={c.num_layers}",
-    )
-    for looping in (False, True):
-        lanes = [visit.wiring == "two_lane" for visit in layer_plan(c, looping)]
-        pushing = [visit.wiring for visit in layer_plan(c, looping) if visit.push]
-        need(
-            lanes == sorted(lanes) and "two_lane" not in pushing,
-            f"PARALLEL_START_LAYER={c.parallel_start_layer}: layers with lanes must come last, after every looped"
-            f" layer and every layer of the first half of NUM_LAYERS={c.num_layers}",
-        )
+    message = f"{c.mlp_dim} hidden channels, {count} parameters; need at least 1 and at most {LARGEST_NUMBER}"
+    yield c.mlp_dim > 0 and count <= LARGEST_NUMBER, "num_layers model_dim mlp_mult", message
+    message = f"must be even and at most MODEL_DIM / NUM_HEADS = {c.head_dim}"
+    yield c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, "rope_dims", message
+    yield c.gate_window <= c.model_dim, "gate_window model_dim", "wider than the model; lower it"
+    message = "this vocabulary is not that of CaseOps; set VOCAB_SIZE=8192"
+    yield not c.marker_pair_mode or c.vocab_size > SPACE_ID, "marker_pair_mode vocab_size", message
+    message = f"need 0, or 2 and more rows, and at most {LARGEST_NUMBER // 4} numbers; change one"
+    fits = c.bigram_vocab_size != 1 and c.bigram_vocab_size * c.bigram_dim <= LARGEST_NUMBER // 4
+    yield fits, "bigram_vocab_size bigram_dim", message
+    message = "exclude each other; set the first to -1 or the second to 0"
+    one_kind = not c.parallel_start_layer or c.parallel_residual_start < 0
+    yield one_kind, "parallel_residual_start parallel_start_layer", message
+    message = "need LOOP_START <= LOOP_END < NUM_LAYERS; change one"
+    yield not c.num_loops or c.loop_start <= c.loop_end < c.num_layers, "loop_start loop_end num_layers", message
+    message = "layers with lanes must come last, after all looped layers and the first half; raise it, or 0 for none"
+    for plan in (layer_plan(c, looping=False), layer_plan(c, looping=True)):
+        lanes = [visit.wiring == "two_lane" for visit in plan]
+        pushing = [visit.wiring for visit in plan if visit.push]
+        yield lanes == sorted(lanes) and "two_lane" not in pushing, "parallel_start_layer num_layers", message
 
 
-def validate_rows(c: Config) -> None:
-    batch, row = f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}", f"ROW_TOKENS={c.train_row_tokens}"
-    need(c.row_tokens or c.train_batch_tokens % 8 == 0, f"{batch}: not divisible by 8; change it or set ROW_TOKENS")
-    need(
-        c.train_row_tokens > 0 and c.train_batch_tokens % c.train_row_tokens == 0,
-        f"{batch}: not a multiple of {row}; change one",
-    )
-    need(c.rows_per_step <= 2**16, f"{row}: {c.rows_per_step} rows in {batch}, need at most {2**16}; raise it")
-    need(c.train_seq_len <= c.train_row_tokens, f"TRAIN_SEQ_LEN={c.train_seq_len}: longer than {row}; lower it")
-    need(
-        c.loader != "coprime" or c.train_row_tokens % c.train_seq_len == 0,
-        f"LOADER=coprime: {row} is not a multiple of TRAIN_SEQ_LEN={c.train_seq_len}; change one",
-    )
-    context = f"EVAL_SEQ_LEN={c.eval_seq_len}"
-    need(c.eval_stride <= c.eval_seq_len, f"EVAL_STRIDE={c.eval_stride}: larger than {context}; lower it")
-    context = f"TTT_EVAL_SEQ_LEN={c.ttt_eval_seq_len}"
-    need(c.ttt_chunk_size <= c.ttt_eval_seq_len, f"TTT_CHUNK_SIZE={c.ttt_chunk_size}: larger than {context}; lower it")
-    steps, example = f"TTT_CHUNK_STEPS={c.ttt_chunk_steps}", "for example 256:12,1024:24"
+def row_rules(c: Config) -> Iterator[Rule]:
+    batch, row = "train_batch_tokens row_tokens", f"a row of {c.train_row_tokens} tokens"
+    yield c.row_tokens or c.train_batch_tokens % 8 == 0, batch, "not divisible by 8; change it or set ROW_TOKENS"
+    holds = c.train_row_tokens > 0 and c.train_batch_tokens % c.train_row_tokens == 0
+    yield holds, batch, f"not a multiple of {row}; change one"
+    yield c.rows_per_step <= 2**16, batch, f"{c.rows_per_step} rows, need at most {2**16}; raise ROW_TOKENS"
+    yield c.train_seq_len <= c.train_row_tokens, "train_seq_len row_tokens", f"longer than {row}; lower it"
+    holds = c.loader != "coprime" or c.train_row_tokens % c.train_seq_len == 0
+    yield holds, "loader row_tokens train_seq_len", f"{row} is not a multiple of TRAIN_SEQ_LEN; change one"
+    yield c.eval_stride <= c.eval_seq_len, "eval_stride eval_seq_len", "longer than the context; lower it"
+    yield c.ttt_chunk_size <= c.ttt_eval_seq_len, "ttt_chunk_size ttt_eval_seq_len", "longer than the context; lower it"
+    message = "need longest:chunk pairs of positive numbers whose limits must rise, for example 256:12,1024:24"
+    yield parses(c, "chunk_steps"), "ttt_chunk_steps", message
+    message = "need distinct numbers from 2 to 64, for example 16,8,4"
+    yield parses(c, "document_orders"), "token_document_orders", message
+    holds = all(chunk <= c.ttt_eval_seq_len for _, chunk in c.chunk_steps)
+    yield holds, "ttt_chunk_steps ttt_eval_seq_len", "a chunk is longer than the context; lower it"
+
+
+def parses(config: Config, name: str) -> bool:
+    """Whether a property of Config can be read from its setting."""
     try:
-        chunks = [chunk for _, chunk in c.chunk_steps]
-    except ValueError as error:
-        raise UserError(f"{steps}: {error}; {example}") from None
-    try:
-        c.document_orders
-    except ValueError as error:
-        raise UserError(f"TOKEN_DOCUMENT_ORDERS={c.token_document_orders}: {error}; for example 16,8,4") from None
-    need(max(chunks, default=0) <= c.ttt_eval_seq_len, f"{steps}: a chunk larger than {context}; lower it")
+        getattr(config, name)
+        return True
+    except ValueError:
+        return False
 
 
-def validate_stages(c: Config) -> None:
-    need(
-        not (c.warmdown_frac and c.warmdown_iters),
-        f"WARMDOWN_ITERS={c.warmdown_iters}: excludes WARMDOWN_FRAC={c.warmdown_frac:g}; set one of them to 0",
-    )
-    need(
-        not (c.swa_enabled and c.ema_decay),
-        f"SWA_ENABLED=1: excludes EMA_DECAY={c.ema_decay:g}; set one of them to 0",
-    )
-    need(
-        not c.max_wallclock_seconds or c.gptq_reserve_seconds < c.max_wallclock_seconds,
-        f"GPTQ_RESERVE_SECONDS={c.gptq_reserve_seconds:g}: must be less than"
-        f" MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g}; lower it",
-    )
-    stages = ["train", "quantize", "evaluate"]
-    picked = c.stage_list
+def stage_rules(c: Config) -> Iterator[Rule]:
+    message = "exclude each other; set one to 0"
+    yield not (c.warmdown_frac and c.warmdown_iters), "warmdown_iters warmdown_frac", message
+    yield not (c.swa_enabled and c.ema_decay), "swa_enabled ema_decay", message
+    holds = not c.max_wallclock_seconds or c.gptq_reserve_seconds < c.max_wallclock_seconds
+    yield holds, "gptq_reserve_seconds max_wallclock_seconds", "the reserve must be less than the budget; lower it"
+    yield c.mlp_bits != 1, "mlp_bits", "one bit has no levels; give 2 to 8, or 0 for MATRIX_BITS"
+    order, picked = ["train", "quantize", "evaluate"], c.stage_list
     alone = picked in (["describe"], ["check"])
-    need(
-        alone or (picked and picked == [stage for stage in stages if stage in picked]),
-        f"STAGES={c.stages}: give a comma list of {', '.join(stages)} in this order, or describe, or check",
-    )
-    need(
-        alone or "train" in picked or c.run_id,
-        f"STAGES={c.stages}: without train it needs RUN_ID, the run whose files it continues from",
-    )
-    need(c.mlp_bits != 1, "MLP_BITS=1: one bit has no levels; give 2 to 8, or 0 for MATRIX_BITS")
+    holds = alone or (picked and picked == [stage for stage in order if stage in picked])
+    yield holds, "stages", f"give a comma list of {', '.join(order)} in this order, or describe, or check"
+    message = "without train it needs RUN_ID, the run whose files it continues from"
+    yield alone or "train" in picked or c.run_id, "stages", message
     plain = c.run_id not in (".", "..") and Path(c.run_id).name == c.run_id
-    need(plain, f"RUN_ID={c.run_id}: must be a plain folder name")
+    yield plain, "run_id", "must be a plain folder name"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1106,6 +1076,11 @@ class TokenStream:
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Tells other data: the number of ids, and the CRC-32 of the first 65,536."""
+        return f"{len(self)} tokens, crc {zlib.crc32(self.read(0, min(len(self), 2**16))):08x}"
 
     def read(self, begin: int, count: int) -> np.ndarray:
         """`count` ids (int64) from position `begin`; behind the last shard follows the first one again."""
@@ -3039,6 +3014,11 @@ class Trainer:
             kept.copy_(torch.as_tensor(average[name]))
         self.optimizer.load(optimizer)
 
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common with its checkpoint. Data may have moved, but must be the same."""
+        rows = {"train_data": self.stream.fingerprint, "row_tokens": self.config.train_row_tokens}
+        return self.config.of_stage(TRAIN) | rows
+
     def save_checkpoint(self) -> None:
         """Everything a restart needs, whatever the number of ranks. The previous file stays until this one is whole."""
         parts = dict(zip(("weights", "average", "optimizer"), self.state()))
@@ -3052,7 +3032,7 @@ class Trainer:
                 "elapsed": self.elapsed,
                 "looping": self.looping,
                 "collected": self.collected,
-                "settings": training_settings(self.config),
+                "settings": self.settings(),
             }
             save_arrays(run_dir(self.config) / "checkpoint.bin", meta, arrays)
         self.log("checkpoint", step=self.step, seconds=self.elapsed)
@@ -3066,7 +3046,7 @@ class Trainer:
         if found is None:
             return
         meta, arrays = found
-        if odd := differing(training_settings(self.config), meta.get("settings")):
+        if odd := differing(self.settings(), meta.get("settings")):
             raise UserError(f"{path}: made with {odd}; set the same values or choose another RUN_ID")
         step, elapsed, looping, collected = (meta.get(key) for key in ("step", "elapsed", "looping", "collected"))
         fitting = type(step) is int and 0 <= step <= self.config.iterations and type(looping) is bool
@@ -3145,24 +3125,11 @@ def write_steps(path: Path, history: list[list[float]], config: Config) -> None:
     write_table(path, "step,loss,seconds,lr_multiplier,looped", rows)
 
 
-def training_settings(config: Config) -> dict[str, Any]:
-    """The settings that decide what the train stage computes; a resumed run must have the same."""
-    later = ("run_id", "runs_dir", "stages", "compile", "attn_backend", "kernels", "checkpoint_seconds")
-    later += ("preset", "data_dir", "report")
-    shown = ("train_log_every", "val_loss_every", "val_batch_tokens", "eval_seq_len", "eval_stride", "warmup_steps")
-    first, last = list(FIELDS).index("matrix_bits"), list(FIELDS).index("token_document_orders")
-    stages = {*list(FIELDS)[first : last + 1]} - {"gptq_calibration_batches"}  # of quantize and evaluate
-    values = dataclasses.asdict(config)
-    skip = {name for name in values if name in later + shown} | stages
-    return {name: value for name, value in values.items() if name not in skip}
-
-
 def differing(mine: dict[str, Any], theirs: Any) -> str:
     """The settings of a file that are not mine, as `KEY=theirs (now mine)`; empty when all are the same."""
     theirs = theirs if isinstance(theirs, dict) else {}
-    return ", ".join(
-        f"{key.upper()}={str(theirs.get(key))[:80]} (now {mine[key]})" for key in mine if mine[key] != theirs.get(key)
-    )
+    odd = [key for key in mine if mine[key] != theirs.get(key)]
+    return ", ".join(f"{key.upper()}={shown(theirs.get(key))} (now {shown(mine[key])})" for key in odd)
 
 
 def train(config: Config, run: Run, log: Log, program: Program) -> dict[str, Any]:
@@ -3196,7 +3163,7 @@ def train(config: Config, run: Run, log: Log, program: Program) -> dict[str, Any
     if run.is_main:
         arrays = trainer.model.arrays()
         arrays |= {f"hessian.{name}.{layer}": h.cpu().numpy() for (name, layer), h in hessians.items()} | counts
-        save_arrays(run_dir(config) / "trained.bin", {"settings": training_settings(config)}, arrays)
+        save_arrays(run_dir(config) / "trained.bin", {"settings": config.of_stage(TRAIN)}, arrays)
         write_steps(run_dir(config) / "steps.csv", trainer.history, config)
         plot_history(trainer.history, run_dir(config) / "loss_curve.png")
     del hessians
@@ -4249,13 +4216,8 @@ def use_artifact(model: GPT, path: Path, config: Config, run: Run) -> None:
 
 
 def artifact_settings(config: Config) -> dict[str, Any]:
-    """The settings that the forward pass or the layout of the file depends on; they travel in the artifact."""
-    first, last = list(FIELDS).index("num_layers"), list(FIELDS).index("logit_softcap")
-    initial = ("gated_attn_init_std", "tied_embed_init_std", "qk_gain_init", "mlp_gate_bias", "init_scheme")
-    skip = (*initial, "resid_scale_depth_init", "enable_looping_at", "rope_base", "rope_train_seq_len")
-    layout = ("fp16_keep_name_patterns", "gated_attn_quant_gate", "lqer_rank", "lqer_asym_group", "compressor")
-    names = [name for name in ["vocab_size", *list(FIELDS)[first : last + 1]] if name not in skip]
-    return {name: getattr(config, name) for name in (*names, "marker_pair_mode", "rotary_base", *layout)}
+    """What travels in an artifact: the settings that it depends on, with the base that three others amount to."""
+    return config.of_stage(ARTIFACT) | {"rotary_base": config.rotary_base}
 
 
 PACKED_START = b"#coding:latin1\nimport brotli as B,linecache as C\n"
@@ -5397,7 +5359,7 @@ def load_trained(config: Config) -> dict[str, np.ndarray]:
     """The arrays of trained.bin. Raises UserError when it is damaged, or of other settings."""
     path, shapes = run_dir(config) / "trained.bin", trained_shapes(config)
     meta, arrays = load_arrays(path, HEADER_LIMIT + 4 * sum(map(math.prod, shapes.values())))
-    if odd := differing(training_settings(config), meta.get("settings")):
+    if odd := differing(config.of_stage(TRAIN), meta.get("settings")):
         raise UserError(f"{path}: made with {odd}; set the same values or train again")
     check_arrays(path, arrays, shapes)
     return arrays
@@ -5689,41 +5651,38 @@ def named_run(config: Config, run: Run) -> Config:
 
 
 def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Runs the stages of a configuration and returns what result.json holds. Every rank calls it."""
+    """Runs the stages of a configuration and returns the record of all results: summary(). Every rank calls it."""
     config = named_run(config, run)
     anew = "train" in config.stage_list and not (run_dir(config) / "checkpoint.bin").exists()
     log = Log(run_dir(config) / "log.txt" if run.is_main else None, anew)
     if config.ttt_enabled and config.ttt_kind == "pre_eval_illegal":
         log.mark = {"valid": "false", "reason": "trains_on_validation_text_before_scoring_it"}
     log_header(config, dict(origins or {}), run, log)
-    path, order, result = run_dir(config) / "result.json", list(STAGES), {}
+    path, order = run_dir(config) / "result.json", list(STAGES)
     parts = earlier_parts(path, config, run)
     config = fit_device(config, run, log)
     check(config, run, log)
     program, before = Program(config, run), COMPILES.graphs()
     warm_up_evaluation(program, config, run, log)
     for stage in config.stage_list:
-        for outdated in order[order.index(stage) :]:
-            parts.pop(outdated, None)
+        parts = {name: part for name, part in parts.items() if order.index(name) < order.index(stage)}
         start = time.monotonic()
         program.in_clock = 0
-        parts[stage] = STAGES[stage](program.config, run, log, program)
-        parts[stage]["stage_seconds"] = {stage: time.monotonic() - start}
-        parts[stage]["stage_graphs"] = {stage: compile_report(stage, program, COMPILES.graphs().since(before), run, log)}
+        figures = STAGES[stage](program.config, run, log, program)
+        seconds = time.monotonic() - start
+        graphs = compile_report(stage, program, COMPILES.graphs().since(before), run, log)
         before = COMPILES.graphs()
-        log("stage", name=stage, seconds=parts[stage]["stage_seconds"][stage])
+        log("stage", name=stage, seconds=seconds)
+        parts[stage] = dict(figures=figures, seconds=seconds, graphs=graphs)
         result = summary(parts, config, run)
         if run.is_main:
-            write_file(path, (json.dumps(result, indent=1) + "\n").encode())
+            write_file(path, (json.dumps(result | {"stages": parts}, indent=1) + "\n").encode())
     for row in result["validity"]:
         log("validity", **row)
     log.text("\n" + report(result) + "\n")
     log.text("result " + json.dumps(result))
     run.barrier()  # no rank leaves while another one still talks to it
     return result
-
-
-BY_STAGE = ("stage_seconds", "stage_graphs")  # tables of result.json with a row for each stage
 
 
 def compile_report(stage: str, program: Program, graphs: Graphs, run: Run, log: Log) -> dict[str, float]:
@@ -5756,25 +5715,25 @@ def draw_report(folder: Path) -> str:
 
 
 def earlier_parts(path: Path, config: Config, run: Run) -> dict[str, dict[str, Any]]:
-    """What each stage of an earlier run in this folder had put into result.json."""
+    """The parts that the stages of an earlier run in this folder have in result.json: see summary()."""
     if not path.exists():
         return {}
     try:
-        result = json.loads(read_file(path, HEADER_LIMIT))
-        parts = {stage: {key: result[key] for key in keys} for stage, keys in result["stage_keys"].items()}
-        for stage, part in parts.items():
-            part |= {table: {stage: result[table][stage]} for table in BY_STAGE}
+        found = json.loads(read_file(path, HEADER_LIMIT))["stages"]
+        parts = {stage: found[stage] for stage in STAGES if stage in found}
         report(summary(parts, config, run))  # what cannot be reported is no result
         return parts
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a result of this script ({error!r}); delete it") from None
 
 
-def summary(parts: dict[str, dict[str, Any]], config: Config, run: Run) -> dict[str, Any]:
-    """The results of all stages as one flat record, with the verdict on the rules."""
-    result: dict[str, Any] = {}
-    for part in parts.values():
-        result |= part
+def summary(parts: Mapping[str, dict[str, Any]], config: Config, run: Run) -> dict[str, Any]:
+    """One flat record of all results, with the verdict on the rules.
+
+    `parts` has for each stage its `figures`, its `seconds`, and its compiled `graphs`.
+    """
+    result = {key: value for part in parts.values() for key, value in part["figures"].items()}
+    graphs = {stage: part["graphs"] for stage, part in parts.items()}
     result |= {
         "preset": config.preset,
         "run_id": config.run_id,
@@ -5785,12 +5744,11 @@ def summary(parts: dict[str, dict[str, Any]], config: Config, run: Run) -> dict[
         "kernels": choose_kernels(config.kernels, run.device)[0],
         "torch": torch.__version__,
         "peak_memory_mib": peak_memory_mib(run),
-        "stage_keys": {stage: [key for key in part if key not in BY_STAGE] for stage, part in parts.items()},
+        "stage_seconds": {stage: part["seconds"] for stage, part in parts.items()},
+        "stage_graphs": graphs,
     }
-    result |= {table: {stage: part[table][stage] for stage, part in parts.items()} for table in BY_STAGE}
-    graphs = result["stage_graphs"].values()
     for key in ("compiled_graphs", "compiled_in_clock", "compile_seconds"):
-        result[key] = sum(row[key] for row in graphs)
+        result[key] = sum(row[key] for row in graphs.values())
     rows = validity(result, config)
     broken = [row for row in rows if row["ok"] is False]
     texts = [f"{row['rule']} {row['found']}, limit {row['limit']} ({row['source']})" for row in broken]

@@ -508,7 +508,7 @@ def load_preset(label: str) -> tg.Config:
         config = tg.load_config(given | {"PRESET": name})[0]
     except tg.UserError as error:
         raise RunError(f"{where}: {error}") from None
-    usable = ({key.upper() for key in tg.FIELDS} | tg.SWITCHES.keys() | tg.ALIASES.keys()) - OWN_SETTINGS
+    usable = {key for key, name in tg.NAMES.items() if name.field} - OWN_SETTINGS
     if odd := given.keys() - usable:
         raise RunError(f"{where}: {', '.join(sorted(odd))} cannot be varied: set by the ladder, or of no effect")
     return config
@@ -692,7 +692,7 @@ def complete(folder: Path, job: Job) -> dict[str, Any] | None:
     if not path.exists():
         return None
     result = read_json(path, "delete the folder")
-    return result if ",".join(result.get("stage_keys", {})) == job.places["STAGES"] else None
+    return result if ",".join(result.get("stage_seconds", {})) == job.places["STAGES"] else None
 
 
 def headline(result: dict[str, Any]) -> str:

@@ -277,7 +277,7 @@ class Subjects:
         def attempt() -> None:
             self.write("trained.bin", data)
             meta, arrays = tg.load_arrays(self.folder / "trained.bin")
-            if meta.get("settings") == tg.training_settings(self.config) and dice.random() < 0.05:
+            if meta.get("settings") == self.config.of_stage(tg.TRAIN) and dice.random() < 0.05:
                 tg.quantize_stage(self.config, self.run, QUIET, tg.Program(self.config, self.run))  # half a second, for the packed script
             tg.check_arrays(self.folder / "trained.bin", arrays, tg.trained_shapes(self.config))
             tg.quantize(arrays, self.config, self.run.device)
@@ -379,7 +379,7 @@ class Subjects:
         """Any value for any setting; what is accepted must be a model that can be described."""
         env = dict(self.data.env()) if dice.random() < 0.6 else {"PRESET": dice.choice([*tg.PRESETS, "x", ""])}
         for _ in range(dice.choice([1, 1, 2, 3, 6])):
-            name = dice.choice([*tg.FIELDS, *tg.RETIRED, *tg.SWITCHES, *tg.ALIASES, *tg.AMBIGUOUS]).upper()
+            name = dice.choice([*tg.NAMES])
             if dice.random() < 0.05:
                 name = name[:-1] + dice.choice("XYZ_")
             env[name] = self.odd_text(dice)

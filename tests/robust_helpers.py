@@ -22,7 +22,7 @@ CHILDREN.set_forkserver_preload(
     + ["matplotlib.pyplot", "tqdm", "conftest", "robust_helpers"]
 )
 
-TIMED = re.compile("second|tokens_per_s|peak_memory|run_id|ranks|hardware|stage_keys")
+TIMED = re.compile("second|tokens_per_s|peak_memory|run_id|ranks|hardware|^stages$")
 
 
 def main_in_child(function: Callable, arguments: tuple, output: str | None) -> None:

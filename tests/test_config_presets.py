@@ -7,6 +7,7 @@ from conftest import preset_env, toy_env
 
 import train_gpt as tg
 
+SWITCHES = {key: name for key, name in tg.NAMES.items() if name.on is not None}
 SYSTEMS = "baseline pr489 fork5 fork5_twin fork5_10l pr1880 pr1941 pr1855 pr2135".split()
 
 # The published settings, one line each, in the order of SYSTEMS, typed from the records' own tables. A dot repeats the
@@ -173,7 +174,7 @@ def test_the_table_holds_what_the_presets_set() -> None:
     own = {name for settings in OWN.values() for name in settings}
     ours = {"quant_scale_floor", "gptq_reserve_seconds"}  # test_compress_quantizers; the reserve is a matter of rules
     changed = {name for system in SYSTEMS for name in tg.PRESETS[system]}
-    fields = {name.lower() for name in names | own} - {key.lower() for key in tg.SWITCHES}
+    fields = {name.lower() for name in names | own} - {key.lower() for key in SWITCHES}
     assert changed - ours <= fields <= set(tg.FIELDS)
 
 
@@ -247,9 +248,10 @@ def test_frontier_is_the_last_published_system_with_more() -> None:
     ],
 )  # fmt: skip
 def test_published_names_mean_their_settings(env: str, field: str, wanted: Any) -> None:
-    """Switches and aliases, alone and beside what they stand for, set their field, and change nothing else."""
+    """Switches and aliases, alone and beside what they stand for, in any order, set their field and nothing else."""
     variables = dict(pair.split("=") for pair in env.split())
     config, origins = tg.load_config(variables)
+    assert tg.load_config(dict(reversed(variables.items())))[0] == config
     plain = tg.load_config({"PRESET": variables.get("PRESET", "default")})[0]
     assert getattr(config, field) == wanted and type(getattr(config, field)) is tg.FIELDS[field].type
     others = {name for name in tg.FIELDS if getattr(config, name) != getattr(plain, name)} - {field}
@@ -296,7 +298,7 @@ def test_contradictions_are_refused_naming_both(env: str, named: str) -> None:
             assert part in message, (part, message)
 
 
-@pytest.mark.parametrize("key", sorted(tg.SWITCHES))
+@pytest.mark.parametrize("key", sorted(SWITCHES))
 @pytest.mark.parametrize("value", ["2", "yes", "", "-1", "1.0"])
 def test_switches_are_zero_or_one(key: str, value: str) -> None:
     """Anything else is refused with an example."""
@@ -315,28 +317,21 @@ def test_switches_are_zero_or_one(key: str, value: str) -> None:
 )
 def test_names_with_several_meanings_say_what_to_set(key: str, value: str, instead: str) -> None:
     """Names that meant different things in different systems are refused in every preset, with what to set instead."""
-    assert key in tg.AMBIGUOUS
     for preset in tg.PRESETS:
         with pytest.raises(tg.UserError, match=f"{key}={value}: ") as caught:
             tg.load_config({"PRESET": preset, key: value})
         assert instead in str(caught.value)
 
 
-def test_no_name_has_two_roles() -> None:
-    """Fields, switches, aliases, ambiguous and retired names are different, and lead to real fields."""
-    groups = [
-        {name.upper() for name in tg.FIELDS},
-        set(tg.SWITCHES),
-        set(tg.ALIASES),
-        set(tg.AMBIGUOUS),
-        set(tg.RETIRED),
-    ]
-    everything = [name for group in groups for name in group]
-    assert len(everything) == len(set(everything))
-    assert {switch.field for switch in tg.SWITCHES.values()} | set(tg.ALIASES.values()) <= set(tg.FIELDS)
-    for key, switch in tg.SWITCHES.items():
-        for value in (switch.on, switch.off):
-            tg.parse_value(switch.field.upper(), str(value))
+def test_every_name_has_one_role() -> None:
+    """A field or an alias, a switch, something built in, or something refused; switches have values of their field."""
+    assert all(tg.NAMES[name.upper()] == tg.Name(name) for name in tg.FIELDS)  # no published name hides a field
+    for key, name in tg.NAMES.items():
+        assert (name.field in tg.FIELDS) + bool(name.advice) + (name.built_in is not None) <= 1, key
+        assert (name.on is None) == (name.off is None) and (name.on is None or name.field), key
+    for key, name in SWITCHES.items():
+        for value in (name.on, name.off):
+            assert tg.parse_value(name.field.upper(), str(value)) == value, key
 
 
 @pytest.mark.parametrize(

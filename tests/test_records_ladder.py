@@ -33,7 +33,7 @@ if not tiny and seed == 2:
     raise SystemExit("out of luck")
 bpb = 2.0 - 0.1 * tiny + 0.01 * seed + 0.5 * other
 result = dict(run_id=env["RUN_ID"], hardware="1xtoy", torch="2", valid=True, violations=[],
-              stage_keys={stage: [] for stage in stages})
+              stage_seconds={stage: 1.0 for stage in stages})
 if "train" in stages:
     result |= dict(prequant_val_bpb=bpb - 0.1, steps=40, tokens_per_s=1000.0, train_seconds=11.0,
                    calibration_seconds=1.0)
