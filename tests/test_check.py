@@ -132,9 +132,18 @@ def test_a_run_that_continues_checks_the_file_it_continues_from(
 def test_pergroup_says_which_codec_it_writes(installed: bool, toy_data: ToyData, monkeypatch: pytest.MonkeyPatch) -> None:
     """COMPRESSOR=pergroup without lrzip is brotli, and the check says so."""
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/lrzip" if installed else None)
-    monkeypatch.setitem(tg.CODECS, "lrzip", (lambda data: data, lambda data, size: data))
+    monkeypatch.setitem(tg.CODECS, "lrzip", tg.CODECS["zlib"])
     detail = tg.check_artifact(toy_data.config(COMPRESSOR="pergroup"), RUN)
     assert detail.startswith("pergroup writes lrzip," if installed else "pergroup writes brotli without lrzip,")
+
+
+def test_codec_that_gives_back_other_codes_is_refused(toy_data: ToyData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every codec that the artifact will use is tried, with COMPRESSOR=rans both of its two."""
+    for name in ("rans", "brotli"):
+        with monkeypatch.context() as patch:
+            patch.setitem(tg.CODECS, name, tg.CODECS[name]._replace(decode=lambda data, arrays: None))
+            with pytest.raises(tg.UserError, match="COMPRESSOR=rans: gives back other codes"):
+                tg.check_artifact(toy_data.config(COMPRESSOR="rans"), RUN)
 
 
 def test_one_bit_is_refused() -> None:

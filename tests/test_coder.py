@@ -1,11 +1,8 @@
 """The entropy coder of integer codes: what is written is read again, is short, and damage is noticed."""
 
 import hashlib
-import subprocess
-import sys
 import tracemalloc
 import zlib
-from pathlib import Path
 
 import brotli
 import numpy as np
@@ -42,8 +39,14 @@ def plain_codes(rows: int) -> Matrices:
     return [first.reshape(rows, 32), second.reshape(rows, 32), alone]
 
 
+def decode(data: bytes, shapes: list[tuple[int, int]]) -> Matrices:
+    matrices = [np.zeros(shape, np.int8) for shape in shapes]
+    tg.rans_decode(data, matrices)
+    return matrices
+
+
 def read(data: bytes, matrices: Matrices) -> Matrices:
-    return tg.rans_decode(data, [m.shape for m in matrices])
+    return decode(data, [m.shape for m in matrices])
 
 
 def same(left: Matrices, right: Matrices) -> bool:
@@ -51,7 +54,7 @@ def same(left: Matrices, right: Matrices) -> bool:
 
 
 def resealed(data: bytes) -> bytes:
-    """Data with a valid checksum, so that what lies behind it is tested."""
+    """Data with a valid checksum, to test the checks behind it."""
     return zlib.crc32(data[4:]).to_bytes(4, "little") + data[4:]
 
 
@@ -118,7 +121,7 @@ def test_small_streams_cost_no_tables() -> None:
 
 @pytest.mark.parametrize("spread", [0.0, 0.1, 0.2])
 def test_size_is_within_half_a_percent_of_the_models_own_length(spread: float) -> None:
-    """The coder adds .03 % and a state per 2^15 codes; the bound is that of the issue."""
+    """The coder adds .03 % and a state per 2^15 codes; in all less than half a percent."""
     matrices = gaussian_codes(512, 256, 3, spread=spread)
     ideal, states = model_bytes(matrices)
     actual = len(tg.rans_encode(matrices))
@@ -133,7 +136,7 @@ def test_equal_columns_cost_their_entropy() -> None:
 
 
 def test_columns_of_different_scale_cost_less_than_their_common_entropy() -> None:
-    """Against the entropy of each column's own codes, which is below any model's: the columns' scales are learnt."""
+    """The scales of columns are learnt: bytes are near the entropy of each column's own codes, a lower bound."""
     matrices = gaussian_codes(512, 256, 3, spread=0.2)
     own = sum(order_zero_bytes([column]) for m in matrices for column in m.T)
     actual = len(tg.rans_encode(matrices))
@@ -188,19 +191,25 @@ def test_bytes_are_the_same_everywhere() -> None:
     assert hashlib.sha256(data).hexdigest() == "bd8f7ca9a1f919487e17dd12e836ff0493b55ed13dd47fff240584e305e338a0"
 
 
-def test_another_process_writes_and_reads_the_same(tmp_path: Path) -> None:
-    matrices = gaussian_codes(60, 90, 2, spread=0.3) + gaussian_codes(200, 64)
-    data = tg.rans_encode(matrices)
-    (tmp_path / "data").write_bytes(data)
-    code = (
-        "import sys, train_gpt; data = open(sys.argv[1], 'rb').read()\n"
-        "codes = train_gpt.rans_decode(data, [(60, 90), (60, 90), (200, 64)])\n"
-        "assert train_gpt.rans_encode(codes) == data\n"
-        "open(sys.argv[1], 'wb').write(b''.join(m.tobytes() for m in codes))"
-    )
-    folder = str(Path(tg.__file__).parent)
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "data")], check=True, cwd=folder)
-    assert (tmp_path / "data").read_bytes() == b"".join(m.tobytes() for m in matrices)
+class Recorder:
+    """Takes the place of a writer."""
+
+    def __init__(self) -> None:
+        self.symbols: list[list[int]] = []
+
+    def code(self, symbols: np.ndarray, rows: np.ndarray, histograms: tg.Histograms) -> np.ndarray:
+        self.symbols.append(symbols.tolist())
+        return symbols
+
+
+@pytest.mark.parametrize("largest, symbols", [(7, [[1, 4, 4, 0], [0, 3, 5]]), (2, [[1, 4, 4, 0]])])
+def test_outermost_symbols_are_followed_by_the_distance(largest: int, symbols: list[list[int]]) -> None:
+    """The example of code_values: five symbols, values up to 7; without values beyond nothing follows."""
+    recorder, values = Recorder(), np.int16([-1, 2, 5, -7]).clip(-largest, largest)
+    histograms = tg.histograms_of(np.zeros((3 * tg.PREDICTIONS, 5), np.int64), np.array([tg.PREDICTIONS]))
+    found, first = tg.code_values(recorder, values, np.zeros(4, np.int64), histograms, largest)
+    assert np.array_equal(found, values) and first.tolist() == symbols[0]
+    assert recorder.symbols == symbols
 
 
 @pytest.fixture
@@ -236,7 +245,7 @@ def test_every_flipped_bit_is_noticed(sample: tuple[Matrices, bytes]) -> None:
 
 
 def test_flipped_bits_behind_a_valid_checksum_end_in_an_error(sample: tuple[Matrices, bytes]) -> None:
-    """Never another exception, and never other codes: the final states do not come out."""
+    """ValueError because the final states are wrong; or the same codes, where a setting differs without an effect."""
     matrices, data = sample
     positions = [*range(32, 400, 7), *range(400, 8 * len(data), 397)]
     for position in positions:
@@ -246,24 +255,23 @@ def test_flipped_bits_behind_a_valid_checksum_end_in_an_error(sample: tuple[Matr
             codes = read(resealed(bytes(changed)), matrices)
         except ValueError:
             continue
-        assert same(codes, matrices)  # some settings can differ a little and select the same histograms
+        assert same(codes, matrices)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=400), st.integers(0, 40), st.integers(0, 40))
 def test_noise_is_refused(noise: bytes, rows: int, cols: int) -> None:
     for data in (noise, resealed(bytes(4) + noise), resealed(bytes(4) + bytes([0, 0, 1, 0]) + noise)):
-        try:
-            assert [m.shape for m in tg.rans_decode(data, [(rows, cols)] * 2)] == [(rows, cols)] * 2
-        except ValueError:
-            pass
+        if data or rows * cols:
+            with pytest.raises(ValueError):
+                decode(data, [(rows, cols)] * 2)
 
 
 def test_other_shapes_are_refused(sample: tuple[Matrices, bytes]) -> None:
     _, data = sample
     for shapes in ([], [(24, 32)], [(24, 32)] * 4, [(0, 4)], [(32, 24), (32, 24), (8, 96)], [(64, 64)] * 40):
         with pytest.raises(ValueError):
-            tg.rans_decode(data, shapes)
+            decode(data, shapes)
 
 
 @pytest.mark.parametrize("inertia, kinds, references", [(0, 0, 0), (1, 1, 0), (1, 0, 5), (1, 0, 63)])
@@ -278,7 +286,7 @@ def test_impossible_settings_are_refused(inertia: int, kinds: int, references: i
     tg.code_numbers(writer, of_rows[0], 2)
     tg.code_numbers(writer, of_rows[1][of_rows[0] > 0] % (1 << rows.bit_length()), rows.bit_length())
     with pytest.raises(ValueError, match="setting"):
-        tg.rans_decode(resealed(bytes(4) + writer.finish(1)), [(rows, 4)])
+        decode(resealed(bytes(4) + writer.finish(1)), [(rows, 4)])
 
 
 @pytest.mark.parametrize("top, largest", [(2, 1), (0, 1), (3, 127), (127, 127)])
@@ -293,7 +301,7 @@ def test_codes_out_of_range_are_refused(top: int, largest: int) -> None:
     writer.code(np.array([2 * top]), np.array([0]), histograms)
     tg.code_numbers(writer, np.array([127]), 7)
     with pytest.raises(ValueError, match="range|end"):
-        tg.rans_decode(resealed(bytes(4) + writer.finish(1)), [(1, 1)])
+        decode(resealed(bytes(4) + writer.finish(1)), [(1, 1)])
 
 
 def test_outliers_cost_little() -> None:

@@ -171,7 +171,7 @@ def test_hessian_that_is_not_a_number_is_reported() -> None:
 class Quantised:
     config: tg.Config
     arrays: dict[str, np.ndarray]  # weights and Hessians, as in trained.bin
-    stored: dict[str, np.ndarray]
+    stored: dict[str, tg.Parts]
     path: Path
     size: int
 
@@ -205,8 +205,8 @@ def test_every_matrix_is_quantised_with_its_own_hessian_and_clip(toy: Quantised)
     assert len({clip for *_, clip, _ in cases}) == 3
     for name, W, hessian, clip, bits in cases:
         Q, scale = slow_gptq(W.astype(np.float64), toy.arrays[f"hessian.{hessian}"].astype(np.float64), clip, bits)
-        assert (toy.stored[name + ".codes"] != Q).any(1).mean() < 0.05, name
-        np.testing.assert_allclose(toy.stored[name + ".scale"], scale, rtol=2e-3)
+        assert (toy.stored[name]["codes"] != Q).any(1).mean() < 0.05, name
+        np.testing.assert_allclose(toy.stored[name]["scale"], scale, rtol=2e-3)
 
 
 def test_everything_else_is_stored_in_half_precision_or_int8_rows(toy: Quantised) -> None:
@@ -223,15 +223,28 @@ def test_everything_else_is_stored_in_half_precision_or_int8_rows(toy: Quantised
             assert np.array_equal(restored[name], array.astype(np.float16).astype(np.float32)), name
 
 
-def test_streams_hold_all_arrays_and_come_back_unchanged(toy: Quantised) -> None:
-    """stream_arrays is the inverse of stream_bytes, and together the streams hold every code and every half."""
-    table = tg.artifact_table(toy.config)
-    streams = tg.stream_bytes(toy.stored, table)
-    assert sum(map(len, streams.values())) == sum(array.nbytes for array in toy.stored.values())
-    back = tg.stream_arrays(streams, table)
-    assert back.keys() == toy.stored.keys()
-    for name, array in toy.stored.items():
-        assert back[name].dtype == array.dtype and np.array_equal(back[name], array), name
+def test_streams_hold_all_arrays_once_each_of_one_type(toy: Quantised) -> None:
+    """Together the streams hold every part of every owner with its shape and dtype; all of a stream share the dtype."""
+    streams = tg.artifact_streams(toy.config, "brotli", ())
+    entries = [entry for stream in streams.values() for entry in stream.entries]
+    assert sorted(entries) == sorted(tg.artifact_table(toy.config))
+    found = {(owner, part): (array.shape, array.dtype) for owner, parts in toy.stored.items() for part, array in parts.items()}
+    assert found == {(entry.owner, entry.part): (entry.shape, np.dtype(entry.dtype)) for entry in entries}
+    for stream in streams.values():
+        assert len({entry.dtype for entry in stream.entries}) == 1
+        assert stream.nbytes == sum(array.nbytes for array in stream.arrays(toy.stored))
+
+
+def test_table_and_shapes_are_made_once_per_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal settings share one table, and one model on the meta device; no caller can change them."""
+    made, real = [], tg.GPT
+    monkeypatch.setattr(tg, "GPT", lambda *arguments: made.append(arguments) or real(*arguments))
+    for _ in range(3):
+        table = tg.artifact_table(toy_config(MODEL_DIM=24, ROPE_DIMS=2))
+        tg.trained_shapes(toy_config(MODEL_DIM=24, ROPE_DIMS=2))
+    assert len(made) == 1 and table is tg.artifact_table(toy_config(MODEL_DIM=24, ROPE_DIMS=2))
+    with pytest.raises(TypeError):
+        tg.parameter_shapes(toy_config())["x"] = (1,)
 
 
 def test_saved_artifact_reloads_with_identical_codes_and_losses(toy: Quantised) -> None:
@@ -364,12 +377,16 @@ def test_forward_settings_all_travel_in_the_artifact(marker_pairs: int) -> None:
     assert seen == {*FORWARD, "TRAIN_SEQ_LEN"}  # the training length decides the rotary base
 
 
+def stream_bytes(toy: Quantised) -> list[bytes]:
+    """What the codecs of bytes compress."""
+    return [tg.join_arrays(stream.arrays(toy.stored)) for stream in tg.artifact_streams(toy.config, "zlib", ()).values()]
+
+
 def test_decompression_bombs_are_refused_without_unpacking_them(
     toy: Quantised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stream that would expand to a gigabyte, with correct checksums, is given up after its expected size."""
-    table = tg.artifact_table(toy.config)
-    streams = tg.stream_bytes(toy.stored, table)
+    streams = stream_bytes(toy)
     packer = brotli.Compressor(quality=1)
     bomb = b"".join(packer.process(bytes(2**20)) for _ in range(1024)) + packer.finish()
     assert len(bomb) < 2**20
@@ -390,18 +407,18 @@ def test_decompression_bombs_are_refused_without_unpacking_them(
     real = brotli.Decompressor
     monkeypatch.setattr(brotli, "Decompressor", Watched)
     meta = {"model": tg.artifact_settings(toy.config), "codec": "brotli", "corrected": []}
-    for victim in streams:
+    for victim, expected in enumerate(streams):
         unpacked.clear()
-        packed = [bomb if stream == victim else brotli.compress(data, quality=1) for stream, data in streams.items()]
-        tg.write_container(tmp_path / "bomb.bin", meta, packed)
-        with pytest.raises(tg.UserError, match=f"does not expand to {len(streams[victim])} bytes"):
+        packed = [brotli.compress(data, quality=1) for data in streams]
+        tg.write_container(tmp_path / "bomb.bin", meta, [*packed[:victim], bomb, *packed[victim + 1 :]])
+        with pytest.raises(tg.UserError, match=f"does not expand to {len(expected)} bytes"):
             tg.load_artifact(tmp_path / "bomb.bin", toy.config)
-        assert sum(unpacked) < sum(map(len, streams.values())) + 2**17
+        assert sum(unpacked) < sum(map(len, streams)) + 2**17
 
 
 def test_wrong_streams_are_refused(toy: Quantised, tmp_path: Path) -> None:
     """Too few streams, a stream of another length, a stream that is not compressed, and meta that is no table."""
-    streams = [brotli.compress(data) for data in tg.stream_bytes(toy.stored, tg.artifact_table(toy.config)).values()]
+    streams = [brotli.compress(data) for data in stream_bytes(toy)]
     meta = {"model": tg.artifact_settings(toy.config), "codec": "brotli", "corrected": []}
     path = tmp_path / "wrong.bin"
     longer = brotli.compress(brotli.decompress(streams[0]) + b"\0")
@@ -503,10 +520,26 @@ def test_interrupted_write_keeps_the_previous_file(tmp_path: Path, monkeypatch: 
 # ---------------------------------------------------------------------------------------------------------------
 
 
+def test_clips_change_by_the_bits_per_code_that_are_missing() -> None:
+    """One bit per code too many: twice the factor. None where no clip can help, may change, or needs to."""
+    config, fill = toy_config(FIT_ARTIFACT=1), toy_config(FIT_ARTIFACT="fill")
+    bit = sum(entry.size for entry in tg.artifact_table(config) if entry.part == "codes") / 8  # bytes of a bit per code
+    margin, slack = tg.FIT_MARGIN_BYTES, tg.FILL_SLACK_BYTES
+    assert tg.next_clip_factor(1.5, bit - margin, config) == pytest.approx(3)
+    assert tg.next_clip_factor(2.5, bit - margin, config) is None  # beyond FIT_LARGEST_FACTOR
+    assert tg.next_clip_factor(1.0, 0, config) is None and tg.next_clip_factor(1.0, 1, config) > 1
+    assert tg.next_clip_factor(1.0, 1 - slack, fill) is None and tg.next_clip_factor(1.0, -slack, fill) < 1
+    assert tg.next_clip_factor(1.0, -slack, config) is None
+    assert tg.next_clip_factor(1.0, -(10**9), fill) == tg.FILL_SMALLEST_FACTOR
+    assert tg.next_clip_factor(tg.FILL_SMALLEST_FACTOR, -(10**9), fill) is None
+    for other in (toy_config(FIT_ARTIFACT=0), toy_config(QUANT_SCHEME="intn_row", FIT_ARTIFACT="fill")):
+        assert tg.next_clip_factor(1.0, 10**6, other) is None and tg.next_clip_factor(1.0, -(10**6), other) is None
+
+
 def test_artifact_over_the_limit_is_written_and_reported_and_fails(
     toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Too large is still on disk with its true size; the result says invalid and why, and the exit status is not 0."""
+    """An artifact over the limit is on disk with its true size; the result says invalid and why, and the exit status is not 0."""
     env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="big", ITERATIONS=1, STAGES="train,quantize", FIT_ARTIFACT=0)
     for limit, status in ((1000, 1), (16_000_000, 0)):
         monkeypatch.setattr(tg, "ARTIFACT_LIMIT_BYTES", limit)
@@ -567,8 +600,8 @@ def fitted(config: tg.Config, limit: int, how: str, monkeypatch: pytest.MonkeyPa
 def test_artifact_fills_the_limit_from_below_and_from_above(
     spare: int, trained: tuple, small_slack: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FIT_ARTIFACT=fill ends within the slack of the limit: by lower clips and a smaller quantisation error where there
-    was room, by higher ones where there was none, by none where it is full as it is."""
+    """FIT_ARTIFACT=fill ends within the slack below the limit. With room left clips fall, and so does the quantisation
+    error; above the limit clips rise; nothing changes when the first artifact is within the slack."""
     config, first = trained
     folder = tg.run_dir(config)
     weights = tg.load_arrays(folder / "trained.bin")[1]
@@ -595,14 +628,14 @@ def test_artifact_fills_the_limit_from_below_and_from_above(
 def test_only_fill_lowers_clips(
     how: str, spare: int, trained: tuple, small_slack: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FIT_ARTIFACT=0 never changes a clip, FIT_ARTIFACT=1 not where the file fits, however much room is left."""
+    """FIT_ARTIFACT=0 never changes a clip; FIT_ARTIFACT=1 does not when the file fits, however much room is left."""
     config, first = trained
     result = fitted(config, first["total_bytes"] + spare, how, monkeypatch)
     assert result["clip_factor"] == 1 and result["artifact_sha256"] == first["artifact_sha256"]
 
 
 def test_filling_stops_at_half_the_clips(trained: tuple, small_slack: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With far more room than codes can use the clips end at FILL_SMALLEST_FACTOR, in two tries."""
+    """With more room than codes can use, clips end at FILL_SMALLEST_FACTOR, in two tries."""
     config, first = trained
     tries, real = [], tg.quantize
 
@@ -678,14 +711,13 @@ def test_rate_model_equals_the_entropy_of_gaussian_codes(clip: float, bits: int,
     config = toy_config(MATRIX_BITS=bits, EMBED_BITS=bits, **dict.fromkeys(keys, clip))
     count, gates, halves = 0, 0, 0
     for entry in tg.artifact_table(config):
-        elements = int(np.prod(entry.shape))
-        count += elements * (entry.dtype == "i1" and entry.stream != "gates")
-        gates += elements * (entry.stream == "gates")
-        halves += elements * (entry.dtype == "<f2")
+        count += entry.size * (entry.dtype == "i1" and entry.stream != "gates")
+        gates += entry.size * (entry.stream == "gates")
+        halves += entry.size * (entry.dtype == "<f2")
     weights = tg.predicted_artifact_bytes(config)["artifact_bytes"] - 0.85 * 2 * halves
     forecast = (weights * 8 / 1.012 - 7 * gates) / count
     W = np.random.default_rng(0).normal(size=(256, 2048))
-    Q, _ = run_gptq(W, np.eye(2048), clip, bits, block=2048)
+    Q = to_nearest(W, clip * W.std(1, ddof=1) / (2 ** (bits - 1) - 1), bits)  # GPTQ with an identity as Hessian
     p = np.unique(Q, return_counts=True)[1] / Q.size
     entropy = float(-(p * np.log2(p)).sum())
     assert abs(entropy - published) < 0.01 and abs(forecast - entropy) < 0.02

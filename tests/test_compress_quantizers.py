@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import preset_env, random_model, toy_config
+from conftest import preset_env, random_model, scale_of, toy_config
 
 import train_gpt as tg
 
@@ -32,13 +32,6 @@ def awkward_rows() -> torch.Tensor:
     W[0, 7] *= 1e9
     W[0, 8] = torch.linspace(-1, 1, 64) * 3e38
     return W
-
-
-def scale_of(clip: np.ndarray, levels: float) -> np.ndarray:
-    """fp16(clip / levels), within the positive fp16 numbers."""
-    with np.errstate(over="ignore"):
-        half = (clip.astype(np.float32) / np.float32(levels)).astype(np.float16)
-    return np.clip(half, np.float16(2.0**-24), np.float16(65504))
 
 
 def slow_round(W: np.ndarray, clip: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -277,6 +270,14 @@ def matrices_of(config: tg.Config, arrays: dict[str, np.ndarray]) -> dict[str, n
     return named | embeddings
 
 
+def names(stored: dict[str, tg.Parts]) -> set[tuple[str, str]]:
+    return {(owner, part) for owner, parts in stored.items() for part in parts}
+
+
+def names_in_table(config: tg.Config) -> set[tuple[str, str]]:
+    return {(entry.owner, entry.part) for entry in tg.artifact_table(config)}
+
+
 def pruned(W: np.ndarray, frac: float) -> np.ndarray:
     return np.where(np.abs(W) < np.quantile(np.abs(W.astype(np.float64)), frac), np.float32(0), W)
 
@@ -303,7 +304,7 @@ PUBLISHED = {  # scheme, bits of attention, MLP, embeddings, smallest clip, prun
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_matrices_of_the_early_systems_are_rounded_as_published(preset: str) -> None:
-    """Each matrix, the bigram table too: pruned, then its scheme at its bits and floor, or fp16; nothing else is."""
+    """Each matrix, the bigram table too, is pruned and then quantised with its scheme, bits and floor, or kept as fp16."""
     scheme, attn, mlp, embed, smallest, frac, halves = PUBLISHED[preset]
     config, arrays = small_model(preset)
     stored = tg.quantize(arrays, config, CPU)
@@ -317,29 +318,28 @@ def test_matrices_of_the_early_systems_are_rounded_as_published(preset: str) -> 
         W = pruned(W, frac)
         assert (frac == 0) == (not (W == 0).any()), name
         if name in halves:
-            assert np.array_equal(stored[name], W.astype(np.float16)) and name + ".codes" not in stored
+            assert np.array_equal(stored[name]["half"], W.astype(np.float16)) and len(stored[name]) == 1
             continue
         bits = attn if ".attn." in name else mlp if ".mlp." in name else embed
         top = 2 ** (bits - 1) - 1
         scale = np.maximum(scale_of(clips[scheme](W, bits), top), np.float16(smallest / top))
         codes = np.clip(np.round(W / scale.astype(np.float32)[:, None]), -top, top)
-        found = stored[name + ".scale"]
+        found = stored[name]["scale"]
         near = np.abs(found.astype(np.float64) - scale) <= 2**-10 * scale  # a quantile's rank differs by rounding
         assert near.mean() > 0.95, name
         exact = found == scale
-        assert exact.mean() > 0.6 and np.array_equal(stored[name + ".codes"][exact], codes[exact]), name
+        assert exact.mean() > 0.6 and np.array_equal(stored[name]["codes"][exact], codes[exact]), name
         raised += int((scale == np.float16(smallest / top)).sum())
     assert (raised > 20) == (smallest > 0)
-    codes = {name.removesuffix(".codes") for name in stored if name.endswith(".codes")}
-    assert codes == matrices_of(config, arrays).keys() - set(halves)
+    assert {name for name, parts in stored.items() if "codes" in parts} == matrices_of(config, arrays).keys() - set(halves)
 
 
 def test_the_early_systems_restore_each_parameter_from_what_they_store() -> None:
-    """dequantize() gives back all names and shapes, near the weights; what is no matrix only loses to fp16 or int8."""
+    """dequantize() gives back all names and shapes, near the weights; parameters that are no matrices as fp16."""
     for preset in PUBLISHED:
         config, arrays = small_model(preset, MAG_PRUNE_FRAC=0)
         stored = tg.quantize(arrays, config, CPU)
-        assert stored.keys() == {entry.name for entry in tg.artifact_table(config)}
+        assert names(stored) == names_in_table(config)
         restored = tg.dequantize(stored, config)
         assert restored.keys() == arrays.keys()
         for name, array in arrays.items():
@@ -366,11 +366,11 @@ def test_matrices_named_by_patterns_stay_in_half_precision(patterns: str, kept: 
     config = toy_config(QUANT_SCHEME="intn_row", FP16_KEEP_NAME_PATTERNS=patterns)
     arrays = {name: array.copy() for name, array in random_model(config).arrays().items()}
     stored, W = tg.quantize(arrays, config, CPU), matrices_of(config, arrays)
-    assert sorted(name for name in W if name in stored) == kept
+    assert sorted(name for name in W if "half" in stored[name]) == kept
     for name in W:
-        assert (name + ".codes" in stored) == (name + ".scale" in stored) == (name not in kept)
-        assert name not in kept or np.array_equal(stored[name], W[name].astype(np.float16))
-    assert {entry.name for entry in tg.artifact_table(config)} == stored.keys()
+        assert name in kept or stored[name].keys() == {"codes", "scale"}
+        assert name not in kept or np.array_equal(stored[name]["half"], W[name].astype(np.float16))
+    assert names(stored) == names_in_table(config)
     restored = matrices_of(config, tg.dequantize(stored, config))
     for name in kept:
         assert np.array_equal(restored[name], W[name].astype(np.float16).astype(np.float32))
@@ -386,13 +386,11 @@ def test_attention_gates_are_int8_rows_or_half_precision(rows: int) -> None:
         name, W = f"blocks.{i}.attn_gate_w", arrays[f"blocks.{i}.attn_gate_w"]
         if rows:
             scale = (np.abs(W).max(1) / np.float32(127)).astype(np.float16)
-            assert np.array_equal(stored[name + ".scale"], scale) and name not in stored
-            assert np.array_equal(
-                stored[name + ".codes"], np.round(W / scale.astype(np.float32)[:, None]).clip(-127, 127)
-            )
+            codes = np.round(W / scale.astype(np.float32)[:, None]).clip(-127, 127)
+            assert np.array_equal(stored[name]["scale"], scale) and np.array_equal(stored[name]["codes"], codes)
         else:
-            assert np.array_equal(stored[name], W.astype(np.float16)) and name + ".codes" not in stored
-    assert stored.keys() == {entry.name for entry in tg.artifact_table(config)}
+            assert np.array_equal(stored[name]["half"], W.astype(np.float16))
+    assert names(stored) == names_in_table(config)
 
 
 def calibrated_model(**changes: object) -> tuple[tg.Config, dict[str, np.ndarray]]:
@@ -408,14 +406,15 @@ def calibrated_model(**changes: object) -> tuple[tg.Config, dict[str, np.ndarray
     return config, arrays
 
 
-def changed_by(arrays: dict[str, np.ndarray], config: tg.Config, **changes: float) -> tuple[set[str], dict, dict]:
-    """Names of the stored arrays that these settings change; what is stored without and with them."""
+def changed_by(arrays: dict[str, np.ndarray], config: tg.Config, **changes: float) -> tuple[set, dict, dict]:
+    """(owner, part) of the stored arrays that these settings change; what is stored without and with them."""
     before, after = (tg.quantize(arrays, c, CPU) for c in (config, dataclasses.replace(config, **changes)))
-    assert before.keys() == after.keys()
-    return {name for name in before if not np.array_equal(before[name], after[name])}, before, after
+    assert names(before) == names(after)
+    changed = {(name, part) for name, part in names(before) if not np.array_equal(before[name][part], after[name][part])}
+    return changed, before, after
 
 
-EMBEDDING = {"tok_emb.weight.codes", "tok_emb.weight.scale"}
+EMBEDDING = {("tok_emb.weight", "codes"), ("tok_emb.weight", "scale")}
 
 
 def test_frequency_changes_the_steps_of_the_embedding_alone(tmp_path: Path) -> None:
@@ -424,10 +423,10 @@ def test_frequency_changes_the_steps_of_the_embedding_alone(tmp_path: Path) -> N
     changed, before, after = changed_by(arrays, config, embed_freq_power=0.5)
     assert changed == EMBEDDING
     steps = tg.frequency_steps(torch.from_numpy(arrays["token_counts"]), 0.5).numpy()
-    ratio = after["tok_emb.weight.scale"].astype(np.float64) / before["tok_emb.weight.scale"]
+    ratio = after["tok_emb.weight"]["scale"].astype(np.float64) / before["tok_emb.weight"]["scale"]
     np.testing.assert_allclose(ratio, steps, rtol=2**-9)
     assert steps.max() > 2 * steps.min()
-    table = after["tok_emb.weight.codes"] * after["tok_emb.weight.scale"].astype(np.float32)[:, None]
+    table = after["tok_emb.weight"]["codes"] * after["tok_emb.weight"]["scale"].astype(np.float32)[:, None]
     assert np.array_equal(tg.dequantize(after, config)["tok_emb.weight"], table)
     error = np.abs(table - arrays["tok_emb.weight"]).mean(1) / np.abs(arrays["tok_emb.weight"]).mean(1)
     assert error[-16:].mean() < error[:16].mean()  # counts rise along the ids
@@ -443,16 +442,16 @@ def test_damping_changes_the_codes_of_the_embedding_alone(damping: float) -> Non
     config, arrays = calibrated_model()
     copies = {name: array.copy() for name, array in arrays.items()}
     changed, before, after = changed_by(arrays, config, embed_damping=damping)
-    assert changed == ({"tok_emb.weight.codes"} if damping else set())
+    assert changed == ({("tok_emb.weight", "codes")} if damping else set())
     H = copies["hessian.head.0"].astype(np.float64)
     damped = torch.from_numpy(H + damping * np.diag(H).mean() * np.eye(len(H))).float()
     clip, bits, floor = tg.precision("embed", config)
     codes, scale = tg.gptq(torch.from_numpy(copies["tok_emb.weight"])[None], damped[None], clip, bits, floor)
-    assert np.array_equal(after["tok_emb.weight.scale"], scale[0].numpy())
-    assert (after["tok_emb.weight.codes"] != codes[0].numpy()).mean() < 2e-3  # ties that rounding of H moves
+    assert np.array_equal(after["tok_emb.weight"]["scale"], scale[0].numpy())
+    assert (after["tok_emb.weight"]["codes"] != codes[0].numpy()).mean() < 2e-3  # ties that rounding of H moves
     assert all(np.array_equal(arrays[name], copies[name]) for name in arrays)
     again = tg.quantize(arrays, dataclasses.replace(config, embed_damping=damping), CPU)
-    assert all(np.array_equal(after[name], again[name]) for name in after)
+    assert all(np.array_equal(after[name][part], again[name][part]) for name, part in names(after))
 
 
 def test_schemes_without_statistics_need_no_counts() -> None:

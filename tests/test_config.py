@@ -254,6 +254,20 @@ def test_every_field_changes_in_a_preset_or_is_a_documented_knob() -> None:
     assert set(tg.FIELDS) - changed == RUN_TIME | OWN_KNOBS | PUBLISHED_KNOBS
 
 
+# Choices that no preset makes: the valid way round of an order that presets refuse to take, and no refitting at all.
+CHOICES_WITHOUT_PRESET = {("ttt_kind", "pre_eval_illegal"), ("fit_artifact", "0")}
+
+
+def test_every_choice_is_made_in_a_preset_or_is_a_documented_one() -> None:
+    """The same for the values of a setting with choices: the default's, those of presets, or in the list above."""
+    unmade = set()
+    for name, field in tg.FIELDS.items():
+        made = {field.default} | {preset[name] for preset in tg.PRESETS.values() if name in preset}
+        if name not in RUN_TIME:
+            unmade |= {(name, choice) for choice in field.metadata["choices"] if choice not in made}
+    assert unmade == CHOICES_WITHOUT_PRESET
+
+
 def test_every_field_is_used() -> None:
     """Each setting is read from a Config somewhere behind the checks of its value."""
     checks = {"validate", "model_rules", "row_rules", "stage_rules"}

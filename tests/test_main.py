@@ -158,7 +158,8 @@ def test_steps_are_those_of_the_log(finished: Finished) -> None:
 def test_tensors_account_for_every_byte_of_the_artifact(finished: Finished) -> None:
     """tensors.csv: all arrays of the file and its header; bytes add up to the file, errors are those of the weights."""
     rows, config = table(finished.folder / "tensors.csv"), finished.config
-    assert [row["array"] for row in rows] == [entry.name for entry in tg.artifact_table(config)] + ["header"]
+    names = [entry.owner + f".{entry.part}" * (entry.part != "half") for entry in tg.artifact_table(config)]
+    assert [row["array"] for row in rows] == [*names, "header"]
     assert sum(float(row["bytes"]) for row in rows) == pytest.approx(finished.result["artifact_bytes"], abs=0.01)
     assert all(float(row["bytes"]) > 0 for row in rows)
     trained = tg.load_arrays(finished.folder / "trained.bin")[1]
@@ -431,7 +432,7 @@ def test_describe_prints_json_and_touches_nothing(
 
 IMPORT_PROBE = """
 import os, random, signal, sys, threading
-import numpy, torch, torch.distributed, concurrent.futures, json, lzma, platform, resource, hashlib, ast, contextlib
+import numpy, torch, torch.distributed, concurrent.futures, json, platform, resource, hashlib, ast, contextlib
 import torch.nn.functional, logging, linecache  # what libraries do when loaded is theirs
 
 class Watched(dict):
