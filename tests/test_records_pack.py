@@ -295,6 +295,7 @@ def test_an_edit_fails_the_rule_that_knows_better(checked: Path, case: tuple[str
 # What nothing else in a folder repeats: file, pattern of its line up to the edit, reason. Any line left out is noticed.
 UNNOTICED = [
     (r"train_seed\d\.log", r"train step:\d+/\d+ .*", "the loss, rate and speed of a single step"),
+    (r"train_seed\d\.log", r"check item:.*", "what was found before training began"),
     (r"train_seed\d\.log", r"(global_ttt|calibrated|looping) .*(seconds|progress):[\d.]*", "times of parts of a stage"),
     (
         r"train_seed\d\.log",
