@@ -254,7 +254,7 @@ def find_source(text: str, line: re.Match) -> tuple[bytes, int] | None:
             data = before[-count:].encode(encoding)[-count:]
         except UnicodeEncodeError:
             continue
-        if hashlib.sha256(data).hexdigest() == line[2]:
+        if len(data) == count and hashlib.sha256(data).hexdigest() == line[2]:
             return data, len(before) - len(data.decode(encoding))
     return None
 
