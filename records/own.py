@@ -149,7 +149,15 @@ def problems(log: RunLog, result: dict[str, Any]) -> Iterator[str]:
     yield from problems_with_table(log, result)
 
 
+# What a run of all stages has tried before its first one, a line `check item:...` for each.
+CHECKED = ("packages", "train_data", "validation", "attention", "kernels", "memory", "quantizer", "artifact", "disk")
+
+
 def problems_with_lines(log: RunLog, result: dict[str, Any]) -> Iterator[str]:
+    passed = {line["item"] for line in log.lines("check") if line["ok"] == "True"}
+    for item in CHECKED:
+        if item not in passed:
+            yield f"no line `check item:{item} ok:True`"
     rows = list(LINES)
     kinds = [kind for kind in SCORED if f"{kind}_val_bpb" in result]
     rows += [("score", {"kind": k}, {n: f"{k}_{n}" for n in ("val_loss", "val_bpb", "seconds")}) for k in kinds]
