@@ -203,6 +203,9 @@ def problems_with_sums(log: RunLog, result: dict[str, Any]) -> Iterator[str]:
     ]
     kinds = [key.removesuffix("_val_bpb") for key in r if key.endswith("_val_bpb")]
     rows += [(f"{kind}_val_bpb", r[f"{kind}_val_loss"] * per_byte, 1e-12) for kind in kinds]
+    graphs = r["stage_graphs"].values()
+    totals = ("compiled_graphs", "compiled_in_clock", "compile_seconds")
+    rows += [(key, sum(stage[key] for stage in graphs), 1e-12) for key in totals]
     for key, expected, tolerance in rows:
         if r[key] != expected and not (tolerance and math.isclose(r[key], expected, rel_tol=tolerance)):
             yield f"{key} is {r[key]} in the result, {expected} by its other parts"
