@@ -36,6 +36,7 @@ LINES = (
     ("config", {}, {"preset": "preset", "run_id": "run_id", "seed": "seed"}),
     ("hardware", {}, {"devices": "hardware"}),
     ("versions", {}, {"torch": "torch"}),
+    ("attention", {}, {"backend": "attn_backend"}),
 )
 SCORED = ("oversize", "quantized", "sliding", "ttt")
 # rule of the validity report -> key of the result that it is about

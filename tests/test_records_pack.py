@@ -320,7 +320,7 @@ def is_excused(name: str, line: str, column: int, old: str, new: str) -> bool:
     if not line.startswith("result ") or not number:
         return False
     changed = re.match(r"\d*\.?\d*", line[begin:column] + new + line[column + len(old) :])[0]
-    return bool(changed.strip(".")) and abs(float(changed) / float(number[0]) - 1) < 1e-5
+    return bool(changed.strip(".")) and abs(float(changed) - float(number[0])) < 1e-5 * float(number[0])
 
 
 @st.composite
