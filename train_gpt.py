@@ -17,14 +17,14 @@ The file is read once, from top to bottom, in the order in which the data moves:
     CONFIG    environment -> one immutable Config
     RUN       processes, devices, logging, containers on disk
     DATA      uint16 shards -> packed rows of documents
+    KERNELS   functions that exist twice: the plain definition, and beside it the same numbers faster (Triton)
     MODEL     tokens -> nats per token: ONE forward pass for training, scoring, calibration and adaptation
-    KERNELS   the same numbers faster: Triton kernels beside the plain functions that they replace
     OPTIMIZER summed gradients -> updated weights (Muon for matrices, AdamW for the rest)
+    SCORE     model + validation text -> nats, tokens, bytes: every target exactly once
     TRAIN     the timed loop, the moving average, the calibration statistics
     CODER     integer codes <-> bytes, by adaptive contexts and interleaved rANS
     COMPRESS  weights + Hessians -> int6 codes -> artifact file -> weights again
-    SCORE     artifact -> nats, tokens, bytes: every target exactly once
-    ADAPT     the same, learning from what is already scored (test-time training)
+    ADAPT     the score again, learning from what is already scored (test-time training)
     CHECK     what would fail late is tried first: files, packages, device, memory, disk
     MAIN      stages, report, exit status
 
@@ -302,6 +302,10 @@ class Config:
     def adapt_tokens(self) -> int:
         """Most tokens in a pass of test-time training with adapters; larger batches are passed in parts."""
         return max(self.val_batch_tokens // 4, self.ttt_eval_seq_len)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.run_id
 
     @property
     def dataset_dir(self) -> Path:
@@ -634,10 +638,8 @@ def model_rules(c: Config) -> Iterator[Rule]:
     message = "need LOOP_START <= LOOP_END < NUM_LAYERS; change one"
     yield not c.num_loops or c.loop_start <= c.loop_end < c.num_layers, "loop_start loop_end num_layers", message
     message = "layers with lanes must come last, after all looped layers and the first half; raise it, or 0 for none"
-    for plan in (layer_plan(c, looping=False), layer_plan(c, looping=True)):
-        lanes = [visit.wiring == "two_lane" for visit in plan]
-        pushing = [visit.wiring for visit in plan if visit.push]
-        yield lanes == sorted(lanes) and "two_lane" not in pushing, "parallel_start_layer num_layers", message
+    first = max(c.num_layers // 2, c.loop_end + 1 if c.num_loops else 0)
+    yield not c.parallel_start_layer or c.parallel_start_layer >= first, "parallel_start_layer num_layers", message
 
 
 def row_rules(c: Config) -> Iterator[Rule]:
@@ -713,7 +715,7 @@ class Run:
     @property
     def padded(self) -> bool:
         """Whether rows are padded to one shape, which is compiled once, and segments are left to a variable-length
-        attention kernel. A CPU saves the work on padding, and its attention wants tables of indices: see Docs."""
+        attention kernel. A CPU saves the work on padding, and its attention wants tables of indices: see Segments."""
         return self.device.type == "cuda"
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -1108,7 +1110,7 @@ class NoiseStream:
         return np.random.default_rng(begin).integers(0, self.vocab_size, count)
 
 
-class Docs(NamedTuple):
+class Segments(NamedTuple):
     """The segments of one packed row of T tokens; attention never leaves a segment."""
 
     cu_seqlens: Tensor  # (S + 1,) int32: where segments begin, then T
@@ -1118,7 +1120,7 @@ class Docs(NamedTuple):
     scatter: Tensor  # (T,) int64: where each token's output lies in the concatenation of those batches; else empty
 
 
-def pack_segments(lengths: np.ndarray, max_seqlen: int, run: Run) -> Docs:
+def pack_segments(lengths: np.ndarray, max_seqlen: int, run: Run) -> Segments:
     """The segment table of a row made of segments of these lengths (all in 1..max_seqlen)."""
     total = int(lengths.sum())
     begins = np.cumsum(lengths) - lengths
@@ -1137,7 +1139,7 @@ def pack_segments(lengths: np.ndarray, max_seqlen: int, run: Run) -> Docs:
             scatter[index[inside]] = used + np.flatnonzero(inside)
             used += inside.size
             gather.append(torch.from_numpy(np.where(inside, index, 0)))
-    return Docs(
+    return Segments(
         move(torch.from_numpy(cu_seqlens), run.device),
         max_seqlen,
         move(torch.from_numpy(positions), run.device),
@@ -1156,7 +1158,7 @@ class Row(NamedTuple):
 
     inputs: Tensor  # (1, T) int64
     targets: Tensor  # (1, T) int64
-    docs: Docs
+    segments: Segments
 
 
 def training_row(stream: "TokenStream | NoiseStream", number: int, config: Config, run: Run) -> Row:
@@ -1172,8 +1174,8 @@ def training_row(stream: "TokenStream | NoiseStream", number: int, config: Confi
     if config.varlen_attn:
         starts = np.union1d(starts, np.flatnonzero(inputs == BOS_ID))
     stretches = np.diff(np.append(starts, length))
-    docs = pack_segments(cut_lengths(stretches, config.train_seq_len), config.train_seq_len, run)
-    return Row(*(move(torch.from_numpy(tokens)[None], run.device) for tokens in (inputs, targets)), docs)
+    segments = pack_segments(cut_lengths(stretches, config.train_seq_len), config.train_seq_len, run)
+    return Row(*(move(torch.from_numpy(tokens)[None], run.device) for tokens in (inputs, targets)), segments)
 
 
 def row_windows(number: int, total: int, config: Config) -> list[tuple[int, int]]:
@@ -1367,123 +1369,14 @@ def load_validation(config: Config) -> Validation:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# MODEL
+# KERNELS
 #
-# Token ids become nats per token. The stack is a plan of visits to physical layers; the sub-layers exist once
-# and return only their scaled contribution; a wiring says what they read and where it is added. Every product
-# with a weight goes through `project`, which can add a low-rank delta (ADAPT) or feed a Hessian (COMPRESS).
-# Weights of equal shape live in banks of shape (n, out, in), which is what Muon shards over ranks.
+# Functions of MODEL and OPTIMIZER that exist twice: the plain one is the definition, the fused one (CUDA, most of them
+# in Triton) computes the same with fewer passes over memory, which tests/bench_traffic.py counts. Sums are float32 and
+# every result is rounded once, to the dtype of its input. Triton is optional and imported when the fused functions are
+# asked for: a kernel is an ordinary function until `jit` takes it. Names: M, N, K of a matrix product; everything else
+# as in the legend above.
 # ------------------------------------------------------------------------------------------------------------
-
-
-class Matrix(NamedTuple):
-    """Where one kind of weight lies and how it is treated."""
-
-    bank: str  # attribute of GPT
-    half: int  # layer i is row half * num_layers + i of the bank
-    hessian: str  # the kind whose recorded inputs this one shares
-    role: str  # key of `precision`: clip and bits of its quantisation
-
-
-MATRICES = {
-    "attn.q": Matrix("qo_bank", 0, "attn.q", "attn"),
-    "attn.k": Matrix("kv_bank", 0, "attn.q", "attn"),
-    "attn.v": Matrix("kv_bank", 1, "attn.q", "attn"),
-    "attn.o": Matrix("qo_bank", 1, "attn.o", "attn"),
-    "mlp.up": Matrix("mlp_up_bank", 0, "mlp.up", "mlp"),
-    "mlp.down": Matrix("mlp_down_bank", 0, "mlp.down", "mlp"),
-}
-BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
-
-
-class Visit(NamedTuple):
-    """One pass through one physical layer."""
-
-    slot: int  # place in the plan; adapters are per slot, so a repeated layer adapts per pass
-    layer: int  # physical layer
-    wiring: str  # key of WIRINGS
-    push: bool  # its output is kept for a skip connection
-    skip: int | None  # skip connection that enters before it
-
-
-def layer_plan(config: Config, looping: bool) -> tuple[Visit, ...]:
-    """The visits of one forward pass. With the defaults and looping on: 0-5, 3-5, 3-5, 6-10, i.e. 17 visits.
-
-    The first half of the visits push their outputs; the second half take them back, last first, through the skip
-    connections (U-Net). The number of connections is that of the looped plan, so they are the same parameters
-    in both; an unlooped plan uses the first few.
-    """
-    physical = list(range(config.num_layers))
-    loop = physical[config.loop_start : config.loop_end + 1]
-    looped = physical[: config.loop_start] + loop * (config.num_loops + 1) + physical[config.loop_end + 1 :]
-    looped = looped if config.num_loops else physical
-    order = looped if looping else physical
-    first_half = len(order) // 2
-    skips = min(len(looped) // 2, len(looped) - len(looped) // 2, first_half)
-    plan = []
-    for slot, layer in enumerate(order):
-        wiring = "parallel" if 0 <= config.parallel_residual_start <= layer else "serial"
-        wiring = "two_lane" if 0 < config.parallel_start_layer <= layer else wiring
-        position = slot - first_half
-        skip = position if 0 <= position < skips else None
-        plan.append(Visit(slot, layer, wiring, slot < first_half, skip))
-    return tuple(plan)
-
-
-HEAD = Visit(0, 0, "", False, None)  # the tied head is one more weight, outside the plan
-
-
-class Lora(NamedTuple):
-    """Low-rank deltas for a batch of B rows: delta(x) = scale * (x A^T) B^T, one A and B per row, weight and visit."""
-
-    scale: float
-    factors: dict[str, tuple[Tensor, Tensor]]  # kind of weight -> A (slots, B, R, in), B (slots, B, out, R), float32
-
-    def by_slot(self, dtype: torch.dtype) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        """The factors of each visit, cast once per forward call: kind of weight -> per slot (A, B)."""
-        return {name: list(zip(a.to(dtype).unbind(0), b.to(dtype).unbind(0))) for name, (a, b) in self.factors.items()}
-
-
-class Taps:
-    """Sums x x^T over the inputs x of each kind of weight and layer: the Hessians that GPTQ wants."""
-
-    def __init__(self) -> None:
-        self.hessians: dict[tuple[str, int], Tensor] = {}
-
-    def add(self, name: str, layer: int, x: Tensor) -> None:
-        x = x.reshape(-1, x.size(-1)).float()
-        if (name, layer) not in self.hessians:
-            self.hessians[name, layer] = x.new_zeros(x.size(-1), x.size(-1))
-        self.hessians[name, layer].addmm_(x.T, x)
-
-
-class Call(NamedTuple):
-    """What one forward call hands to its sub-layers."""
-
-    weights: dict[str, tuple[Tensor, ...]]  # kind -> one matrix per layer, in the activation dtype
-    docs: Docs | None  # None: every row of the batch is one segment
-    cos: Tensor  # (T, 1, rope_dims / 2) float32, as sin
-    sin: Tensor
-    lora_scale: float
-    lora: dict[str, list[tuple[Tensor, Tensor]]] | None  # as from Lora.by_slot
-    taps: Taps | None
-    kernels: "Kernels"
-    bare: bool  # no adapters, no taps: products with weights are nothing but products, and kernels may take them in
-
-
-def project(x: Tensor, name: str, visit: Visit, call: Call, lora_input: Tensor | None = None) -> Tensor:
-    """x W^T for the weight `name` of a visit: (..., in) -> (..., out). The one place where weights are used.
-
-    With adapters, adds the low-rank delta of this visit, which may read another input than the weight does.
-    """
-    if call.taps is not None and (name == "head" or MATRICES[name].hessian == name):
-        call.taps.add(name, visit.layer, x)
-    y = F.linear(x, call.weights[name][visit.layer])
-    if call.lora is not None and name in call.lora:
-        a, b = call.lora[name][visit.slot]
-        low = torch.bmm(x if lora_input is None else lora_input, a.mT)  # (B, T, in) -> (B, T, R)
-        y = torch.baddbmm(y, low, b.mT, alpha=call.lora_scale)  # -> (B, T, out)
-    return y
 
 
 def rms(x: Tensor) -> Tensor:
@@ -1513,461 +1406,6 @@ def leaky_relu_squared(x: Tensor, slope: float) -> Tensor:
     """leaky_relu(x, slope)^2: x^2 above zero, (slope x)^2 below."""
     return F.leaky_relu(x, slope).square()
 
-
-def previous(x: Tensor, positions: Tensor) -> Tensor:
-    """x (B, T, D) one token later: 0 at the first position of a segment."""
-    return F.pad(x, (0, 0, 1, 0))[:, :-1] * (positions > 0).unsqueeze(-1).to(x.dtype)
-
-
-def bigram_hash(inputs: Tensor, positions: Tensor, rows: int) -> Tensor:
-    """Row (B, T) of the bigram table for each token and the one before; the last row where there is none (#162)."""
-    mixed = torch.bitwise_xor(36313 * inputs, 27191 * F.pad(inputs, (1, 0))[:, :-1])
-    return torch.where(positions > 0, mixed % (rows - 1), rows - 1)
-
-
-def softcapped_nll(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
-    """Nats of each target under softmax(softcap * tanh(logits / softcap)), in float32.
-
-    logits (B, T, V); targets (B, T), or (B, T, n) to price n ids at each position; the result has their shape.
-    """
-    capped = softcap * torch.tanh(logits.float() / softcap)
-    total = torch.logsumexp(capped, -1, keepdim=True)
-    choices = targets if targets.dim() == logits.dim() else targets.unsqueeze(-1)
-    return (total - capped.gather(-1, choices)).view(targets.shape)
-
-
-# Attention back-ends: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d), causal, scale 1/sqrt(d), query head h
-# reads key/value head h // (H / K). With docs, B = 1 and attention stays inside the segments.
-
-
-def attend_fa3(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None, dense: Callable, varlen: Callable) -> Tensor:
-    """FlashAttention-3: its functions for dense rows and for packed ones, from where find_fa3() has them."""
-    if docs is None:
-        out = dense(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out
-    cu, longest = docs.cu_seqlens, docs.max_seqlen
-    out = varlen(q[0], k[0], v[0], cu, cu, max_seqlen_q=longest, max_seqlen_k=longest, causal=True)
-    return (out[0] if isinstance(out, tuple) else out).unsqueeze(0)
-
-
-# FlashAttention-3 as Hugging Face builds it, for PyTorch 2.9 and later with CUDA 12.6 to 13.0; modded-nanogpt takes it.
-FA3_KERNEL, FA3_KERNEL_VERSION = "kernels-community/flash-attn3", 1
-
-
-@functools.cache
-def fetch_fa3() -> tuple[Any, str]:
-    """FA3_KERNEL through the package `kernels`, downloaded at its first use, and its name; or None and what happened."""
-    try:
-        from kernels import get_kernel
-
-        return get_kernel(FA3_KERNEL, version=FA3_KERNEL_VERSION), FA3_KERNEL
-    except Exception as error:  # noqa: BLE001 - no network, no build for this PyTorch, another `kernels`
-        return None, f"cannot be fetched from {FA3_KERNEL}: {type(error).__name__}: {error}".splitlines()[0]
-
-
-def find_fa3(may_fetch: bool) -> tuple[Any, str]:
-    """The module with FlashAttention-3's functions, and where it comes from; or None and why there is none."""
-    error = import_error("flash_attn_interface")
-    if not error:
-        return importlib.import_module("flash_attn_interface"), "flash_attn_interface"
-    return fetch_fa3() if may_fetch and not import_error("kernels") else (None, error)
-
-
-def attend_varlen(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None, causal: dict[str, Any]) -> Tensor:
-    """PyTorch's own variable-length attention (2.10 and later; FlashAttention-2 inside). Dense rows go to SDPA."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    if docs is None:
-        return attend_sdpa(q, k, v, None)
-    group = q.size(2) // k.size(2)  # repeated, because 2.10 has no grouped heads
-    k, v = k[0].repeat_interleave(group, 1), v[0].repeat_interleave(group, 1)
-    cu, longest = docs.cu_seqlens, docs.max_seqlen
-    return varlen_attn(q[0], k, v, cu, cu, longest, longest, **causal).unsqueeze(0)
-
-
-def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, docs: Docs | None) -> Tensor:
-    """PyTorch's scaled_dot_product_attention; packed rows as batches of segments of similar length."""
-    if docs is not None:
-        batches = []
-        for index in docs.gather:  # (S, T'): where in the row the tokens of S segments are
-            segments = [x[0].index_select(0, index.flatten()).unflatten(0, index.shape) for x in (q, k, v)]
-            batches.append(attend_sdpa(*segments, None).flatten(0, 1))
-        return torch.cat(batches).index_select(0, docs.scatter).unsqueeze(0)
-    group = q.size(2) // k.size(2)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, d)
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-
-def choose_attention(config: Config, device: torch.device) -> tuple[str, Callable]:
-    """Name and function of the attention back-end for this device; auto takes the first that can run.
-
-    sdpa is for a CPU: the rows of a GPU have no table of gathered segments. In brackets, the name tells where
-    FlashAttention-3 comes from, or why auto went on without it on Hopper. Raises UserError when the wanted back-end
-    cannot run.
-    """
-    on_gpu, d = device.type == "cuda", config.head_dim
-    generation = torch.cuda.get_device_capability(device)[0] if on_gpu else 0
-    head = "" if d % 8 == 0 and d <= 256 else f"MODEL_DIM / NUM_HEADS={d} is not a multiple of 8 up to 256"
-    fa3, source = None, "needs a Hopper GPU" if generation != 9 else head
-    if not source:
-        fa3, source = find_fa3(may_fetch=config.attn_backend != "varlen")
-    obstacles = {
-        "fa3": "" if fa3 else source,
-        "varlen": "needs a GPU from Ampere on" if generation < 8 else head or import_error("torch.nn.attention.varlen"),
-        "sdpa": "is for a CPU" if on_gpu else "",
-    }
-    usable = [name for name, obstacle in obstacles.items() if not obstacle]
-    name = next(iter(usable), "auto") if config.attn_backend == "auto" else config.attn_backend
-    if name not in usable:
-        reasons = "; ".join(f"{each} {obstacle}" for each, obstacle in obstacles.items() if name in (each, "auto"))
-        install = "install FlashAttention-3 (on Hopper: pip install kernels) or PyTorch 2.10"
-        fix = "set ATTN_BACKEND=auto" if usable else install
-        raise UserError(f"ATTN_BACKEND={name}: {reasons} (usable here: {', '.join(usable) or 'none'}); {fix}")
-    if name == "fa3":
-        functions = dict(dense=fa3.flash_attn_func, varlen=fa3.flash_attn_varlen_func)
-        return f"fa3 ({source})", functools.partial(attend_fa3, **functions)
-    without = f" (fa3 {source})" if config.attn_backend == "auto" and generation == 9 else ""
-    return name + without, attend_sdpa if name == "sdpa" else causal_varlen()
-
-
-def import_error(module: str) -> str:
-    """Why a module cannot be imported; empty when it can."""
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        return f"cannot be imported: {error}".splitlines()[0]
-    return ""
-
-
-def causal_varlen() -> Callable:
-    """attend_varlen with the causal option of this PyTorch: a flag in 2.10, a window in later releases."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    flag = "is_causal" in inspect.signature(varlen_attn).parameters
-    return functools.partial(attend_varlen, causal={"is_causal": True} if flag else {"window_size": (-1, 0)})
-
-
-class AttnGate(NamedTuple):
-    """One factor per head and token on the attention result: multiplier * sigmoid(scale * W n[:width])."""
-
-    width: int  # channels of the normed input n that it looks at
-    scale: float
-    multiplier: float
-    init_std: float  # of W; 0: zeros
-
-
-def attn_gate(config: Config) -> AttnGate | None:
-    """The attention gate of a configuration."""
-    return {
-        "none": None,
-        "dense": AttnGate(config.model_dim, 1.0, 1.0, config.gated_attn_init_std),  # #1886
-        "sparse": AttnGate(config.gate_window, config.sparse_attn_gate_scale, 1.0, 0.0),  # #1787
-        "two_sigma": AttnGate(config.gate_window, 1.0, 2.0, 0.0),  # #1667
-    }[config.attn_gate]
-
-
-class Block(nn.Module):
-    """The small parameters of one physical layer, and its two sub-layers. The matrices are in the banks."""
-
-    def __init__(self, config: Config, layer: int, attend: Callable | None):
-        super().__init__()
-        d, H = config.model_dim, config.num_heads
-        self.num_heads, self.num_kv_heads, self.gate_window = H, config.num_kv_heads, config.gate_window
-        self.attend, self.slope = attend, config.leaky_relu_sq_slope
-        self.depth_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
-        self.exclusive = layer >= config.num_layers - config.xsa_last_n
-        self.q_gain = nn.Parameter(torch.empty(H))
-        self.attn_scale = nn.Parameter(torch.empty(d))
-        self.mlp_scale = nn.Parameter(torch.empty(d))
-        self.resid_mix = nn.Parameter(torch.empty(2, d))
-        self.gate = attn_gate(config)
-        if self.gate:
-            self.attn_gate_w = nn.Parameter(torch.empty(H, self.gate.width))
-        self.mlp_gate_out = config.mlp_gate_out
-        if self.mlp_gate_out:
-            self.mlp_gate_w = nn.Parameter(torch.empty(1, config.gate_window))
-            self.mlp_gate_b = nn.Parameter(torch.empty(1))
-        if 0 < config.parallel_start_layer <= layer:  # only layers with lanes have something to mix
-            self.post_lambdas = nn.Parameter(torch.empty(2, 2))  # from attention, MLP (rows) into each lane
-            self.resid_lambdas = nn.Parameter(torch.empty(2))
-
-    def mix(self, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream with the embedding mixed in again, and what attention reads of it."""
-        keep, fresh = self.resid_mix.to(x.dtype)
-        m = keep * x + fresh * x0
-        return m, rms(m) * self.depth_scale
-
-    def attention(self, n: Tensor, visit: Visit, call: Call) -> Tensor:
-        """What attention, reading n (B, T, D), adds to the residual stream."""
-        if call.bare:
-            qk = call.kernels.joint_linear(n, *(call.weights[name][visit.layer] for name in ("attn.q", "attn.k")))
-        else:
-            qk = torch.cat([project(n, name, visit, call) for name in ("attn.q", "attn.k")], -1)
-        qk = qk.unflatten(-1, (self.num_heads + self.num_kv_heads, -1))  # (B, T, H + K, d)
-        q, k = call.kernels.heads(qk, self.q_gain, call.cos, call.sin)
-        v = project(n, "attn.v", visit, call).unflatten(-1, (self.num_kv_heads, -1))  # (B, T, K, d)
-        y = self.finish(self.attend(q, k, v, call.docs), v, n, call)
-        return self.attn_scale.to(y.dtype) * project(y.flatten(2), "attn.o", visit, call, lora_input=n)
-
-    def finish(self, y: Tensor, v: Tensor, n: Tensor, call: Call) -> Tensor:
-        """The attention result y (B, T, H, d) without the token's own value, times the gate of each head."""
-        if not self.gate:
-            return remove_own_value(y, v) if self.exclusive else y
-        window = F.linear(n[..., : self.gate.width], self.attn_gate_w.to(n.dtype)).float()  # (B, T, H)
-        factor = (self.gate.multiplier * torch.sigmoid(self.gate.scale * window)).to(y.dtype)
-        return call.kernels.exclusive_gate(y, v, factor) if self.exclusive else y * factor.unsqueeze(-1)
-
-    def mlp(self, r: Tensor, visit: Visit, call: Call) -> Tensor:
-        """What the MLP adds to the residual stream r (B, T, D). Its output gate looks at r itself (#1941)."""
-        u = rms(r) * self.depth_scale
-        if call.bare:
-            up, down = (call.weights[name][visit.layer] for name in ("mlp.up", "mlp.down"))
-            y = call.kernels.mlp(u, up, down, self.slope)
-        else:
-            h = leaky_relu_squared(project(u, "mlp.up", visit, call), self.slope)  # (B, T, F)
-            y = project(h, "mlp.down", visit, call, lora_input=u)
-        if self.mlp_gate_out:
-            window = F.linear(r[..., : self.gate_window], self.mlp_gate_w.to(r.dtype)).float()  # (B, T, 1)
-            y = torch.sigmoid(window + self.mlp_gate_b).to(y.dtype) * y
-        return self.mlp_scale.to(y.dtype) * y
-
-
-Lanes = tuple[Tensor, Tensor]  # (attn_lane, mlp_lane), each (B, T, D); the same tensor while the stream is one
-
-
-def serial(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> Lanes:
-    """Attention, then the MLP, on one stream."""
-    m, n = block.mix(lanes[0], x0)
-    r = m + block.attention(n, visit, call)
-    x = r + block.mlp(r, visit, call)
-    return x, x
-
-
-def parallel(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> Lanes:
-    """Attention and MLP side by side on one stream: both read the same input."""
-    m, n = block.mix(lanes[0], x0)
-    x = m + block.attention(n, visit, call) + block.mlp(m, visit, call)
-    return x, x
-
-
-def two_lane(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> Lanes:
-    """Attention and MLP side by side, each on its own lane; both write to both lanes."""
-    attn_lane, mlp_lane = lanes
-    a = block.attention(block.mix(attn_lane, x0)[1], visit, call)
-    m = block.mlp(mlp_lane, visit, call)
-    post, keep = block.post_lambdas.to(a.dtype), block.resid_lambdas.to(a.dtype)
-    return (
-        keep[0] * attn_lane + post[0, 0] * a + post[1, 0] * m,
-        keep[1] * mlp_lane + post[0, 1] * a + post[1, 1] * m,
-    )
-
-
-WIRINGS = {"serial": serial, "parallel": parallel, "two_lane": two_lane}
-
-
-class GPT(nn.Module):
-    """The network. Parameters are float32; activations have the run's dtype."""
-
-    def __init__(self, config: Config, run: Run, device: torch.device | str | None = None):
-        super().__init__()
-        c, L, d = config, config.num_layers, config.model_dim
-        self.config, self.dtype = config, run.dtype
-        on_meta = torch.device(device or "cpu").type == "meta"
-        self.kernels = PLAIN if on_meta else choose_kernels(c.kernels, run.device)[1]
-        attend = None if on_meta else choose_attention(config, run.device)[1]  # shapes alone need none
-        kv_dim = c.num_kv_heads * c.head_dim
-        with torch.device("meta" if on_meta else "cpu"):  # drawn on the CPU: the same weights on every machine
-            self.tok_emb = nn.Embedding(c.vocab_size, d)
-            self.qo_bank = nn.Parameter(torch.empty(2 * L, d, d))
-            self.kv_bank = nn.Parameter(torch.empty(2 * L, kv_dim, d))
-            self.mlp_up_bank = nn.Parameter(torch.empty(L, c.mlp_dim, d))
-            self.mlp_down_bank = nn.Parameter(torch.empty(L, d, c.mlp_dim))
-            self.blocks = nn.ModuleList([Block(c, layer, attend) for layer in range(L)])
-            # One parameter per connection: those that a plan does not use get no gradient and no decay.
-            skips = sum(visit.skip is not None for visit in layer_plan(c, looping=True))
-            self.skip_weights = nn.ParameterList([torch.empty(d) for _ in range(skips)])
-            if c.skip_gates_enabled:
-                self.skip_gates = nn.ParameterList([torch.empty(d) for _ in range(skips)])
-            if c.smear_gate_enabled:
-                self.smear_gate_w = nn.Parameter(torch.empty(1, c.gate_window))
-                self.smear_lambda = nn.Parameter(torch.empty(1))
-            if c.smear_perdim_enabled:
-                self.smear_perdim = nn.Parameter(torch.empty(d))
-            if c.bigram_vocab_size:
-                self.bigram_emb = nn.Embedding(c.bigram_vocab_size, c.bigram_dim)
-                self.bigram_bank = nn.Parameter(torch.empty(1, d, c.bigram_dim))
-                self.bigram_scale = nn.Parameter(torch.empty(1))
-        if not on_meta:
-            self.init_weights()
-            self.to(run.device)
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """Draws every parameter anew from SEED.
-
-        | parameter                              | value                                                       |
-        | attn_gate_w, tok_emb                   | normal, std of the gate, TIED_EMBED_INIT_STD                |
-        | tok_emb of fused markers               | .4 of the space's and .6 of the marker's, as long as this   |
-        | q, k, v, mlp up                        | orthogonal, or uniform in +-1 / sqrt(fan_in): INIT_SCHEME   |
-        | attention output, mlp down             | 0: every block starts as the identity                       |
-        | bigram_bank                            | orthogonal / sqrt(2 L); bigram_emb is 0: one of two factors |
-        | q_gain, mlp_gate_b, bigram_scale       | QK_GAIN_INIT, MLP_GATE_BIAS, 0.05                           |
-        | attn_scale, mlp_scale                  | 1, or 1 / sqrt(l + 1): RESID_SCALE_DEPTH_INIT               |
-        | resid_mix                              | all of the stream, none of the embedding                    |
-        | skip_weights, post_lambdas             | 1                                                           |
-        | resid_lambdas                          | 1.1                                                         |
-        | skip_gates, mlp_gate_w, smear_*        | 0                                                           |
-        """
-        c, L = self.config, self.config.num_layers
-        random = torch.Generator().manual_seed(c.seed)
-        constants = {"q_gain": c.qk_gain_init, "mlp_gate_b": c.mlp_gate_bias, "resid_lambdas": 1.1}
-        constants |= {"post_lambdas": 1.0, "bigram_scale": 0.05}
-        for name, parameter in self.named_parameters():
-            parameter.fill_(1.0 if name.startswith("skip_weights") else constants.get(name.split(".")[-1], 0.0))
-        for layer, block in enumerate(self.blocks):
-            if block.gate:
-                block.attn_gate_w.normal_(0, block.gate.init_std, generator=random)
-            block.resid_mix[0] = 1
-            for scale in (block.attn_scale, block.mlp_scale):
-                scale.fill_(1 / math.sqrt(layer + 1) if c.resid_scale_depth_init else 1.0)
-        table = self.tok_emb.weight.normal_(0, c.tied_embed_init_std, generator=random)
-        for fused, marker in FUSED_MARKERS.items() if c.marker_pair_mode else ():
-            both = 0.4 * table[SPACE_ID] + 0.6 * table[marker]
-            table[fused] = both * (table[marker].norm() / both.norm().clamp_min(1e-9))
-        qkv = [m for layer in range(L) for m in (self.qo_bank[layer], self.kv_bank[layer], self.kv_bank[L + layer])]
-        for matrix in [*qkv, *self.mlp_up_bank]:
-            if c.init_scheme == "ortho":
-                nn.init.orthogonal_(matrix, generator=random)
-            else:
-                matrix.uniform_(-1, 1, generator=random).div_(math.sqrt(matrix.size(1)))
-        if c.bigram_vocab_size:
-            nn.init.orthogonal_(self.bigram_bank[0], 1 / math.sqrt(2 * L), generator=random)
-
-    def matrices(self) -> dict[str, tuple[Tensor, ...]]:
-        """Every weight matrix by kind and layer, cast to the activation dtype once per forward call."""
-        # One unbind per bank: its gradient is one stack, where row by row each visit would fill a whole bank.
-        rows = {bank: getattr(self, bank).to(self.dtype).unbind(0) for bank in BANKS}
-        L = self.config.num_layers
-        weights = {name: rows[m.bank][m.half * L : (m.half + 1) * L] for name, m in MATRICES.items()}
-        return weights | {"head": (self.tok_emb.weight.to(self.dtype),)}
-
-    def embed(self, inputs: Tensor, table: Tensor, positions: Tensor) -> Tensor:
-        """Token ids (B, T) -> (B, T, D) of unit mean square, with what the token before adds inside a segment."""
-        c, e = self.config, F.embedding(inputs, table)
-        if c.bigram_vocab_size:
-            pairs = F.embedding(bigram_hash(inputs, positions, c.bigram_vocab_size), self.bigram_emb.weight)
-            e = e + self.bigram_scale.to(e.dtype) * F.linear(pairs.to(e.dtype), self.bigram_bank[0].to(e.dtype))
-        if c.smear_gate_enabled and c.smear_gate_pos == "pre_norm":
-            e = self.smear(e, inputs, positions)
-        e = rms(self.kernels.stored(e))
-        if c.smear_gate_enabled and c.smear_gate_pos == "post_norm":
-            e = self.smear(e, inputs, positions)
-        if c.smear_perdim_enabled:  # a constant mixture of both tokens (#489)
-            e = torch.lerp(e, previous(e, positions), torch.sigmoid(self.smear_perdim).to(e.dtype))
-        return e
-
-    def smear(self, e: Tensor, inputs: Tensor, positions: Tensor) -> Tensor:
-        """Adds the embedding of the token before, as far as a gate on the own one says; not to a BOS (#1667, #1855),
-        nor of a fused marker (#2109)."""
-        window = F.linear(e[..., : self.config.gate_window], self.smear_gate_w.to(e.dtype)).float()
-        looks = inputs != BOS_ID
-        if self.config.marker_pair_mode:
-            before = F.pad(inputs, (1, 0))[:, :-1]
-            looks = looks & ((before < min(FUSED_MARKERS)) | (before > max(FUSED_MARKERS)))
-        gate = torch.sigmoid(window) * self.smear_lambda * looks.unsqueeze(-1)  # (B, T, 1)
-        return e + gate.to(e.dtype) * previous(e, positions)
-
-    def forward(
-        self,
-        inputs: Tensor,
-        targets: Tensor,
-        plan: tuple[Visit, ...],
-        docs: Docs | None = None,
-        lora: Lora | None = None,
-        taps: Taps | None = None,
-    ) -> Tensor:
-        """Nats of each target, float32, shape of `targets`. The only forward pass there is.
-
-        inputs (B, T) int64. targets (B, C) or (B, C, n) with C <= T belong to the last C positions. With `docs`,
-        B = 1 and the row is packed; without, each row is one segment from position 0.
-        """
-        positions = torch.arange(inputs.size(1), device=inputs.device) if docs is None else docs.positions
-        half = self.config.rope_dims // 2
-        steps = torch.arange(half, device=inputs.device, dtype=torch.float32) / max(half, 1)
-        angles = positions.float()[:, None, None] * self.config.rotary_base**-steps  # (T, 1, half)
-        weights = self.matrices()
-        bare = lora is None and taps is None
-        deltas = (lora.scale, lora.by_slot(self.dtype)) if lora else (1.0, None)
-        call = Call(weights, docs, angles.cos(), angles.sin(), *deltas, taps, self.kernels if bare else PLAIN, bare)
-
-        x0 = self.embed(inputs, weights["head"][0], positions)
-        lanes, kept = (x0, x0), []
-        for visit in plan:
-            if visit.skip is not None:
-                x = self.take_skip(visit.skip, kept.pop(), lanes[0])
-                lanes = (x, lanes[1] if visit.wiring == "two_lane" else x)
-            lanes = WIRINGS[visit.wiring](self.blocks[visit.layer], lanes, x0, visit, call)
-            if visit.push:
-                kept.append(lanes[0])
-        x = rms(0.5 * (lanes[0] + lanes[1]))[:, inputs.size(1) - targets.size(1) :]
-        return call.kernels.nll(project(x, "head", HEAD, call), targets, self.config.logit_softcap)
-
-    def take_skip(self, skip: int, kept: Tensor, x: Tensor) -> Tensor:
-        """Brings a kept output into the stream: added, or blended as sigmoid(gate) of x and the rest of the skip."""
-        kept = self.skip_weights[skip].to(x.dtype) * kept
-        if not self.config.skip_gates_enabled:
-            return x + kept
-        return torch.lerp(kept, x, torch.sigmoid(self.skip_gates[skip]).to(x.dtype))
-
-    def groups(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Optimizer group -> name -> parameter; every parameter is in exactly one group."""
-        named = dict(self.named_parameters())
-        matrix = {name: named.pop(name) for name in (*BANKS, "bigram_bank") if name in named}
-        embed = {name: named.pop(name) for name in ("tok_emb.weight", "bigram_emb.weight") if name in named}
-        return {"matrix": matrix, "embed": embed, "scalar": named}
-
-    def unused(self, plan: tuple[Visit, ...]) -> set[str]:
-        """Names of the parameters that a plan does not touch: the skip connections of the loops."""
-        used = {visit.skip for visit in plan}
-        unused = [skip for skip in range(len(self.skip_weights)) if skip not in used]
-        names = {f"{kind}.{skip}" for kind in ("skip_weights", "skip_gates") for skip in unused}
-        return names & dict(self.named_parameters()).keys()
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Every parameter as a float32 array."""
-        return {name: parameter.detach().cpu().numpy() for name, parameter in self.named_parameters()}
-
-    @torch.no_grad()
-    def load(self, arrays: Mapping[str, Tensor | np.ndarray]) -> None:
-        """Sets every parameter. Raises UserError when names or shapes do not match this configuration."""
-        named = dict(self.named_parameters())
-        shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
-        if {name: tuple(array.shape) for name, array in arrays.items()} != shapes:
-            odd = sorted(named.keys() ^ arrays.keys()) or ["shapes"]
-            raise UserError(f"weights of another configuration (differing: {', '.join(odd[:4])}); set the same values")
-        for name, parameter in named.items():
-            parameter.copy_(
-                torch.as_tensor(np.array(arrays[name]) if isinstance(arrays[name], np.ndarray) else arrays[name])
-            )
-
-
-@functools.cache
-def parameter_shapes(config: Config) -> Mapping[str, tuple[int, ...]]:
-    """The shape of every parameter of GPT by name."""
-    parameters = GPT(config, Run(), "meta").named_parameters()
-    return types.MappingProxyType({name: tuple(parameter.shape) for name, parameter in parameters})
-
-
-# ------------------------------------------------------------------------------------------------------------
-# KERNELS
-#
-# Functions of MODEL and OPTIMIZER that exist twice: the plain one is the definition, the fused one (CUDA, most of them
-# in Triton) computes the same with fewer passes over memory, which tests/bench_traffic.py counts. Sums are float32 and
-# every result is rounded once, to the dtype of its input. Triton is optional and imported when the fused functions are
-# asked for: a kernel is an ordinary function until `jit` takes it. Names: M, N, K of a matrix product; everything else
-# as in the legend above.
-# ------------------------------------------------------------------------------------------------------------
 
 tl: Any = types.SimpleNamespace(constexpr="tl.constexpr")  # stands in for triton.language, which `jit` puts here
 
@@ -2128,8 +1566,19 @@ def mlp_gradients(ctx: Any, g: Tensor, *unused: None) -> tuple:
     return (dpre @ up).view(x.shape), dpre.T @ x.reshape(-1, x.size(-1)), g.T @ h, None
 
 
-# softcapped_nll. softcap * tanh(x / softcap) + softcap = 2 softcap * sigmoid(2 x / softcap) = z, and the shift cancels
+# plain_nll. softcap * tanh(x / softcap) + softcap = 2 softcap * sigmoid(2 x / softcap) = z, and the shift cancels
 # in log-sum-exp minus target. The logits stay in their dtype in memory; float32 exists only in registers (PR #1787).
+
+
+def plain_nll(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """Nats of each target under softmax(softcap * tanh(logits / softcap)), in float32.
+
+    logits (B, T, V); targets (B, T), or (B, T, n) to price n ids at each position; the result has their shape.
+    """
+    capped = softcap * torch.tanh(logits.float() / softcap)
+    total = torch.logsumexp(capped, -1, keepdim=True)
+    choices = targets if targets.dim() == logits.dim() else targets.unsqueeze(-1)
+    return (total - capped.gather(-1, choices)).view(targets.shape)
 
 
 def nll_kernel(logits, targets, nats, total, softcap, V, BLOCK: tl.constexpr):
@@ -2266,9 +1715,7 @@ def heads(qk: Tensor, gain: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, T
     return q, k
 
 
-def heads_slope(
-    qk: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, dq: Tensor, dk: Tensor
-) -> tuple[Tensor, Tensor]:
+def heads_slope(qk: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, dq: Tensor, dk: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of qk and gain. The order of the sums is fixed for a GPU: equal inputs give equal bits."""
     out = qk.new_empty(qk.shape)
     dgain = launch_heads(qk, gain, cos, sin, dq.contiguous(), dk.contiguous(), out)
@@ -2434,7 +1881,7 @@ class Kernels(NamedTuple):
 
 
 PLAIN = Kernels(
-    plain_mlp, softcapped_nll, plain_joint_linear, plain_heads, plain_exclusive_gate, plain_symmetric, lambda x: x
+    plain_mlp, plain_nll, plain_joint_linear, plain_heads, plain_exclusive_gate, plain_symmetric, lambda x: x
 )
 
 
@@ -2481,7 +1928,7 @@ def fused_kernels() -> Kernels:
 
     def fused_nll(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
         several = targets.dim() == logits.dim()  # the n-gram tilt and the probes price several ids per position
-        return softcapped_nll(logits, targets, softcap) if several else ops.nll(logits, targets, softcap)[0]
+        return plain_nll(logits, targets, softcap) if several else ops.nll(logits, targets, softcap)[0]
 
     return Kernels(
         lambda x, up, down, slope: ops.mlp(x, up, down, slope)[0],
@@ -2550,6 +1997,649 @@ def choose_kernels(wanted: str, device: torch.device) -> tuple[str, Kernels]:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# MODEL
+#
+# Token ids become nats per token. The stack is a plan of visits to physical layers; the sub-layers exist once
+# and return only their scaled contribution; a wiring says what they read and where it is added. Every product
+# with a weight goes through `project`, which can add a low-rank delta (ADAPT) or feed a Hessian (COMPRESS).
+# Weights of equal shape live in banks of shape (n, out, in), which is what Muon shards over ranks.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Matrix(NamedTuple):
+    """Where one kind of weight lies and how it is treated."""
+
+    bank: str  # attribute of GPT
+    half: int  # layer i is row half * num_layers + i of the bank
+    hessian: str  # the kind whose recorded inputs this one shares
+    role: str  # key of `precision`: clip and bits of its quantisation
+    drawn: bool  # its first value is drawn as INIT_SCHEME says; the others are 0: a block starts as the identity
+
+
+MATRICES = {
+    "attn.q": Matrix("qo_bank", 0, "attn.q", "attn", drawn=True),
+    "attn.k": Matrix("kv_bank", 0, "attn.q", "attn", drawn=True),
+    "attn.v": Matrix("kv_bank", 1, "attn.q", "attn", drawn=True),
+    "attn.o": Matrix("qo_bank", 1, "attn.o", "attn", drawn=False),
+    "mlp.up": Matrix("mlp_up_bank", 0, "mlp.up", "mlp", drawn=True),
+    "mlp.down": Matrix("mlp_down_bank", 0, "mlp.down", "mlp", drawn=False),
+}
+BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
+
+
+class Visit(NamedTuple):
+    """One pass through one physical layer."""
+
+    slot: int  # place in the plan; adapters are per slot, so a repeated layer adapts per pass
+    layer: int  # physical layer
+    wiring: str  # key of WIRINGS
+    push: bool  # its output is kept for a skip connection
+    skip: int | None  # skip connection that enters before it
+
+
+def layer_plan(config: Config, looping: bool) -> tuple[Visit, ...]:
+    """The visits of one forward pass. With the defaults and looping on: 0-5, 3-5, 3-5, 6-10, i.e. 17 visits.
+
+    The first half of the visits push their outputs; the second half take them back, last first, through the skip
+    connections (U-Net). The number of connections is that of the looped plan, so they are the same parameters
+    in both; an unlooped plan uses the first few.
+    """
+    physical = list(range(config.num_layers))
+    loop = physical[config.loop_start : config.loop_end + 1]
+    looped = physical[: config.loop_start] + loop * (config.num_loops + 1) + physical[config.loop_end + 1 :]
+    looped = looped if config.num_loops else physical
+    order = looped if looping else physical
+    first_half = len(order) // 2
+    skips = min(len(looped) // 2, len(looped) - len(looped) // 2, first_half)
+    plan = []
+    for slot, layer in enumerate(order):
+        wiring = "parallel" if 0 <= config.parallel_residual_start <= layer else "serial"
+        wiring = "two_lane" if 0 < config.parallel_start_layer <= layer else wiring
+        position = slot - first_half
+        skip = position if 0 <= position < skips else None
+        plan.append(Visit(slot, layer, wiring, slot < first_half, skip))
+    return tuple(plan)
+
+
+class AttnGate(NamedTuple):
+    """One factor per head and token on the attention result: multiplier * sigmoid(scale * W n[:width])."""
+
+    width: int  # channels of the normed input n that it looks at
+    scale: float
+    multiplier: float
+    init_std: float  # of W; 0: zeros
+
+
+def attn_gate(config: Config) -> AttnGate | None:
+    """The attention gate of a configuration."""
+    return {
+        "none": None,
+        "dense": AttnGate(config.model_dim, 1.0, 1.0, config.gated_attn_init_std),  # #1886
+        "sparse": AttnGate(config.gate_window, config.sparse_attn_gate_scale, 1.0, 0.0),  # #1787
+        "two_sigma": AttnGate(config.gate_window, 1.0, 2.0, 0.0),  # #1667
+    }[config.attn_gate]
+
+
+First = float | Callable[[Tensor, torch.Generator], Any]  # a first value: constant, or what sets it in place
+
+
+def normal(std: float) -> First:
+    return lambda parameter, random: parameter.normal_(0, std, generator=random)
+
+
+class Parameter(NamedTuple):
+    """What is decided about a parameter before training."""
+
+    shape: tuple[int, ...]
+    group: str  # matrix (Muon), embed or scalar (AdamW); unused: published files hold it, GPT has none
+    first: First
+    stream: str = ""  # of its codes, if it is quantised; empty: never. For the matrices in banks it is their kind
+
+
+@functools.cache
+def parameter_table(c: Config) -> Mapping[str, Parameter]:
+    """Every parameter by name, in the order of GPT.named_parameters. GPT.init_weights draws the matrices over their 0."""
+    d, L, V, kv_dim = c.model_dim, c.num_layers, c.vocab_size, c.num_kv_heads * c.head_dim
+    table = {
+        "qo_bank": Parameter((2 * L, d, d), "matrix", 0.0),
+        "kv_bank": Parameter((2 * L, kv_dim, d), "matrix", 0.0),
+        "mlp_up_bank": Parameter((L, c.mlp_dim, d), "matrix", 0.0),
+        "mlp_down_bank": Parameter((L, d, c.mlp_dim), "matrix", 0.0),
+    }
+    if c.smear_gate_enabled:
+        table["smear_gate_w"] = Parameter((1, c.gate_window), "scalar", 0.0)
+        table["smear_lambda"] = Parameter((1,), "scalar", 0.0)
+    if c.smear_perdim_enabled:
+        table["smear_perdim"] = Parameter((d,), "scalar", 0.0)
+    if c.bigram_vocab_size:
+        table["bigram_bank"] = Parameter((1, d, c.bigram_dim), "matrix", 0.0)
+        table["bigram_scale"] = Parameter((1,), "scalar", 0.05)
+    table["tok_emb.weight"] = Parameter((V, d), "embed", functools.partial(first_embedding, c), "embedding")
+    for layer in range(L):
+        table |= {f"blocks.{layer}.{name}": row for name, row in layer_parameters(c, layer).items()}
+    # One parameter per connection: those that a plan does not use get no gradient and no decay.
+    skips = sum(visit.skip is not None for visit in layer_plan(c, looping=True))
+    table |= {f"skip_weights.{i}": Parameter((d,), "scalar", 1.0) for i in range(skips)}
+    if c.skip_gates_enabled:
+        table |= {f"skip_gates.{i}": Parameter((d,), "scalar", 0.0) for i in range(skips)}
+    if c.bigram_vocab_size:
+        table["bigram_emb.weight"] = Parameter((c.bigram_vocab_size, c.bigram_dim), "embed", 0.0, "bigram")
+    return types.MappingProxyType(table)
+
+
+def layer_parameters(c: Config, layer: int) -> dict[str, Parameter]:
+    """The rows of parameter_table for one physical layer, without its matrices."""
+    d, H, gate = c.model_dim, c.num_heads, attn_gate(c)
+    scale = 1 / math.sqrt(layer + 1) if c.resid_scale_depth_init else 1.0
+    table = {
+        "q_gain": Parameter((H,), "scalar", c.qk_gain_init),
+        "attn_scale": Parameter((d,), "scalar", scale),
+        "mlp_scale": Parameter((d,), "scalar", scale),
+        # At first all of the stream and none of the embedding.
+        "resid_mix": Parameter((2, d), "scalar", lambda mix, random: (mix[0].fill_(1), mix[1].fill_(0))),
+    }
+    if gate:
+        table["attn_gate_w"] = Parameter((H, gate.width), "scalar", normal(gate.init_std), "gates")
+    if c.mlp_gate_out:
+        table["mlp_gate_w"] = Parameter((1, c.gate_window), "scalar", 0.0)
+        table["mlp_gate_b"] = Parameter((1,), "scalar", c.mlp_gate_bias)
+    if 0 < c.parallel_start_layer < c.num_layers:
+        used = "scalar" if c.parallel_start_layer <= layer else "unused"  # #1941 has them in all layers
+        table["post_lambdas"] = Parameter((2, 2), used, 1.0)  # from attention, MLP (rows) into each lane
+        table["resid_lambdas"] = Parameter((2,), used, 1.1)
+    return table
+
+
+def first_embedding(c: Config, table: Tensor, random: torch.Generator) -> None:
+    """Normal; a fused marker is .4 of the space and .6 of its marker, as long as the marker (#2109)."""
+    table.normal_(0, c.tied_embed_init_std, generator=random)
+    for fused, marker in FUSED_MARKERS.items() if c.marker_pair_mode else ():
+        both = 0.4 * table[SPACE_ID] + 0.6 * table[marker]
+        table[fused] = both * (table[marker].norm() / both.norm().clamp_min(1e-9))
+
+
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of GPT by name."""
+    return {name: row.shape for name, row in parameter_table(config).items() if row.group != "unused"}
+
+
+class Lora(NamedTuple):
+    """Low-rank deltas for a batch of B rows: delta(x) = scale * (x A^T) B^T, one A and B per row, weight and visit."""
+
+    scale: float
+    factors: dict[str, tuple[Tensor, Tensor]]  # kind of weight -> A (slots, B, R, in), B (slots, B, out, R), float32
+
+    def by_slot(self, dtype: torch.dtype) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """The factors of each visit, cast once per forward call: kind of weight -> per slot (A, B)."""
+        return {name: list(zip(a.to(dtype).unbind(0), b.to(dtype).unbind(0))) for name, (a, b) in self.factors.items()}
+
+
+class Taps:
+    """Sums x x^T over the inputs x of each kind of weight and layer: the Hessians that GPTQ wants."""
+
+    def __init__(self) -> None:
+        self.hessians: dict[tuple[str, int], Tensor] = {}
+
+    def add(self, name: str, layer: int, x: Tensor) -> None:
+        x = x.reshape(-1, x.size(-1)).float()
+        if (name, layer) not in self.hessians:
+            self.hessians[name, layer] = x.new_zeros(x.size(-1), x.size(-1))
+        self.hessians[name, layer].addmm_(x.T, x)
+
+
+class Call(NamedTuple):
+    """What one forward call hands to its sub-layers."""
+
+    weights: dict[str, tuple[Tensor, ...]]  # kind -> one matrix per layer, in the activation dtype
+    segments: Segments | None  # None: every row of the batch is one segment
+    cos: Tensor  # (T, 1, rope_dims / 2) float32, as sin
+    sin: Tensor
+    lora_scale: float
+    lora: dict[str, list[tuple[Tensor, Tensor]]] | None  # as from Lora.by_slot
+    taps: Taps | None
+    kernels: "Kernels"
+    bare: bool  # no adapters, no taps: products with weights are nothing but products, and kernels may take them in
+
+
+def project(
+    x: Tensor, name: str, call: Call, layer: int = 0, slot: int = 0, lora_input: Tensor | None = None
+) -> Tensor:
+    """x W^T for the weight `name` of a layer: (..., in) -> (..., out). The one place where weights are used.
+
+    With adapters, adds the low-rank delta of the visit `slot`, which may read another input than the weight does. The
+    tied head exists once, as layer 0 and slot 0.
+    """
+    if call.taps is not None and (name == "head" or MATRICES[name].hessian == name):
+        call.taps.add(name, layer, x)
+    y = F.linear(x, call.weights[name][layer])
+    if call.lora is not None and name in call.lora:
+        a, b = call.lora[name][slot]
+        low = torch.bmm(x if lora_input is None else lora_input, a.mT)  # (B, T, in) -> (B, T, R)
+        y = torch.baddbmm(y, low, b.mT, alpha=call.lora_scale)  # -> (B, T, out)
+    return y
+
+
+def previous(x: Tensor, positions: Tensor) -> Tensor:
+    """x (B, T, D) one token later: 0 at the first position of a segment."""
+    return F.pad(x, (0, 0, 1, 0))[:, :-1] * (positions > 0).unsqueeze(-1).to(x.dtype)
+
+
+def bigram_hash(inputs: Tensor, positions: Tensor, rows: int) -> Tensor:
+    """Row (B, T) of the bigram table for each token and the one before; the last row where there is none (#162)."""
+    mixed = torch.bitwise_xor(36313 * inputs, 27191 * F.pad(inputs, (1, 0))[:, :-1])
+    return torch.where(positions > 0, mixed % (rows - 1), rows - 1)
+
+
+# Attention back-ends: q (B, T, H, d), k and v (B, T, K, d) -> (B, T, H, d), causal, scale 1/sqrt(d), query head h
+# reads key/value head h // (H / K). With segments, B = 1 and attention stays inside the segments.
+
+
+def attend_fa3(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, dense: Callable, varlen: Callable) -> Tensor:
+    """FlashAttention-3: its functions for dense rows and for packed ones, from where find_fa3() has them."""
+    if segments is None:
+        out = dense(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+    cu, longest = segments.cu_seqlens, segments.max_seqlen
+    out = varlen(q[0], k[0], v[0], cu, cu, max_seqlen_q=longest, max_seqlen_k=longest, causal=True)
+    return (out[0] if isinstance(out, tuple) else out).unsqueeze(0)
+
+
+# FlashAttention-3 as Hugging Face builds it, for PyTorch 2.9 and later with CUDA 12.6 to 13.0; modded-nanogpt takes it.
+FA3_KERNEL, FA3_KERNEL_VERSION = "kernels-community/flash-attn3", 1
+
+
+@functools.cache
+def fetch_fa3() -> tuple[Any, str]:
+    """FA3_KERNEL through the package `kernels`, downloaded at its first use, and its name; or None and what happened."""
+    try:
+        from kernels import get_kernel
+
+        return get_kernel(FA3_KERNEL, version=FA3_KERNEL_VERSION), FA3_KERNEL
+    except Exception as error:  # noqa: BLE001 - no network, no build for this PyTorch, another `kernels`
+        return None, f"cannot be fetched from {FA3_KERNEL}: {type(error).__name__}: {error}".splitlines()[0]
+
+
+def find_fa3(may_fetch: bool) -> tuple[Any, str]:
+    """The module with FlashAttention-3's functions, and where it comes from; or None and why there is none."""
+    error = import_error("flash_attn_interface")
+    if not error:
+        return importlib.import_module("flash_attn_interface"), "flash_attn_interface"
+    return fetch_fa3() if may_fetch and not import_error("kernels") else (None, error)
+
+
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, causal: dict[str, Any]) -> Tensor:
+    """PyTorch's own variable-length attention (2.10 and later; FlashAttention-2 inside). Dense rows go to SDPA."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if segments is None:
+        return attend_sdpa(q, k, v, None)
+    group = q.size(2) // k.size(2)  # repeated, because 2.10 has no grouped heads
+    k, v = k[0].repeat_interleave(group, 1), v[0].repeat_interleave(group, 1)
+    cu, longest = segments.cu_seqlens, segments.max_seqlen
+    return varlen_attn(q[0], k, v, cu, cu, longest, longest, **causal).unsqueeze(0)
+
+
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
+    """PyTorch's scaled_dot_product_attention; packed rows as batches of segments of similar length."""
+    if segments is not None:
+        batches = []
+        for index in segments.gather:  # (S, T'): where in the row the tokens of S segments are
+            pieces = [x[0].index_select(0, index.flatten()).unflatten(0, index.shape) for x in (q, k, v)]
+            batches.append(attend_sdpa(*pieces, None).flatten(0, 1))
+        return torch.cat(batches).index_select(0, segments.scatter).unsqueeze(0)
+    group = q.size(2) // k.size(2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, d)
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def choose_attention(config: Config, device: torch.device) -> tuple[str, Callable]:
+    """Name and function of the attention back-end for this device; auto takes the first that can run.
+
+    sdpa is for a CPU: the rows of a GPU have no table of gathered segments. In brackets, the name tells where
+    FlashAttention-3 comes from, or why auto went on without it on Hopper. Raises UserError when the wanted back-end
+    cannot run.
+    """
+    on_gpu, d = device.type == "cuda", config.head_dim
+    generation = torch.cuda.get_device_capability(device)[0] if on_gpu else 0
+    head = "" if d % 8 == 0 and d <= 256 else f"MODEL_DIM / NUM_HEADS={d} is not a multiple of 8 up to 256"
+    fa3, source = None, "needs a Hopper GPU" if generation != 9 else head
+    if not source:
+        fa3, source = find_fa3(may_fetch=config.attn_backend != "varlen")
+    obstacles = {
+        "fa3": "" if fa3 else source,
+        "varlen": "needs a GPU from Ampere on" if generation < 8 else head or import_error("torch.nn.attention.varlen"),
+        "sdpa": "is for a CPU" if on_gpu else "",
+    }
+    usable = [name for name, obstacle in obstacles.items() if not obstacle]
+    name = next(iter(usable), "auto") if config.attn_backend == "auto" else config.attn_backend
+    if name not in usable:
+        reasons = "; ".join(f"{each} {obstacle}" for each, obstacle in obstacles.items() if name in (each, "auto"))
+        install = "install FlashAttention-3 (on Hopper: pip install kernels) or PyTorch 2.10"
+        fix = "set ATTN_BACKEND=auto" if usable else install
+        raise UserError(f"ATTN_BACKEND={name}: {reasons} (usable here: {', '.join(usable) or 'none'}); {fix}")
+    if name == "fa3":
+        functions = dict(dense=fa3.flash_attn_func, varlen=fa3.flash_attn_varlen_func)
+        return f"fa3 ({source})", functools.partial(attend_fa3, **functions)
+    without = f" (fa3 {source})" if config.attn_backend == "auto" and generation == 9 else ""
+    return name + without, attend_sdpa if name == "sdpa" else causal_varlen()
+
+
+def import_error(module: str) -> str:
+    """Why a module cannot be imported; empty when it can."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return f"cannot be imported: {error}".splitlines()[0]
+    return ""
+
+
+def causal_varlen() -> Callable:
+    """attend_varlen with the causal option of this PyTorch: a flag in 2.10, a window in later releases."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    flag = "is_causal" in inspect.signature(varlen_attn).parameters
+    return functools.partial(attend_varlen, causal={"is_causal": True} if flag else {"window_size": (-1, 0)})
+
+
+class Block(nn.Module):
+    """One physical layer: its two sub-layers and its rows of layer_parameters. Its matrices are in the banks."""
+
+    def __init__(self, config: Config, layer: int, attend: Callable | None):
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.gate_window = config.gate_window
+        self.attend, self.slope = attend, config.leaky_relu_sq_slope
+        self.depth_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
+        self.exclusive = layer >= config.num_layers - config.xsa_last_n
+        self.gate, self.mlp_gate_out = attn_gate(config), config.mlp_gate_out
+
+    def mix(self, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream with the embedding mixed in again, and what attention reads of it."""
+        keep, fresh = self.resid_mix.to(x.dtype)
+        m = keep * x + fresh * x0
+        return m, rms(m) * self.depth_scale
+
+    def attention(self, n: Tensor, visit: Visit, call: Call) -> Tensor:
+        """What attention, reading n (B, T, D), adds to the residual stream."""
+        at = visit.layer, visit.slot
+        if call.bare:
+            qk = call.kernels.joint_linear(n, *(call.weights[name][visit.layer] for name in ("attn.q", "attn.k")))
+        else:
+            qk = torch.cat([project(n, name, call, *at) for name in ("attn.q", "attn.k")], -1)
+        qk = qk.unflatten(-1, (self.num_heads + self.num_kv_heads, -1))  # (B, T, H + K, d)
+        q, k = call.kernels.heads(qk, self.q_gain, call.cos, call.sin)
+        v = project(n, "attn.v", call, *at).unflatten(-1, (self.num_kv_heads, -1))  # (B, T, K, d)
+        y = self.finish(self.attend(q, k, v, call.segments), v, n, call)
+        return self.attn_scale.to(y.dtype) * project(y.flatten(2), "attn.o", call, *at, lora_input=n)
+
+    def finish(self, y: Tensor, v: Tensor, n: Tensor, call: Call) -> Tensor:
+        """The attention result y (B, T, H, d) without the token's own value, times the gate of each head."""
+        if not self.gate:
+            return remove_own_value(y, v) if self.exclusive else y
+        window = F.linear(n[..., : self.gate.width], self.attn_gate_w.to(n.dtype)).float()  # (B, T, H)
+        factor = (self.gate.multiplier * torch.sigmoid(self.gate.scale * window)).to(y.dtype)
+        return call.kernels.exclusive_gate(y, v, factor) if self.exclusive else y * factor.unsqueeze(-1)
+
+    def mlp(self, r: Tensor, visit: Visit, call: Call) -> Tensor:
+        """What the MLP adds to the residual stream r (B, T, D). Its output gate looks at r itself (#1941)."""
+        at = visit.layer, visit.slot
+        u = rms(r) * self.depth_scale
+        if call.bare:
+            up, down = (call.weights[name][visit.layer] for name in ("mlp.up", "mlp.down"))
+            y = call.kernels.mlp(u, up, down, self.slope)
+        else:
+            h = leaky_relu_squared(project(u, "mlp.up", call, *at), self.slope)  # (B, T, F)
+            y = project(h, "mlp.down", call, *at, lora_input=u)
+        if self.mlp_gate_out:
+            window = F.linear(r[..., : self.gate_window], self.mlp_gate_w.to(r.dtype)).float()  # (B, T, 1)
+            y = torch.sigmoid(window + self.mlp_gate_b).to(y.dtype) * y
+        return self.mlp_scale.to(y.dtype) * y
+
+
+Lanes = tuple[Tensor, Tensor]  # (attn_lane, mlp_lane), each (B, T, D); the same tensor while the stream is one
+
+
+def serial(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> Lanes:
+    """Attention, then the MLP, on one stream."""
+    m, n = block.mix(lanes[0], x0)
+    r = m + block.attention(n, visit, call)
+    x = r + block.mlp(r, visit, call)
+    return x, x
+
+
+def parallel(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> Lanes:
+    """Attention and MLP side by side on one stream: both read the same input."""
+    m, n = block.mix(lanes[0], x0)
+    x = m + block.attention(n, visit, call) + block.mlp(m, visit, call)
+    return x, x
+
+
+def two_lane(block: Block, lanes: Lanes, x0: Tensor, visit: Visit, call: Call) -> Lanes:
+    """Attention and MLP side by side, each on its own lane; both write to both lanes."""
+    attn_lane, mlp_lane = lanes
+    a = block.attention(block.mix(attn_lane, x0)[1], visit, call)
+    m = block.mlp(mlp_lane, visit, call)
+    post, keep = block.post_lambdas.to(a.dtype), block.resid_lambdas.to(a.dtype)
+    return (
+        keep[0] * attn_lane + post[0, 0] * a + post[1, 0] * m,
+        keep[1] * mlp_lane + post[0, 1] * a + post[1, 1] * m,
+    )
+
+
+WIRINGS = {"serial": serial, "parallel": parallel, "two_lane": two_lane}
+
+
+class GPT(nn.Module):
+    """The network. Parameters are float32; activations have the run's dtype."""
+
+    def __init__(self, config: Config, run: Run, device: torch.device | str | None = None):
+        super().__init__()
+        c = config
+        self.config, self.dtype = config, run.dtype
+        on_meta = torch.device(device or "cpu").type == "meta"
+        self.kernels = PLAIN if on_meta else choose_kernels(c.kernels, run.device)[1]
+        attend = None if on_meta else choose_attention(config, run.device)[1]  # shapes alone need none
+        self.tok_emb = nn.Module()
+        self.blocks = nn.ModuleList([Block(c, layer, attend) for layer in range(c.num_layers)])
+        self.skip_weights, self.skip_gates, self.bigram_emb = nn.ParameterList(), nn.ParameterList(), nn.Module()
+        for name, shape in parameter_shapes(c).items():
+            # Made on the CPU, so that equal seeds give equal weights on every machine.
+            parameter = nn.Parameter(torch.empty(shape, device="meta" if on_meta else "cpu"))
+            *path, leaf = name.split(".")
+            owner = self.get_submodule(".".join(path))
+            owner.append(parameter) if isinstance(owner, nn.ParameterList) else setattr(owner, leaf, parameter)
+        if not on_meta:
+            self.init_weights()
+            self.to(run.device)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Sets every parameter to its first value; SEED decides what is drawn.
+
+        Of the matrices, those that MATRICES names are drawn as INIT_SCHEME says: orthogonal, or uniform in
+        +-1 / sqrt(fan_in); and bigram_bank, whose product with bigram_emb starts at 0 because the latter does.
+        """
+        c, random = self.config, torch.Generator().manual_seed(self.config.seed)
+        for members in reversed(self.groups().values()):
+            for name, parameter in members.items():
+                first = parameter_table(c)[name].first
+                first(parameter, random) if callable(first) else parameter.fill_(first)
+        for role in ("attn", "mlp"):
+            kinds = [kind for kind in MATRICES.values() if kind.role == role and kind.drawn]
+            for layer, kind in itertools.product(range(c.num_layers), kinds):
+                matrix = getattr(self, kind.bank)[kind.half * c.num_layers + layer]
+                if c.init_scheme == "ortho":
+                    nn.init.orthogonal_(matrix, generator=random)
+                else:
+                    matrix.uniform_(-1, 1, generator=random).div_(math.sqrt(matrix.size(1)))
+        if c.bigram_vocab_size:
+            nn.init.orthogonal_(self.bigram_bank[0], 1 / math.sqrt(2 * c.num_layers), generator=random)
+
+    def matrices(self) -> dict[str, tuple[Tensor, ...]]:
+        """Every weight matrix by kind and layer, cast to the activation dtype once per forward call."""
+        # One unbind per bank: its gradient is one stack, where row by row each visit would fill a whole bank.
+        rows = {bank: getattr(self, bank).to(self.dtype).unbind(0) for bank in BANKS}
+        L = self.config.num_layers
+        weights = {name: rows[m.bank][m.half * L : (m.half + 1) * L] for name, m in MATRICES.items()}
+        return weights | {"head": (self.tok_emb.weight.to(self.dtype),)}
+
+    def embed(self, inputs: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+        """Token ids (B, T) -> (B, T, D) of unit mean square, with what the token before adds inside a segment."""
+        c, e = self.config, F.embedding(inputs, table)
+        if c.bigram_vocab_size:
+            pairs = F.embedding(bigram_hash(inputs, positions, c.bigram_vocab_size), self.bigram_emb.weight)
+            e = e + self.bigram_scale.to(e.dtype) * F.linear(pairs.to(e.dtype), self.bigram_bank[0].to(e.dtype))
+        if c.smear_gate_enabled and c.smear_gate_pos == "pre_norm":
+            e = self.smear(e, inputs, positions)
+        e = rms(self.kernels.stored(e))
+        if c.smear_gate_enabled and c.smear_gate_pos == "post_norm":
+            e = self.smear(e, inputs, positions)
+        if c.smear_perdim_enabled:  # a constant mixture of both tokens (#489)
+            e = torch.lerp(e, previous(e, positions), torch.sigmoid(self.smear_perdim).to(e.dtype))
+        return e
+
+    def smear(self, e: Tensor, inputs: Tensor, positions: Tensor) -> Tensor:
+        """Adds the embedding of the token before, as far as a gate on the own one says; not to a BOS (#1667, #1855),
+        nor of a fused marker (#2109)."""
+        window = F.linear(e[..., : self.config.gate_window], self.smear_gate_w.to(e.dtype)).float()
+        looks = inputs != BOS_ID
+        if self.config.marker_pair_mode:
+            before = F.pad(inputs, (1, 0))[:, :-1]
+            looks = looks & ((before < min(FUSED_MARKERS)) | (before > max(FUSED_MARKERS)))
+        gate = torch.sigmoid(window) * self.smear_lambda * looks.unsqueeze(-1)  # (B, T, 1)
+        return e + gate.to(e.dtype) * previous(e, positions)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        plan: tuple[Visit, ...],
+        segments: Segments | None = None,
+        lora: Lora | None = None,
+        taps: Taps | None = None,
+    ) -> Tensor:
+        """Nats of each target, float32, shape of `targets`. The only forward pass there is.
+
+        inputs (B, T) int64. targets (B, C) or (B, C, n) with C <= T belong to the last C positions. With `segments`,
+        B = 1 and the row is packed; without, each row is one segment from position 0.
+        """
+        positions = torch.arange(inputs.size(1), device=inputs.device) if segments is None else segments.positions
+        half = self.config.rope_dims // 2
+        steps = torch.arange(half, device=inputs.device, dtype=torch.float32) / max(half, 1)
+        angles = positions.float()[:, None, None] * self.config.rotary_base**-steps  # (T, 1, half)
+        weights = self.matrices()
+        bare = lora is None and taps is None
+        deltas = (lora.scale, lora.by_slot(self.dtype)) if lora else (1.0, None)
+        call = Call(weights, segments, angles.cos(), angles.sin(), *deltas, taps, self.kernels if bare else PLAIN, bare)
+
+        x0 = self.embed(inputs, weights["head"][0], positions)
+        lanes, kept = (x0, x0), []
+        for visit in plan:
+            if visit.skip is not None:
+                x = self.take_skip(visit.skip, kept.pop(), lanes[0])
+                lanes = (x, lanes[1] if visit.wiring == "two_lane" else x)
+            lanes = WIRINGS[visit.wiring](self.blocks[visit.layer], lanes, x0, visit, call)
+            if visit.push:
+                kept.append(lanes[0])
+        x = rms(0.5 * (lanes[0] + lanes[1]))[:, inputs.size(1) - targets.size(1) :]
+        return call.kernels.nll(project(x, "head", call), targets, self.config.logit_softcap)
+
+    def take_skip(self, skip: int, kept: Tensor, x: Tensor) -> Tensor:
+        """Brings a kept output into the stream: added, or blended as sigmoid(gate) of x and the rest of the skip."""
+        kept = self.skip_weights[skip].to(x.dtype) * kept
+        if not self.config.skip_gates_enabled:
+            return x + kept
+        return torch.lerp(kept, x, torch.sigmoid(self.skip_gates[skip]).to(x.dtype))
+
+    def groups(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Optimizer group -> name -> parameter; every parameter is in exactly one group."""
+        groups: dict[str, dict[str, nn.Parameter]] = {"matrix": {}, "embed": {}, "scalar": {}}
+        for name, parameter in self.named_parameters():
+            groups[parameter_table(self.config)[name].group][name] = parameter
+        return groups
+
+    def unused(self, plan: tuple[Visit, ...]) -> set[str]:
+        """Names of the parameters that a plan does not touch: the skip connections of the loops."""
+        used = {visit.skip for visit in plan}
+        unused = [skip for skip in range(len(self.skip_weights)) if skip not in used]
+        names = {f"{kind}.{skip}" for kind in ("skip_weights", "skip_gates") for skip in unused}
+        return names & dict(self.named_parameters()).keys()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Every parameter as a float32 array."""
+        return {name: parameter.detach().cpu().numpy() for name, parameter in self.named_parameters()}
+
+    @torch.no_grad()
+    def load(self, arrays: Mapping[str, Tensor | np.ndarray]) -> None:
+        """Sets every parameter. Raises UserError when names or shapes do not match this configuration."""
+        named = dict(self.named_parameters())
+        shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
+        if {name: tuple(array.shape) for name, array in arrays.items()} != shapes:
+            odd = sorted(named.keys() ^ arrays.keys()) or ["shapes"]
+            raise UserError(f"weights of another configuration (differing: {', '.join(odd[:4])}); set the same values")
+        for name, parameter in named.items():
+            parameter.copy_(
+                torch.as_tensor(np.array(arrays[name]) if isinstance(arrays[name], np.ndarray) else arrays[name])
+            )
+
+
+class Program:
+    """The one model of a process and its forward pass, compiled for each use: PyTorch compiles anew for another model.
+
+    `train` takes packed rows of training text, `score` padded rows of windows without gradients, `adapt` batches of
+    windows with adapters. Their arguments are those of GPT.forward. All that they will meet is compiled before a clock
+    runs: Trainer.warm_up, warm_up_score, warm_up_adapt.
+    """
+
+    def __init__(self, config: Config, run: Run):
+        self.config, self.run = config, run
+        self.in_clock = 0  # graphs compiled while a clock of the challenge ran
+
+    @functools.cached_property
+    def model(self) -> GPT:
+        return GPT(self.config, self.run)
+
+    @functools.cached_property
+    def train(self) -> Callable:
+        return self.compiled("train")
+
+    @functools.cached_property
+    def score(self) -> Callable:
+        return self.compiled("score")
+
+    @functools.cached_property
+    def adapt(self) -> Callable:
+        return self.compiled("adapt")
+
+    def compiled(self, use: str) -> Callable:
+        if not compiles(self.config, self.run):
+            return self.model
+        forward = maybe_compile(GPT.forward, use, self.config, self.run)
+
+        def call(
+            inputs: Tensor, targets: Tensor, plan: tuple, segments: Segments | None = None, lora: Lora | None = None
+        ):
+            if segments:
+                any_size(segments.cu_seqlens, 0)
+            if lora:
+                for tensor in (inputs, targets):
+                    any_size(tensor, 0, 1)
+                for factor in itertools.chain(*lora.factors.values()):
+                    any_size(factor, 1)
+            return forward(self.model, inputs, targets, plan, segments, lora)
+
+        return call
+
+    @contextlib.contextmanager
+    def clock(self) -> Iterator[None]:
+        """What runs inside should compile nothing; `in_clock` says how much it did."""
+        before = COMPILES.graphs()
+        yield
+        self.in_clock += COMPILES.graphs().since(before).compiled
+
+
+# ------------------------------------------------------------------------------------------------------------
 # OPTIMIZER
 #
 # Gradients of this rank's rows become updated weights, equal on every rank. Gradients are summed, not averaged:
@@ -2592,7 +2682,7 @@ CLASSIC = ((3.4445, -4.7750, 2.0315),) * 5  # the same coefficients in each iter
 
 def orthogonalize(
     update: Tensor,
-    tall: Tensor,
+    transposed: Tensor,
     steps: int,
     polar: bool = True,
     unit_rows: bool = True,
@@ -2600,14 +2690,14 @@ def orthogonalize(
 ) -> Tensor:
     """Each matrix of (n, rows, cols), rows <= cols, with its singular values moved close to 1, in the input's dtype.
 
-    With unit_rows, rows are first brought to unit length (MuonEq-R); where `tall` (n,) is set the matrix lies on its
-    side and its columns are what the rows are. In exact arithmetic, singular values in [0.003, 1] of the
+    With unit_rows, rows are first brought to unit length (MuonEq-R); a matrix that came in transposed, as `transposed`
+    (n,) says, has its columns brought to unit length instead. In exact arithmetic, singular values in [0.003, 1] of the
     Frobenius-normalised matrix end in [0.859, 1.141] after 5 polar steps; those of the classic ones in [0.68, 1.21].
     """
     x = update
     if unit_rows:
         length = torch.where(
-            tall.view(-1, 1, 1), x.float().norm(dim=1, keepdim=True), x.float().norm(dim=2, keepdim=True)
+            transposed.view(-1, 1, 1), x.float().norm(dim=1, keepdim=True), x.float().norm(dim=2, keepdim=True)
         )
         x = x / length.clamp_min(1e-7).to(x.dtype)
     x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(x.dtype)
@@ -2618,10 +2708,10 @@ def orthogonalize(
 
 
 class Stack(NamedTuple):
-    """Banks whose matrices have one shape when those taller than wide are laid on their side: exchanged together."""
+    """Banks whose matrices have one shape once those taller than wide are transposed: exchanged together."""
 
     names: list[str]
-    tall: Tensor  # (n,) bool: which matrices of this rank's share lie on their side
+    transposed: Tensor  # (n,) bool: which matrices of this rank's share are transposed
     by_head: Tensor  # (m,) numbers of those matrices of the share that are orthogonalised head by head
     whole: Tensor  # (n - m,) numbers of the others
     share: int  # matrices per rank; the last shares are filled up with zero matrices
@@ -2638,7 +2728,9 @@ class Muon:
         self.banks, self.run, self.config = banks, run, config
         polar, unit_rows = config.polar_express_ns, config.muon_row_normalize
         how = (config.muon_backend_steps, polar, unit_rows, symmetric)
-        self.orthogonalize = maybe_compile(lambda update, tall: orthogonalize(update, tall, *how), "muon", config, run)
+        self.orthogonalize = maybe_compile(
+            lambda update, transposed: orthogonalize(update, transposed, *how), "muon", config, run
+        )
         shapes: dict[tuple[int, int], list[str]] = {}
         for name, bank in banks.items():
             shapes.setdefault((min(bank.shape[1:]), max(bank.shape[1:])), []).append(name)
@@ -2646,12 +2738,12 @@ class Muon:
 
     def stack(self, names: list[str], shape: tuple[int, int]) -> Stack:
         device = self.banks[names[0]].device
-        tall = torch.tensor([self.is_tall(name) for name in names for _ in self.banks[name]], device=device)
+        transposed = torch.tensor([self.is_tall(name) for name in names for _ in self.banks[name]], device=device)
         heads = torch.tensor([headed for name in names for headed in self.has_heads(name)], device=device)
-        share = -(-len(tall) // self.run.world_size)
-        tall, heads = (self.padded(kind, share)[self.run.rank * share :][:share] for kind in (tall, heads))
+        share = -(-len(transposed) // self.run.world_size)
+        transposed, heads = (self.padded(kind, share)[self.run.rank * share :][:share] for kind in (transposed, heads))
         momentum = torch.zeros(share, *shape, dtype=self.run.dtype, device=device)
-        return Stack(names, tall, heads.nonzero()[:, 0], (~heads).nonzero()[:, 0], share, momentum)
+        return Stack(names, transposed, heads.nonzero()[:, 0], (~heads).nonzero()[:, 0], share, momentum)
 
     def is_tall(self, name: str) -> bool:
         return self.banks[name].size(1) > self.banks[name].size(2)
@@ -2663,15 +2755,19 @@ class Muon:
         return [row // self.config.num_layers in wanted for row in range(len(self.banks[name]))]
 
     def direction(self, update: Tensor, stack: Stack) -> Tensor:
-        """This rank's share of a stack (n, rows, cols), orthogonalised."""
+        """This rank's share of a stack (n, rows, cols), orthogonalised; with MUON_PER_HEAD, q, k and v head by head.
+
+        Example: 22 matrices (512, 512), 11 of them queries of 8 heads. Those 11 are cut into 88 matrices (64, 512), which
+        are orthogonalised alone and put together again; the other 11 (attention outputs) are orthogonalised whole.
+        """
         if not len(stack.by_head):
-            return self.orthogonalize(update, stack.tall)
+            return self.orthogonalize(update, stack.transposed)
         heads = update[stack.by_head].unflatten(1, (-1, self.config.head_dim))  # (m, heads, head_dim, cols)
-        turned = self.orthogonalize(heads.flatten(0, 1), stack.tall.new_zeros(heads.shape[:2].numel()))
+        turned = self.orthogonalize(heads.flatten(0, 1), stack.transposed.new_zeros(heads.shape[:2].numel()))
         result = torch.empty_like(update)
         result[stack.by_head] = turned.unflatten(0, heads.shape[:2]).flatten(1, 2)
         if len(stack.whole):
-            result[stack.whole] = self.orthogonalize(update[stack.whole], stack.tall[stack.whole])
+            result[stack.whole] = self.orthogonalize(update[stack.whole], stack.transposed[stack.whole])
         return result
 
     def padded(self, full: Tensor, share: int) -> Tensor:
@@ -2792,6 +2888,204 @@ class Optimizer:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# SCORE
+#
+# A model and the validation stream become three sums: nats, tokens, bytes. One planner cuts documents into
+# windows for plain, sliding and adaptive scoring; every target lies in exactly one window's scored part.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def plan_windows(
+    num_targets: int, context: int, stride: int, first: int | None = None
+) -> Iterator[tuple[int, int, int]]:
+    """Yields (begin, first_scored, end): read inputs begin..end-1, score targets first_scored..end-1.
+
+    The first window scores `first` targets (default: the context), each later one `stride`, the last one what is
+    left. A window reads at most `context` inputs and begins where a full window would, so the common part of all
+    documents lines up. stride == context is plain scoring, stride < context sliding, first == stride adaptation.
+    """
+    scored, step = 0, first or context
+    while scored < num_targets:
+        yield max(0, scored + step - context), scored, min(scored + step, num_targets)
+        scored, step = scored + step, stride
+
+
+OCTAVES = 24  # of positions in a document: 1, 2..3, 4..7 and so on
+
+
+def position_octave(validation: Validation, positions: np.ndarray) -> np.ndarray:
+    """Of stream positions of targets (n,): floor(log2(distance to the begin of the document)), the last one for all
+    that lies beyond."""
+    starts = validation.documents[:, 0]
+    distance = positions - starts[np.searchsorted(starts, positions) - 1]
+    return np.minimum(np.frexp(distance)[1] - 1, OCTAVES - 1)
+
+
+class Tally:
+    """What has been scored so far, and a ledger of it: how often each token of the stream was a target."""
+
+    def __init__(self, validation: Validation):
+        self.validation = validation
+        self.document_nats = np.zeros(len(validation.documents))
+        self.octave_nats = np.zeros(OCTAVES)  # by position in the document
+        self.times = np.zeros(len(validation.tokens), np.uint8)
+        self.learned = 0  # targets that a weight update has used after their score
+        self.learned_early = 0  # and before it, which only TTT_KIND=pre_eval_illegal does
+
+    def add(self, nll: Tensor, positions: Tensor | np.ndarray) -> None:
+        """Adds nats (n,) of the targets at these stream positions (n,); summed in float64."""
+        positions = np.asarray(positions)
+        document = np.searchsorted(self.validation.documents[:, 0], positions) - 1  # its first token is no target
+        nats = nll.detach().double().cpu().numpy()
+        np.add.at(self.document_nats, document, nats)
+        self.octave_nats += np.bincount(position_octave(self.validation, positions), nats, OCTAVES)
+        np.add.at(self.times, positions, 1)
+
+    def learn_from(self, positions: Tensor | np.ndarray, times: np.ndarray) -> None:
+        """To be called before an update, with the targets that it uses: stops the run if `times` has one unscored."""
+        positions = np.asarray(positions)
+        if not times[positions].all():
+            raise RuntimeError(f"rule broken: target {positions[times[positions] == 0][0]} used before its score")
+        self.learned += positions.size
+
+    def over_ranks(self, run: Run) -> "Tally":
+        """The tally of all ranks together. Collective."""
+        total = Tally(self.validation)
+        sums = [*self.document_nats, *self.octave_nats, self.learned, self.learned_early]
+        summed = run.sum_(torch.tensor(sums, dtype=torch.float64).to(run.device))
+        *nats, total.learned, total.learned_early = summed.tolist()
+        total.document_nats, total.octave_nats = np.split(np.array(nats), [len(self.document_nats)])
+        total.times = run.sum_(torch.from_numpy(self.times).to(run.device, copy=True)).cpu().numpy()
+        return total
+
+    @property
+    def nats(self) -> float:
+        return float(self.document_nats.sum())
+
+    @property
+    def tokens(self) -> int:
+        return int(self.times.sum(dtype=np.int64))
+
+    @property
+    def bytes(self) -> int:
+        return int((self.validation.bytes.numpy() * self.times).sum())
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / max(self.tokens, 1)
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte of text."""
+        return self.nats / math.log(2) / max(self.bytes, 1)
+
+
+def write_documents(path: Path, tallies: Mapping[str, Tally]) -> None:
+    """A line for each validation document, in stream order, so that scores can be compared document by document: its
+    first position in the stream, its targets, their bytes, and its nats in each kind of score."""
+    validation = next(iter(tallies.values())).validation
+    starts, counts = validation.documents.T
+    bytes_before = np.append(0, validation.bytes.numpy().cumsum())
+    sizes = bytes_before[starts + 1 + counts] - bytes_before[starts + 1]
+    rows = zip(starts, counts, sizes, *(tally.document_nats for tally in tallies.values()))
+    write_table(path, "position,tokens,bytes," + ",".join(tallies), rows)
+
+
+def write_positions(path: Path, tallies: Mapping[str, Tally]) -> None:
+    """A line for each octave of positions in a document that occurs, the first target having position 1: its first
+    position, its targets, their bytes, and their nats in each kind of score, summed over documents."""
+    validation = next(iter(tallies.values())).validation
+    octaves = position_octave(validation, np.arange(1, len(validation.tokens)))
+    tokens = np.bincount(octaves, minlength=OCTAVES)
+    sizes = np.bincount(octaves, validation.bytes[1:].numpy(), OCTAVES).astype(np.int64)
+    rows = zip(2 ** np.arange(OCTAVES), tokens, sizes, *(tally.octave_nats for tally in tallies.values()))
+    write_table(path, "first,tokens,bytes," + ",".join(tallies), [row for row in rows if row[1]])
+
+
+class Window(NamedTuple):
+    """A stretch of the validation stream: inputs begin..end-1 are read, the targets from first_scored on count."""
+
+    begin: int
+    first_scored: int
+    end: int
+
+
+def windows_inside(documents: np.ndarray, context: int, stride: int) -> list[Window]:
+    """The windows of all documents (n, 2), in stream order and stream positions."""
+    return [
+        Window(start + begin, start + first, start + end)
+        for start, count in documents.tolist()
+        for begin, first, end in plan_windows(count, context, stride)
+    ]
+
+
+def fill_rows(windows: list[Window], limit: int) -> list[list[Window]]:
+    """Consecutive windows grouped into rows of at most `limit` tokens."""
+    rows, room = [], 0
+    for window in windows:
+        length = window.end - window.begin
+        if length > room:
+            rows.append([])
+            room = limit
+        rows[-1].append(window)
+        room -= length
+    return rows
+
+
+class Evaluation:
+    """A pass over the validation stream: what is scored, by which model, and what has been scored so far."""
+
+    def __init__(self, program: Program, validation: Validation, log: Log):
+        self.program, self.validation, self.log = program, validation, log
+        self.config, self.run = program.config, program.run
+        self.plan, self.tally = layer_plan(program.config, looping=True), Tally(validation)
+
+    @property
+    def stretches(self) -> np.ndarray:
+        """What windows do not reach across (n, 2): documents, or without VARLEN_ATTN only the ends of the stream."""
+        whole = np.array([[0, len(self.validation.tokens) - 1]])
+        return self.validation.documents if self.config.varlen_attn else whole
+
+    def row(self, windows: list[Window], pad_to: int) -> tuple[Row, np.ndarray]:
+        """Windows as one packed row, one segment each, and the stream positions (T,) of its targets.
+
+        A row is padded to `pad_to` tokens with segments whose targets are at position 0, which is no target.
+        """
+        tokens, context = self.validation.tokens, self.config.eval_seq_len
+        lengths = np.array([window.end - window.begin for window in windows], np.int64)
+        padding = max(pad_to - lengths.sum(), 0)
+        if padding:
+            lengths = np.append(lengths, cut_lengths(np.array([padding]), context))
+        inputs = np.concatenate([np.arange(w.begin, w.end) for w in windows] + [np.zeros(padding, np.int64)])
+        targets = inputs + 1
+        targets[len(targets) - padding :] = 0
+        ids = (move(tokens[positions][None], self.run.device) for positions in (inputs, targets))
+        return Row(*ids, pack_segments(lengths, context, self.run)), targets
+
+    @torch.no_grad()
+    def score_windows(self, windows: Iterable[Window], quiet: bool = False) -> None:
+        """Tallies this rank's share of the windows.
+
+        Rows are formed before they are dealt to ranks, so the sums do not depend on the number of ranks.
+        """
+        run, log = self.run, Log(None) if quiet else self.log
+        rows = fill_rows(list(windows), self.config.score_row_tokens)
+        for part in log.bar(rows[run.rank :: run.world_size], "score"):
+            row, positions = self.row(part, self.config.score_row_tokens if run.padded else 0)
+            nll = self.program.score(row.inputs, row.targets, self.plan, row.segments)[0].cpu()
+            counted = np.concatenate([np.arange(w.begin, w.end) >= w.first_scored for w in part])
+            counted = np.append(counted, np.zeros(len(positions) - len(counted), bool))
+            self.tally.add(nll[torch.from_numpy(counted)], positions[counted])
+
+    def score(self, stride: int) -> Tally:
+        """Scores every target of the stream once, with windows of EVAL_SEQ_LEN inside its stretches: the tally of all
+        ranks."""
+        self.score_windows(windows_inside(self.stretches, self.config.eval_seq_len, stride))
+        return self.tally.over_ranks(self.run)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # TRAIN
 #
 # Shards become a file with the averaged weights and the Hessians: all that the later stages need, so that they
@@ -2821,57 +3115,11 @@ def noted_signals() -> Iterator[list[int]]:
             signal.signal(kind, handler)
 
 
-class Program:
-    """The one model of a process and its forward pass, compiled for each use: PyTorch compiles anew for another model.
-
-    `train` takes packed rows of training text, `score` padded rows of windows without gradients, `adapt` batches of
-    windows with adapters. Their arguments are those of GPT.forward. All that they will meet is compiled before a clock
-    runs: Trainer.warm_up, warm_up_score, warm_up_adapt.
-    """
-
-    def __init__(self, config: Config, run: Run):
-        self.config, self.run = config, run
-        self.in_clock = 0  # graphs compiled while a clock of the challenge ran
-
-    @functools.cached_property
-    def model(self) -> GPT:
-        return GPT(self.config, self.run)
-
-    @functools.cached_property
-    def train(self) -> Callable:
-        return self.compiled("train")
-
-    @functools.cached_property
-    def score(self) -> Callable:
-        return self.compiled("score")
-
-    @functools.cached_property
-    def adapt(self) -> Callable:
-        return self.compiled("adapt")
-
-    def compiled(self, use: str) -> Callable:
-        if not compiles(self.config, self.run):
-            return self.model
-        forward = maybe_compile(GPT.forward, use, self.config, self.run)
-
-        def call(inputs: Tensor, targets: Tensor, plan: tuple, docs: Docs | None = None, lora: Lora | None = None):
-            if docs:
-                any_size(docs.cu_seqlens, 0)
-            if lora:
-                for tensor in (inputs, targets):
-                    any_size(tensor, 0, 1)
-                for factor in itertools.chain(*lora.factors.values()):
-                    any_size(factor, 1)
-            return forward(self.model, inputs, targets, plan, docs, lora)
-
-        return call
-
-    @contextlib.contextmanager
-    def clock(self) -> Iterator[None]:
-        """What runs inside should compile nothing; `in_clock` says how much it did."""
-        before = COMPILES.graphs()
-        yield
-        self.in_clock += COMPILES.graphs().since(before).compiled
+def differing(mine: dict[str, Any], theirs: Any) -> str:
+    """The settings of a file that are not mine, as `KEY=theirs (now mine)`; empty when all are the same."""
+    theirs = theirs if isinstance(theirs, dict) else {}
+    odd = [key for key in mine if mine[key] != theirs.get(key)]
+    return ", ".join(f"{key.upper()}={shown(theirs.get(key))} (now {shown(mine[key])})" for key in odd)
 
 
 class Trainer:
@@ -2908,7 +3156,9 @@ class Trainer:
         `stop` over ranks, norm of the gradient], alike on all ranks."""
         plan, total = self.plans[looping], torch.zeros((), device=self.run.device)
         for row in rows:
-            loss = self.program.train(row.inputs, row.targets, plan, row.docs).sum() / self.config.train_batch_tokens
+            loss = (
+                self.program.train(row.inputs, row.targets, plan, row.segments).sum() / self.config.train_batch_tokens
+            )
             loss.backward()
             total += loss.detach()
         gradients, numbers = self.optimizer.exchange(plan, [total, clock if self.run.is_main else 0.0, stop])
@@ -3040,12 +3290,12 @@ class Trainer:
                 "collected": self.collected,
                 "settings": self.settings(),
             }
-            save_arrays(run_dir(self.config) / "checkpoint.bin", meta, arrays)
+            save_arrays(self.config.run_dir / "checkpoint.bin", meta, arrays)
         self.log("checkpoint", step=self.step, seconds=self.elapsed)
 
     def restore_checkpoint(self) -> None:
         """Continues from a checkpoint of this run, if there is one. Raises UserError if it is of other settings."""
-        path = run_dir(self.config) / "checkpoint.bin"
+        path = self.config.run_dir / "checkpoint.bin"
         size = sum(parameter.numel() for parameter in self.model.parameters())
         limit = HEADER_LIMIT + 16 * size + 24 * self.config.iterations  # four float32 arrays and the history
         found = self.run.on_main(lambda: load_arrays(path, limit) if path.exists() else None)
@@ -3101,7 +3351,7 @@ class Trainer:
                     taps.hessians[name, layer] = torch.zeros(width, width, device=self.run.device)
         taps.hessians["head", 0] = torch.zeros(self.config.model_dim, self.config.model_dim, device=self.run.device)
         for row in self.deal(range(first, first + self.config.gptq_calibration_batches)):
-            self.model(row.inputs, row.targets, self.plans[True], row.docs, taps=taps)
+            self.model(row.inputs, row.targets, self.plans[True], row.segments, taps=taps)
         return {key: self.run.sum_(hessian) for key, hessian in taps.hessians.items()}
 
     def token_counts(self) -> dict[str, np.ndarray]:
@@ -3131,11 +3381,33 @@ def write_steps(path: Path, history: list[list[float]], config: Config) -> None:
     write_table(path, "step,loss,seconds,lr_multiplier,looped", rows)
 
 
-def differing(mine: dict[str, Any], theirs: Any) -> str:
-    """The settings of a file that are not mine, as `KEY=theirs (now mine)`; empty when all are the same."""
-    theirs = theirs if isinstance(theirs, dict) else {}
-    odd = [key for key in mine if mine[key] != theirs.get(key)]
-    return ", ".join(f"{key.upper()}={shown(theirs.get(key))} (now {shown(mine[key])})" for key in odd)
+def row_choices(config: Config) -> list[int]:
+    """Lengths of a row that may stand for ROW_TOKENS, the longest first."""
+    longest, unit = config.train_row_tokens, config.train_seq_len if config.loader == "coprime" else 1
+    counts = range(config.rows_per_step, min(config.train_batch_tokens // config.train_seq_len, 2**16) + 1)
+    rows = (config.train_batch_tokens // count for count in counts if config.train_batch_tokens % count == 0)
+    return [row for row in rows if row <= longest and row % unit == 0]
+
+
+def warm_up_fitting(trainer: Trainer) -> Config:
+    """Trainer.warm_up; where memory runs out all the same, again with rows of half the length or less. Returns the
+    configuration that the trainer goes on with.
+
+    Not with several ranks: those that have memory left would wait for the others in an exchange.
+    """
+    while True:
+        config, run = trainer.config, trainer.run
+        try:
+            trainer.warm_up()
+            return config
+        except torch.OutOfMemoryError:
+            shorter = [row for row in row_choices(config) if 2 * row <= config.train_row_tokens]
+            if run.world_size > 1 or not shorter:
+                raise
+        trainer.config = dataclasses.replace(config, row_tokens=shorter[0])
+        trainer.model.zero_grad(set_to_none=True)
+        trainer.log("warning", reason="out_of_memory_in_the_warm_up", row_tokens=shorter[0])
+        torch.cuda.empty_cache()
 
 
 def train(config: Config, run: Run, log: Log, program: Program) -> dict[str, Any]:
@@ -3169,9 +3441,9 @@ def train(config: Config, run: Run, log: Log, program: Program) -> dict[str, Any
     if run.is_main:
         arrays = trainer.model.arrays()
         arrays |= {f"hessian.{name}.{layer}": h.cpu().numpy() for (name, layer), h in hessians.items()} | counts
-        save_arrays(run_dir(config) / "trained.bin", {"settings": config.of_stage(TRAIN)}, arrays)
-        write_steps(run_dir(config) / "steps.csv", trainer.history, config)
-        plot_history(trainer.history, run_dir(config) / "loss_curve.png")
+        save_arrays(config.run_dir / "trained.bin", {"settings": config.of_stage(TRAIN)}, arrays)
+        write_steps(config.run_dir / "steps.csv", trainer.history, config)
+        plot_history(trainer.history, config.run_dir / "loss_curve.png")
     del hessians
     tally = trainer.validate()
     log("diagnostic", weights="averaged", val_loss=tally.loss, val_bpb=tally.bpb)
@@ -3185,6 +3457,27 @@ def train(config: Config, run: Run, log: Log, program: Program) -> dict[str, Any
         "prequant_val_loss": tally.loss,
         "prequant_val_bpb": tally.bpb,
     }
+
+
+def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The arrays of trained.bin: parameters and, for GPTQ, token counts and one Hessian per layer and kind of input."""
+    shapes = dict(parameter_shapes(config))
+    widths = {kind: shapes[matrix.bank][-1] for kind, matrix in MATRICES.items() if matrix.hessian == kind}
+    if config.quant_scheme == "gptq":
+        shapes |= {"hessian.head.0": (config.model_dim,) * 2, "token_counts": (config.vocab_size,)}
+        for kind, width in widths.items():
+            shapes |= {f"hessian.{kind}.{layer}": (width,) * 2 for layer in range(config.num_layers)}
+    return shapes
+
+
+def load_trained(config: Config) -> dict[str, np.ndarray]:
+    """The arrays of trained.bin. Raises UserError when it is damaged, or of other settings."""
+    path, shapes = config.run_dir / "trained.bin", trained_shapes(config)
+    meta, arrays = load_arrays(path, HEADER_LIMIT + 4 * sum(map(math.prod, shapes.values())))
+    if odd := differing(config.of_stage(TRAIN), meta.get("settings")):
+        raise UserError(f"{path}: made with {odd}; set the same values or train again")
+    check_arrays(path, arrays, shapes)
+    return arrays
 
 
 def plot_history(history: list[list[float]], path: Path) -> None:
@@ -3203,10 +3496,6 @@ def plot_history(history: list[list[float]], path: Path) -> None:
     figure.savefig(picture, dpi=120, format="png")
     pyplot.close(figure)
     write_file(path, picture.getvalue())
-
-
-def run_dir(config: Config) -> Path:
-    return Path(config.runs_dir) / config.run_id
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3673,6 +3962,7 @@ QUANTIZERS: dict[str, Callable] = {
 # A B with A in LQER_LEFT_BITS and B in 4 bits. The levels are asymmetric, -2..1 and -8..7, so the sign of a singular
 # pair, which is arbitrary, decides how well it is rounded.
 
+
 def lqer_shapes(rows: int, cols: int, rank: int, group: int) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of the parts that `lqer_factors` makes. B has one scale per `group` values, counted row by row,
     or one per row if `group` does not divide its size."""
@@ -3814,18 +4104,16 @@ def artifact_table(config: Config, corrected: tuple[str, ...] = ()) -> tuple[Ent
     shapes, rows, table = parameter_shapes(config), bank_rows(config), []
     owners = {name: shapes[place.bank][1:] for name, place in rows.items()}
     owners |= {name: shapes[name] for name in ("tok_emb.weight", *shapes) if name not in BANKS}
-    streams = {name: place.kind for name, place in rows.items()}  # of the codes; what has none is stored as fp16
-    streams |= {"tok_emb.weight": "embedding", "bigram_emb.weight": "bigram"}
-    streams = {name: stream for name, stream in streams.items() if not stays_half(name, config)}
-    if config.gated_attn_quant_gate:
-        streams |= {name: "gates" for name in shapes if name.endswith("attn_gate_w")}
+    streams = {name: row.stream for name, row in parameter_table(config).items()}
+    streams |= {name: place.kind for name, place in rows.items()}
     for name, shape in owners.items():
-        if name not in streams:
+        gate, stream = streams[name] == "gates", streams[name]
+        if not stream or (not config.gated_attn_quant_gate if gate else stays_half(name, config)):
             table.append(Entry(name, "half", "halves", shape, "<f2"))
             continue
-        table.append(Entry(name, "codes", streams[name], shape, "i1"))
+        table.append(Entry(name, "codes", stream, shape, "i1"))
         table.append(Entry(name, "scale", "halves", shape[:1], "<f2"))
-        if config.compressor == "pergroup" and streams[name] in SORTED_STREAMS:
+        if config.compressor == "pergroup" and stream in SORTED_STREAMS:
             table.append(Entry(name, "order", "orders", shape[:1], "<u2"))
         if name in corrected:
             for part, (size, dtype) in lqer_shapes(*shape, config.lqer_rank, config.lqer_asym_group).items():
@@ -4357,204 +4645,6 @@ def predicted_artifact_bytes(config: Config) -> dict[str, int]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# SCORE
-#
-# A model and the validation stream become three sums: nats, tokens, bytes. One planner cuts documents into
-# windows for plain, sliding and adaptive scoring; every target lies in exactly one window's scored part.
-# ------------------------------------------------------------------------------------------------------------
-
-
-def plan_windows(
-    num_targets: int, context: int, stride: int, first: int | None = None
-) -> Iterator[tuple[int, int, int]]:
-    """Yields (begin, first_scored, end): read inputs begin..end-1, score targets first_scored..end-1.
-
-    The first window scores `first` targets (default: the context), each later one `stride`, the last one what is
-    left. A window reads at most `context` inputs and begins where a full window would, so the common part of all
-    documents lines up. stride == context is plain scoring, stride < context sliding, first == stride adaptation.
-    """
-    scored, step = 0, first or context
-    while scored < num_targets:
-        yield max(0, scored + step - context), scored, min(scored + step, num_targets)
-        scored, step = scored + step, stride
-
-
-OCTAVES = 24  # of positions in a document: 1, 2..3, 4..7 and so on
-
-
-def position_octave(validation: Validation, positions: np.ndarray) -> np.ndarray:
-    """Of stream positions of targets (n,): floor(log2(distance to the begin of the document)), the last one for all
-    that lies beyond."""
-    starts = validation.documents[:, 0]
-    distance = positions - starts[np.searchsorted(starts, positions) - 1]
-    return np.minimum(np.frexp(distance)[1] - 1, OCTAVES - 1)
-
-
-class Tally:
-    """What has been scored so far, and a ledger of it: how often each token of the stream was a target."""
-
-    def __init__(self, validation: Validation):
-        self.validation = validation
-        self.document_nats = np.zeros(len(validation.documents))
-        self.octave_nats = np.zeros(OCTAVES)  # by position in the document
-        self.times = np.zeros(len(validation.tokens), np.uint8)
-        self.learned = 0  # targets that a weight update has used after their score
-        self.learned_early = 0  # and before it, which only TTT_KIND=pre_eval_illegal does
-
-    def add(self, nll: Tensor, positions: Tensor | np.ndarray) -> None:
-        """Adds nats (n,) of the targets at these stream positions (n,); summed in float64."""
-        positions = np.asarray(positions)
-        document = np.searchsorted(self.validation.documents[:, 0], positions) - 1  # its first token is no target
-        nats = nll.detach().double().cpu().numpy()
-        np.add.at(self.document_nats, document, nats)
-        self.octave_nats += np.bincount(position_octave(self.validation, positions), nats, OCTAVES)
-        np.add.at(self.times, positions, 1)
-
-    def learn_from(self, positions: Tensor | np.ndarray, times: np.ndarray) -> None:
-        """To be called before an update, with the targets that it uses: stops the run if `times` has one unscored."""
-        positions = np.asarray(positions)
-        if not times[positions].all():
-            raise RuntimeError(f"rule broken: target {positions[times[positions] == 0][0]} used before its score")
-        self.learned += positions.size
-
-    def over_ranks(self, run: Run) -> "Tally":
-        """The tally of all ranks together. Collective."""
-        total = Tally(self.validation)
-        sums = [*self.document_nats, *self.octave_nats, self.learned, self.learned_early]
-        summed = run.sum_(torch.tensor(sums, dtype=torch.float64).to(run.device))
-        *nats, total.learned, total.learned_early = summed.tolist()
-        total.document_nats, total.octave_nats = np.split(np.array(nats), [len(self.document_nats)])
-        total.times = run.sum_(torch.from_numpy(self.times).to(run.device, copy=True)).cpu().numpy()
-        return total
-
-    @property
-    def nats(self) -> float:
-        return float(self.document_nats.sum())
-
-    @property
-    def tokens(self) -> int:
-        return int(self.times.sum(dtype=np.int64))
-
-    @property
-    def bytes(self) -> int:
-        return int((self.validation.bytes.numpy() * self.times).sum())
-
-    @property
-    def loss(self) -> float:
-        """Nats per token."""
-        return self.nats / max(self.tokens, 1)
-
-    @property
-    def bpb(self) -> float:
-        """Bits per byte of text."""
-        return self.nats / math.log(2) / max(self.bytes, 1)
-
-
-def write_documents(path: Path, tallies: Mapping[str, Tally]) -> None:
-    """A line for each validation document, in stream order, so that scores can be compared document by document: its
-    first position in the stream, its targets, their bytes, and its nats in each kind of score."""
-    validation = next(iter(tallies.values())).validation
-    starts, counts = validation.documents.T
-    bytes_before = np.append(0, validation.bytes.numpy().cumsum())
-    sizes = bytes_before[starts + 1 + counts] - bytes_before[starts + 1]
-    rows = zip(starts, counts, sizes, *(tally.document_nats for tally in tallies.values()))
-    write_table(path, "position,tokens,bytes," + ",".join(tallies), rows)
-
-
-def write_positions(path: Path, tallies: Mapping[str, Tally]) -> None:
-    """A line for each octave of positions in a document that occurs, the first target having position 1: its first
-    position, its targets, their bytes, and their nats in each kind of score, summed over documents."""
-    validation = next(iter(tallies.values())).validation
-    octaves = position_octave(validation, np.arange(1, len(validation.tokens)))
-    tokens = np.bincount(octaves, minlength=OCTAVES)
-    sizes = np.bincount(octaves, validation.bytes[1:].numpy(), OCTAVES).astype(np.int64)
-    rows = zip(2 ** np.arange(OCTAVES), tokens, sizes, *(tally.octave_nats for tally in tallies.values()))
-    write_table(path, "first,tokens,bytes," + ",".join(tallies), [row for row in rows if row[1]])
-
-
-class Window(NamedTuple):
-    """A stretch of the validation stream: inputs begin..end-1 are read, the targets from first_scored on count."""
-
-    begin: int
-    first_scored: int
-    end: int
-
-
-def windows_inside(documents: np.ndarray, context: int, stride: int) -> list[Window]:
-    """The windows of all documents (n, 2), in stream order and stream positions."""
-    return [
-        Window(start + begin, start + first, start + end)
-        for start, count in documents.tolist()
-        for begin, first, end in plan_windows(count, context, stride)
-    ]
-
-
-def fill_rows(windows: list[Window], limit: int) -> list[list[Window]]:
-    """Consecutive windows grouped into rows of at most `limit` tokens."""
-    rows, room = [], 0
-    for window in windows:
-        length = window.end - window.begin
-        if length > room:
-            rows.append([])
-            room = limit
-        rows[-1].append(window)
-        room -= length
-    return rows
-
-
-class Evaluation:
-    """A pass over the validation stream: what is scored, by which model, and what has been scored so far."""
-
-    def __init__(self, program: Program, validation: Validation, log: Log):
-        self.program, self.validation, self.log = program, validation, log
-        self.config, self.run = program.config, program.run
-        self.plan, self.tally = layer_plan(program.config, looping=True), Tally(validation)
-
-    @property
-    def stretches(self) -> np.ndarray:
-        """What windows do not reach across (n, 2): documents, or without VARLEN_ATTN only the ends of the stream."""
-        whole = np.array([[0, len(self.validation.tokens) - 1]])
-        return self.validation.documents if self.config.varlen_attn else whole
-
-    def row(self, windows: list[Window], pad_to: int) -> tuple[Row, np.ndarray]:
-        """Windows as one packed row, one segment each, and the stream positions (T,) of its targets.
-
-        A row is padded to `pad_to` tokens with segments whose targets are at position 0, which is no target.
-        """
-        tokens, context = self.validation.tokens, self.config.eval_seq_len
-        lengths = np.array([window.end - window.begin for window in windows], np.int64)
-        padding = max(pad_to - lengths.sum(), 0)
-        if padding:
-            lengths = np.append(lengths, cut_lengths(np.array([padding]), context))
-        inputs = np.concatenate([np.arange(w.begin, w.end) for w in windows] + [np.zeros(padding, np.int64)])
-        targets = inputs + 1
-        targets[len(targets) - padding :] = 0
-        ids = (move(tokens[positions][None], self.run.device) for positions in (inputs, targets))
-        return Row(*ids, pack_segments(lengths, context, self.run)), targets
-
-    @torch.no_grad()
-    def score_windows(self, windows: Iterable[Window], quiet: bool = False) -> None:
-        """Tallies this rank's share of the windows.
-
-        Rows are formed before they are dealt to ranks, so the sums do not depend on the number of ranks.
-        """
-        run, log = self.run, Log(None) if quiet else self.log
-        rows = fill_rows(list(windows), self.config.score_row_tokens)
-        for part in log.bar(rows[run.rank :: run.world_size], "score"):
-            row, positions = self.row(part, self.config.score_row_tokens if run.padded else 0)
-            nll = self.program.score(row.inputs, row.targets, self.plan, row.docs)[0].cpu()
-            counted = np.concatenate([np.arange(w.begin, w.end) >= w.first_scored for w in part])
-            counted = np.append(counted, np.zeros(len(positions) - len(counted), bool))
-            self.tally.add(nll[torch.from_numpy(counted)], positions[counted])
-
-    def score(self, stride: int) -> Tally:
-        """Scores every target of the stream once, with windows of EVAL_SEQ_LEN inside its stretches: the tally of all
-        ranks."""
-        self.score_windows(windows_inside(self.stretches, self.config.eval_seq_len, stride))
-        return self.tally.over_ranks(self.run)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # ADAPT
 #
 # Score-first test-time training (#1530, #1610, #1626): each document gets its own low-rank adapters, which learn
@@ -4908,7 +4998,7 @@ def update_weights(
             e.tally.learned_early += len(targets)
         else:
             e.tally.learn_from(targets, scored)
-        (model(row.inputs, row.targets, e.plan, row.docs).sum() / total).backward()
+        (model(row.inputs, row.targets, e.plan, row.segments).sum() / total).backward()
     for parameter in parameters:
         run.sum_(parameter.grad)
     if config.global_ttt_grad_clip:
@@ -5053,7 +5143,7 @@ def check(config: Config, run: Run, log: Log) -> None:
 
 def all_stages(config: Config) -> Config:
     """What STAGES=check and STAGES=describe are about."""
-    return dataclasses.replace(config, stages=",".join(STAGES))
+    return dataclasses.replace(config, stages=Config.stages)
 
 
 def check_packages(config: Config, run: Run) -> str:
@@ -5081,12 +5171,14 @@ def check_validation(config: Config, run: Run) -> str:
     validation = load_validation(config)
     if config.ngram_tilt_enabled:
         document_ids(validation.tokens.numpy(), config)
-    return f"{len(validation.tokens)} tokens, {len(validation.documents)} documents, {int(validation.bytes.sum())} bytes"
+    return (
+        f"{len(validation.tokens)} tokens, {len(validation.documents)} documents, {int(validation.bytes.sum())} bytes"
+    )
 
 
 def check_earlier(config: Config, run: Run) -> str:
     """The file that the first stage continues from, which only the main rank needs to have."""
-    first, folder = config.stage_list[0], run_dir(config)
+    first, folder = config.stage_list[0], config.run_dir
     if first == "quantize":
         run.on_main(lambda: bool(load_trained(config)))
         return f"{folder / 'trained.bin'}"
@@ -5102,11 +5194,15 @@ def check_attention(config: Config, run: Run) -> str:
     random, lengths, d = torch.Generator().manual_seed(0), [40, 24], config.head_dim
     shapes = [(1, sum(lengths), heads, d) for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
     qkv = [torch.randn(shape, generator=random).to(run.device, run.dtype).requires_grad_() for shape in shapes]
-    docs = pack_segments(np.array(lengths), max(lengths), run)
+    segments = pack_segments(np.array(lengths), max(lengths), run)
     key = f"ATTN_BACKEND={name}: with {d} channels per head (MODEL_DIM / NUM_HEADS)"
     try:
         pieces = zip(*(x.split(lengths, 1) for x in qkv))
-        results = [attend(*qkv, docs), torch.cat([attend_sdpa(*piece, None) for piece in pieces], 1), attend(*qkv, None)]
+        results = [
+            attend(*qkv, segments),
+            torch.cat([attend_sdpa(*piece, None) for piece in pieces], 1),
+            attend(*qkv, None),
+        ]
         slopes = [torch.autograd.grad(result.float().square().sum(), qkv)[0] for result in results]
         errors = [float(((a - b).norm() / b.norm()).detach()) for a, b in (results[:2], slopes[:2])]
     except Exception as error:  # noqa: BLE001 - whatever another release of it may raise
@@ -5146,13 +5242,15 @@ def check_artifact(config: Config, run: Run) -> str:
     except (ImportError, ValueError) as error:
         raise UserError(f"COMPRESSOR={config.compressor}: {error}; install it or set COMPRESSOR=brotli") from None
     forecast = predicted_artifact_bytes(config)["total_bytes"]
-    used = {"lrzip": "pergroup writes lrzip", config.compressor: codec}.get(codec, "pergroup writes brotli without lrzip")
+    used = {"lrzip": "pergroup writes lrzip", config.compressor: codec}.get(
+        codec, "pergroup writes brotli without lrzip"
+    )
     return f"{used}, {len(artifact_table(config))} arrays, forecast {forecast} of {ARTIFACT_LIMIT_BYTES} bytes"
 
 
 def check_disk(config: Config, run: Run) -> str:
     """Room for the files of a run, each beside the one that it replaces."""
-    folder = next(path for path in (run_dir(config).absolute(), *run_dir(config).absolute().parents) if path.is_dir())
+    folder = next(path for path in (config.run_dir.absolute(), *config.run_dir.absolute().parents) if path.is_dir())
     parameters = sum(map(math.prod, parameter_shapes(config).values()))
     wanted = 3 * ARTIFACT_LIMIT_BYTES
     if "train" in config.stage_list:
@@ -5270,14 +5368,6 @@ def memory_forecast(config: Config, ranks: int = 1, kept: Mapping | None = None)
     return {stage: {what: round(size) for what, size in parts.items()} for stage, parts in forecast.items()}
 
 
-def row_choices(config: Config) -> list[int]:
-    """Lengths of a row that may stand for ROW_TOKENS, the longest first."""
-    longest, unit = config.train_row_tokens, config.train_seq_len if config.loader == "coprime" else 1
-    counts = range(config.rows_per_step, min(config.train_batch_tokens // config.train_seq_len, 2**16) + 1)
-    rows = (config.train_batch_tokens // count for count in counts if config.train_batch_tokens % count == 0)
-    return [row for row in rows if row <= longest and row % unit == 0]
-
-
 def fit_rows(config: Config, memory: float, ranks: int = 1) -> Config:
     """`config` with ROW_TOKENS, unless it is set, and VAL_BATCH_TOKENS so low that the forecast is at most `memory`
     bytes; where nothing is low enough, the lowest.
@@ -5331,27 +5421,6 @@ def check_memory(config: Config, run: Run) -> str:
     return ", ".join(f"{part} {size / 2**30:.1f} GiB" for part, size in forecast.items())
 
 
-def warm_up_fitting(trainer: Trainer) -> Config:
-    """Trainer.warm_up; where memory runs out all the same, again with rows of half the length or less. Returns the
-    configuration that the trainer goes on with.
-
-    Not with several ranks: those that have memory left would wait for the others in an exchange.
-    """
-    while True:
-        config, run = trainer.config, trainer.run
-        try:
-            trainer.warm_up()
-            return config
-        except torch.OutOfMemoryError:
-            shorter = [row for row in row_choices(config) if 2 * row <= config.train_row_tokens]
-            if run.world_size > 1 or not shorter:
-                raise
-        trainer.config = dataclasses.replace(config, row_tokens=shorter[0])
-        trainer.model.zero_grad(set_to_none=True)
-        trainer.log("warning", reason="out_of_memory_in_the_warm_up", row_tokens=shorter[0])
-        torch.cuda.empty_cache()
-
-
 CHECKS: dict[str, Callable[[Config, Run], str]] = {
     "packages": check_packages,
     "train_data": check_train_data,
@@ -5386,7 +5455,7 @@ def make_artifact(config: Config, device: torch.device, log: Log) -> dict[str, A
     it fits; the first one is kept as oversize.bin, to measure the cost in bpb. With FIT_ARTIFACT=fill, one far below
     the limit is quantised again with narrower clips, to use every byte. The last artifact that fits is kept.
     """
-    folder, (code_bytes, packed) = run_dir(config), counted_code_bytes()
+    folder, (code_bytes, packed) = config.run_dir, counted_code_bytes()
     target, oversize, arrays = folder / "artifact.bin", folder / "oversize.bin", load_trained(config)
     oversize.unlink(missing_ok=True)
     factor, fitting = 1.0, None
@@ -5438,27 +5507,6 @@ def next_clip_factor(factor: float, excess: int, config: Config) -> float | None
     return None if enough or wanted == factor else wanted
 
 
-def load_trained(config: Config) -> dict[str, np.ndarray]:
-    """The arrays of trained.bin. Raises UserError when it is damaged, or of other settings."""
-    path, shapes = run_dir(config) / "trained.bin", trained_shapes(config)
-    meta, arrays = load_arrays(path, HEADER_LIMIT + 4 * sum(map(math.prod, shapes.values())))
-    if odd := differing(config.of_stage(TRAIN), meta.get("settings")):
-        raise UserError(f"{path}: made with {odd}; set the same values or train again")
-    check_arrays(path, arrays, shapes)
-    return arrays
-
-
-def trained_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """The arrays of trained.bin: parameters and, for GPTQ, token counts and one Hessian per layer and kind of input."""
-    shapes = dict(parameter_shapes(config))
-    widths = {kind: shapes[matrix.bank][-1] for kind, matrix in MATRICES.items() if matrix.hessian == kind}
-    if config.quant_scheme == "gptq":
-        shapes |= {"hessian.head.0": (config.model_dim,) * 2, "token_counts": (config.vocab_size,)}
-        for kind, width in widths.items():
-            shapes |= {f"hessian.{kind}.{layer}": (width,) * 2 for layer in range(config.num_layers)}
-    return shapes
-
-
 def scaled_clips(config: Config, factor: float) -> Config:
     """`config` with every quantisation clip multiplied: log2(factor) fewer bits per code."""
     clips = [name for name in FIELDS if name.endswith("_clip_sigmas")]
@@ -5472,14 +5520,14 @@ def evaluate_stage(config: Config, run: Run, log: Log, program: Program) -> dict
     """
     result, tallies = {}, {}
     strides = {"quantized": config.eval_seq_len}
-    if run.share((run_dir(config) / "oversize.bin").exists()):
+    if run.share((config.run_dir / "oversize.bin").exists()):
         strides = {"oversize": config.eval_seq_len} | strides
     if config.sliding_window_enabled:
         strides["sliding"] = config.eval_stride
     submitted = "ttt" if config.ttt_enabled else list(strides)[-1]
     for kind in [*strides, "ttt"] if config.ttt_enabled else strides:
         file = "oversize.bin" if kind == "oversize" else "artifact.bin"
-        use_artifact(program.model, run_dir(config) / file, config, run)
+        use_artifact(program.model, config.run_dir / file, config, run)
         run.synchronize()
         start = time.monotonic()
         with program.clock():
@@ -5503,9 +5551,9 @@ def evaluate_stage(config: Config, run: Run, log: Log, program: Program) -> dict
             raise TrainingDiverged(f"the {kind} score is {tally.nats}; lower the learning rates and train again")
         result |= {f"{kind}_val_loss": tally.loss, f"{kind}_val_bpb": tally.bpb, f"{kind}_seconds": seconds}
         tallies[kind] = tally
-    run.on_main(lambda: write_documents(run_dir(config) / "documents.csv", tallies))
+    run.on_main(lambda: write_documents(config.run_dir / "documents.csv", tallies))
     text_bytes = run.on_main(lambda: decoded_bytes(evaluation.validation.tokens.numpy(), load_tokenizer(config)))
-    run.on_main(lambda: write_positions(run_dir(config) / "positions.csv", tallies))
+    run.on_main(lambda: write_positions(config.run_dir / "positions.csv", tallies))
     if "oversize" in tallies:
         result["fit_cost_bpb"] = tallies["quantized"].bpb - tallies["oversize"].bpb
         log("fit", cost_bpb=result["fit_cost_bpb"])
@@ -5526,7 +5574,9 @@ def evaluate_stage(config: Config, run: Run, log: Log, program: Program) -> dict
         "byte_sidecar": any(config.dataset_dir.glob("fineweb_val_bytes_[0-9]*.bin")),
         "val_documents": len(evaluation.validation.documents),
         "parameters": sum(parameter.numel() for parameter in program.model.parameters()),
-        "scored_sha256": run.on_main(lambda: hashlib.sha256((run_dir(config) / "artifact.bin").read_bytes()).hexdigest()),
+        "scored_sha256": run.on_main(
+            lambda: hashlib.sha256((config.run_dir / "artifact.bin").read_bytes()).hexdigest()
+        ),
         "eval_seconds": result[f"{submitted}_seconds"],
     }
 
@@ -5590,7 +5640,9 @@ def validity(result: dict[str, Any], config: Config) -> list[dict[str, Any]]:
     if challenge:  # the same text in every tokenisation; less than 0.01 % of it lies in a dropped tail
         counted = counted and CHALLENGE_BYTES[0] <= size <= CHALLENGE_BYTES[1]
     spelled = None
-    if documents is not None:  # a side-car holds the bytes of the original text, which the tokenizer may change a little
+    if (
+        documents is not None
+    ):  # a side-car holds the bytes of the original text, which the tokenizer may change a little
         spelled = abs(r["text_bytes"] - r["val_bytes"]) <= r["byte_sidecar"] * r["val_bytes"] / 1000
 
     def equal(key: str, wanted: Any) -> bool | None:
@@ -5600,14 +5652,25 @@ def validity(result: dict[str, Any], config: Config) -> list[dict[str, Any]]:
         ("artifact_bytes", at_most("total_bytes", ARTIFACT_LIMIT_BYTES), "total_bytes", ARTIFACT_LIMIT_BYTES, "#1835"),
         ("train_seconds", at_most("train_seconds", TIME_LIMIT_S, timed), "train_seconds", TIME_LIMIT_S, "#677"),
         ("eval_seconds", at_most("eval_seconds", TIME_LIMIT_S, timed), "eval_seconds", TIME_LIMIT_S, "#1972"),
-        ("scored_targets", equal("targets_scored", r.get("val_targets")), "targets_scored", r.get("val_targets"), "#1017"),
+        (
+            "scored_targets",
+            equal("targets_scored", r.get("val_targets")),
+            "targets_scored",
+            r.get("val_targets"),
+            "#1017",
+        ),
         ("single_pass", equal("most_times_scored", 1), "most_times_scored", 1, "#1017"),
         ("scored_bytes", counted, "scored_bytes", r.get("val_bytes"), "#1719"),
         ("text_bytes", spelled, "text_bytes", r.get("val_bytes"), "#1719"),
         ("documents", True if challenge else None, "val_documents", CHALLENGE_DOCUMENTS, "#2127"),
         ("score_before_update", at_most("learned_before_score", 0), "learned_before_score", 0, "#1017"),
-        ("weights_from_artifact", equal("scored_sha256", r.get("artifact_sha256")), "scored_sha256",
-         r.get("artifact_sha256"), "#2128"),
+        (
+            "weights_from_artifact",
+            equal("scored_sha256", r.get("artifact_sha256")),
+            "scored_sha256",
+            r.get("artifact_sha256"),
+            "#2128",
+        ),
         ("hardware", True if "8x" in hardware and "H100" in hardware else None, "hardware", "8xH100", "#1317"),
     ]
     return [dict(rule=name, ok=ok, found=r.get(key), limit=limit, source=where) for name, ok, key, limit, where in rows]
@@ -5618,15 +5681,13 @@ def describe(config: Config) -> dict[str, Any]:
     model = GPT(config, Run(), "meta")
     groups = {group: {n: p.numel() for n, p in members.items()} for group, members in model.groups().items()}
     total = sum(sum(sizes.values()) for sizes in groups.values())
-    lanes = sum(hasattr(block, "post_lambdas") for block in model.blocks)
-    rows_unused = config.num_layers - lanes if lanes else 0
     plans = {name: layer_plan(config, looping) for name, looping in (("unlooped", False), ("looped", True))}
     per_layer = sum(getattr(model, m.bank)[0].numel() for m in MATRICES.values())
     head = model.tok_emb.weight.numel()
     return {
         "preset": config.preset,
         "parameters": total,
-        "parameters_published_convention": total + 6 * rows_unused,  # #1941 also stores lane factors of other layers
+        "parameters_published_convention": sum(math.prod(row.shape) for row in parameter_table(config).values()),
         "parameters_per_group": {group: sum(sizes.values()) for group, sizes in groups.items()},
         "parameters_per_tensor": groups,
         "visits": {name: [visit.layer for visit in plan] for name, plan in plans.items()},
@@ -5725,10 +5786,10 @@ def named_run(config: Config, run: Run) -> Config:
         stamp = run.share(time.strftime("%Y%m%d-%H%M%S"))
         config = dataclasses.replace(config, run_id=f"{stamp}-{config.preset}-seed{config.seed}")
     try:
-        run_dir(config).mkdir(parents=True, exist_ok=True)
+        config.run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"RUNS_DIR={config.runs_dir}: cannot make {run_dir(config)} ({error.strerror}); choose another"
+            f"RUNS_DIR={config.runs_dir}: cannot make {config.run_dir} ({error.strerror}); choose another"
         ) from None
     return config
 
@@ -5736,12 +5797,12 @@ def named_run(config: Config, run: Run) -> Config:
 def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Runs the stages of a configuration and returns the record of all results: summary(). Every rank calls it."""
     config = named_run(config, run)
-    anew = "train" in config.stage_list and not (run_dir(config) / "checkpoint.bin").exists()
-    log = Log(run_dir(config) / "log.txt" if run.is_main else None, anew)
+    anew = "train" in config.stage_list and not (config.run_dir / "checkpoint.bin").exists()
+    log = Log(config.run_dir / "log.txt" if run.is_main else None, anew)
     if config.ttt_enabled and config.ttt_kind == "pre_eval_illegal":
         log.mark = {"valid": "false", "reason": "trains_on_validation_text_before_scoring_it"}
     log_header(config, dict(origins or {}), run, log)
-    path, order = run_dir(config) / "result.json", list(STAGES)
+    path, order = config.run_dir / "result.json", list(STAGES)
     parts = earlier_parts(path, config, run)
     config = fit_device(config, run, log)
     check(config, run, log)

@@ -271,9 +271,9 @@ def kernels_of(config: tg.Config, kernels: str, looping: bool) -> tuple[list[Ker
     model = tg.GPT(config, run, "meta").to_empty(device="cpu")
     model.dtype, model.kernels = torch.bfloat16, tg.PLAIN if kernels == "plain" else tg.fused_kernels()
     for block in model.blocks:
-        block.attend = lambda q, k, v, docs: attend(q, k, v, docs.cu_seqlens)[0]
+        block.attend = lambda q, k, v, segments: attend(q, k, v, segments.cu_seqlens)[0]
     ids = torch.zeros(2, 1, T, dtype=torch.long)
-    docs = tg.Docs(torch.zeros(256, dtype=torch.int32), config.train_seq_len, ids[0, 0], (), ids[0, 0])
+    segments = tg.Segments(torch.zeros(256, dtype=torch.int32), config.train_seq_len, ids[0, 0], (), ids[0, 0])
     torch._dynamo.reset()
     answers = {"get_device_properties": H100, "current_device": 0, "get_compute_capability": 90}
     answers |= {"is_available": True, "is_bf16_supported": True}
@@ -289,7 +289,7 @@ def kernels_of(config: tg.Config, kernels: str, looping: bool) -> tuple[list[Ker
         compiled = torch.compile(
             model, backend=lambda gm, x: compile_fx.compile_fx(gm, x, inner_compile=schedule.compile), fullgraph=True
         )
-        compiled(ids[0], ids[1], tg.layer_plan(config, looping), docs).sum().backward()
+        compiled(ids[0], ids[1], tg.layer_plan(config, looping), segments).sum().backward()
     forward, backward = schedule.graphs
     return forward, backward
 

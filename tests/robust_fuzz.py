@@ -241,7 +241,7 @@ class Subjects:
         )
         env |= dict(MODEL_DIM=16, NUM_HEADS=2, NUM_KV_HEADS=1, PARALLEL_START_LAYER=1, TTT_ENABLED=0, GATE_WINDOW=4)
         self.config = self.data.config(**env)
-        self.run, self.folder = tg.Run(), tg.run_dir(self.config)
+        self.run, self.folder = tg.Run(), self.config.run_dir
         tg.main(self.config, self.run)
         self.trainer = tg.Trainer(self.config, self.run, QUIET)
         self.validation = tg.load_validation(self.config)
@@ -391,7 +391,7 @@ class Subjects:
             model = tg.GPT(config, self.run, "meta")
             assert sum(p.numel() for p in model.parameters()) < 1.1e9
             assert config.rows_per_step >= 1 and config.mlp_dim >= 1 and config.head_dim >= 1
-            [tg.run_dir(config), config.dataset_dir, config.tokenizer_file, config.stage_list, config.train_seconds]
+            [config.run_dir, config.dataset_dir, config.tokenizer_file, config.stage_list, config.train_seconds]
             assert math.isfinite(config.rotary_base) and config.rotary_base > 0
             [tg.lr_multiplier(p, 3, config) + tg.muon_momentum(3, config) for p in (0.0, 0.5, 1.0)]
 

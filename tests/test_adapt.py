@@ -82,8 +82,8 @@ def test_every_target_is_scored_once_from_its_own_document(chunk: int, context: 
     stream = validation.tokens.tolist()
     learned_from = []
 
-    def forward(tokens: Tensor, wanted: Tensor, plan: Any, docs: Any, lora: Any) -> Tensor:
-        assert docs is None and tokens.size(1) <= context and wanted.size(1) == chunk
+    def forward(tokens: Tensor, wanted: Tensor, plan: Any, segments: Any, lora: Any) -> Tensor:
+        assert segments is None and tokens.size(1) <= context and wanted.size(1) == chunk
         first = tokens.size(1) - chunk
         seen.append((tokens, wanted, first))
         return torch.zeros(wanted.shape, requires_grad=torch.is_grad_enabled())
@@ -287,12 +287,12 @@ def test_planted_update_before_the_tally_is_noticed() -> None:
     """A variant that learns from a chunk and then scores it fails the check above."""
 
     def cheating(model: tg.GPT, adapters: tg.Adapters) -> Any:
-        def forward(tokens: Tensor, wanted: Tensor, plan: Any, docs: Any, lora: tg.Lora) -> Tensor:
+        def forward(tokens: Tensor, wanted: Tensor, plan: Any, segments: Any, lora: tg.Lora) -> Tensor:
             if not torch.is_grad_enabled():
-                return model(tokens, wanted, plan, docs, lora)
-            model(tokens, wanted, plan, docs, lora).mean(1).sum().backward()
+                return model(tokens, wanted, plan, segments, lora)
+            model(tokens, wanted, plan, segments, lora).mean(1).sum().backward()
             adapters.step()
-            return model(tokens, wanted, plan, docs, adapters.lora(slice(None)))
+            return model(tokens, wanted, plan, segments, adapters.lora(slice(None)))
 
         return forward
 

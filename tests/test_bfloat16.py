@@ -19,8 +19,8 @@ class Bfloat16Run(tg.Run):
 @pytest.fixture
 def row() -> tg.Row:
     tokens = torch.from_numpy(np.random.default_rng(0).integers(2, 64, (1, 65)))
-    docs = tg.pack_segments(np.array([20, 32, 12]), 32, tg.Run())
-    return tg.Row(tokens[:, :-1], tokens[:, 1:], docs)
+    segments = tg.pack_segments(np.array([20, 32, 12]), 32, tg.Run())
+    return tg.Row(tokens[:, :-1], tokens[:, 1:], segments)
 
 
 def test_bfloat16_activations_give_nearly_the_same_nats(row: tg.Row) -> None:
@@ -28,9 +28,9 @@ def test_bfloat16_activations_give_nearly_the_same_nats(row: tg.Row) -> None:
     config, plan = toy_config(), tg.layer_plan(toy_config(), True)
     exact, rounded = randomise(tg.GPT(config, tg.Run())), randomise(tg.GPT(config, Bfloat16Run()))
     taps = tg.Taps()
-    for docs in (row.docs, None):
-        expected = exact(row.inputs, row.targets, plan, docs)
-        nll = rounded(row.inputs, row.targets, plan, docs, taps=taps)
+    for segments in (row.segments, None):
+        expected = exact(row.inputs, row.targets, plan, segments)
+        nll = rounded(row.inputs, row.targets, plan, segments, taps=taps)
         assert nll.dtype == torch.float32
         assert (nll - expected).abs().max() < 0.15 and (nll - expected).abs().mean() < 0.03
     assert all(hessian.dtype == torch.float32 for hessian in taps.hessians.values())
@@ -43,7 +43,7 @@ def test_bfloat16_training_and_adaptation_take_steps_on_float32_weights(row: tg.
     optimizer, plan = tg.Optimizer(model, config, run), tg.layer_plan(config, True)
     losses = []
     for _ in range(6):
-        loss = model(row.inputs, row.targets, plan, row.docs).mean()
+        loss = model(row.inputs, row.targets, plan, row.segments).mean()
         loss.backward()
         gradients, numbers = optimizer.exchange(plan, [loss.detach()])
         assert gradients[0].dtype == torch.bfloat16 and numbers.dtype == torch.float32

@@ -55,7 +55,7 @@ def test_check_prints_a_line_per_item_and_writes_nothing(
 
 
 def break_attention(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tg, "choose_attention", lambda *_: ("odd", lambda q, k, v, docs: q + k.mean() + v.mean()))
+    monkeypatch.setattr(tg, "choose_attention", lambda *_: ("odd", lambda q, k, v, segments: q + k.mean() + v.mean()))
 
 
 def forbid_import(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

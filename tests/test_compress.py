@@ -235,16 +235,13 @@ def test_streams_hold_all_arrays_once_each_of_one_type(toy: Quantised) -> None:
         assert stream.nbytes == sum(array.nbytes for array in stream.arrays(toy.stored))
 
 
-def test_table_and_shapes_are_made_once_per_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal settings share one table, and one model on the meta device; no caller can change them."""
-    made, real = [], tg.GPT
-    monkeypatch.setattr(tg, "GPT", lambda *arguments: made.append(arguments) or real(*arguments))
-    for _ in range(3):
-        table = tg.artifact_table(toy_config(MODEL_DIM=24, ROPE_DIMS=2))
-        tg.trained_shapes(toy_config(MODEL_DIM=24, ROPE_DIMS=2))
-    assert len(made) == 1 and table is tg.artifact_table(toy_config(MODEL_DIM=24, ROPE_DIMS=2))
+def test_tables_are_made_once_per_configuration() -> None:
+    """Equal settings share one table of parameters and one of the artifact; no caller can change them."""
+    table, parameters = (make(toy_config(MODEL_DIM=24, ROPE_DIMS=2)) for make in (tg.artifact_table, tg.parameter_table))
+    assert table is tg.artifact_table(toy_config(MODEL_DIM=24, ROPE_DIMS=2)) and isinstance(table, tuple)
+    assert parameters is tg.parameter_table(toy_config(MODEL_DIM=24, ROPE_DIMS=2))
     with pytest.raises(TypeError):
-        tg.parameter_shapes(toy_config())["x"] = (1,)
+        parameters["x"] = parameters["qo_bank"]
 
 
 def test_saved_artifact_reloads_with_identical_codes_and_losses(toy: Quantised) -> None:
@@ -603,7 +600,7 @@ def test_artifact_fills_the_limit_from_below_and_from_above(
     """FIT_ARTIFACT=fill ends within the slack below the limit. With room left clips fall, and so does the quantisation
     error; above the limit clips rise; nothing changes when the first artifact is within the slack."""
     config, first = trained
-    folder = tg.run_dir(config)
+    folder = config.run_dir
     weights = tg.load_arrays(folder / "trained.bin")[1]
     plain = tg.dequantize(tg.quantize(weights, config, CPU), config)
     limit = first["total_bytes"] + spare

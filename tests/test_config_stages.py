@@ -86,7 +86,7 @@ def test_files_are_refused_just_when_a_setting_that_decided_them_has_changed(
     refused = lambda read: refuses(read, trainer.config, name)
     assert refused(trainer.restore_checkpoint) == (tg.TRAIN in stage or name == "row_tokens")
     assert refused(lambda: tg.load_trained(trainer.config)) == (tg.TRAIN in stage)
-    path = tg.run_dir(finished) / "artifact.bin"
+    path = finished.run_dir / "artifact.bin"
     assert refused(lambda: tg.open_artifact(path, trainer.config)) == (tg.ARTIFACT in stage)
 
 
@@ -142,7 +142,7 @@ def stage_reads(toy_data: ToyData, tmp_path_factory: pytest.TempPathFactory) -> 
     def noted(stage: str, function: Callable) -> Callable:
         def call(*arguments: Any) -> Any:
             Watched.reads = set()
-            for cached in (tg.artifact_table, tg.parameter_shapes):  # what a stage before has read is read again
+            for cached in (tg.artifact_table, tg.parameter_table):  # what a stage before has read is read again
                 cached.cache_clear()
             result = function(*arguments)
             found[stage] |= Watched.reads

@@ -150,9 +150,9 @@ def test_segments_begin_at_the_row_start_and_every_bos_and_are_cut(
         if t == 0 or token == tg.BOS_ID or t - starts[-1] == limit:
             starts.append(t)
         positions.append(t - starts[-1])
-    table = row.docs.cu_seqlens.tolist()
+    table = row.segments.cu_seqlens.tolist()
     assert table[: len(starts)] == starts and set(table[len(starts) :]) == {64}
-    assert row.docs.positions.tolist() == positions and row.docs.max_seqlen == limit
+    assert row.segments.positions.tolist() == positions and row.segments.max_seqlen == limit
 
 
 def test_windows_of_a_plain_stream_ignore_documents(tmp_path: Path) -> None:
@@ -162,8 +162,8 @@ def test_windows_of_a_plain_stream_ignore_documents(tmp_path: Path) -> None:
     write_stream(tmp_path, "train", tokens, [])
     config = toy_config(DATA_PATH=tmp_path, VARLEN_ATTN=0)
     row = tg.training_row(tg.TokenStream(tmp_path, "train", 64), 0, config, RUN)
-    assert row.docs.cu_seqlens.tolist() == [0, 32, 64]
-    assert row.docs.positions.tolist() == [*range(32), *range(32)]
+    assert row.segments.cu_seqlens.tolist() == [0, 32, 64]
+    assert row.segments.positions.tolist() == [*range(32), *range(32)]
     assert row.inputs[0].tolist() == tokens[:64].tolist() and row.targets[0].tolist() == tokens[1:65].tolist()
 
 
@@ -251,15 +251,15 @@ def test_coprime_windows_are_segments(varlen: int, tmp_path: Path) -> None:
         starts = {0, 32} | (
             {t for t, token in enumerate(row.inputs[0].tolist()) if token == tg.BOS_ID} if varlen else set()
         )
-        table = row.docs.cu_seqlens.unique().tolist()
+        table = row.segments.cu_seqlens.unique().tolist()
         assert table == sorted(starts | {64})
 
 
 def test_segment_table_of_the_published_example() -> None:
     """BOS at 0, 100, 5000 in 9000 tokens with limit 2048: starts 0, 100, 2148, 4196, 5000, 7048, then 9000."""
     lengths = tg.cut_lengths(np.diff([0, 100, 5000, 9000]), 2048)
-    docs = tg.pack_segments(lengths, 2048, RUN)
-    table = docs.cu_seqlens
+    segments = tg.pack_segments(lengths, 2048, RUN)
+    table = segments.cu_seqlens
     assert table.dtype == torch.int32 and table.tolist() == [0, 100, 2148, 4196, 5000, 7048, 9000]
     assert int(table.diff().max()) == 2048
 
@@ -285,15 +285,15 @@ def test_cut_lengths_equals_a_slow_loop(lengths: list[int], limit: int) -> None:
 @example([1] * 256)
 def test_packing_reaches_every_token_exactly_once(lengths: list[int]) -> None:
     """Table, positions, and the CPU batches: each token sits once in a batch, in order behind its segment's start."""
-    docs, total = tg.pack_segments(np.array(lengths), 50, RUN), sum(lengths)
+    segments, total = tg.pack_segments(np.array(lengths), 50, RUN), sum(lengths)
     begins = np.cumsum([0, *lengths])
-    assert docs.cu_seqlens.tolist() == begins.tolist()
-    assert docs.positions.tolist() == [i for length in lengths for i in range(length)]
-    flat = torch.cat([index.flatten() for index in docs.gather])
-    assert flat[docs.scatter].tolist() == list(range(total)) and len(set(docs.scatter.tolist())) == total
-    place = {int(p): token for token, p in enumerate(docs.scatter)}
+    assert segments.cu_seqlens.tolist() == begins.tolist()
+    assert segments.positions.tolist() == [i for length in lengths for i in range(length)]
+    flat = torch.cat([index.flatten() for index in segments.gather])
+    assert flat[segments.scatter].tolist() == list(range(total)) and len(set(segments.scatter.tolist())) == total
+    place = {int(p): token for token, p in enumerate(segments.scatter)}
     offset = 0
-    for index in docs.gather:
+    for index in segments.gather:
         for row in index.tolist():
             own = [place[offset + column] for column in range(len(row)) if offset + column in place]
             begin = own[0]
@@ -310,7 +310,7 @@ def test_rows_of_a_step_are_dealt_to_ranks_without_overlap(loader: str, toy_data
     key = lambda row: (
         tuple(row.inputs[0].tolist()),
         tuple(row.targets[0].tolist()),
-        tuple(row.docs.cu_seqlens.tolist()),
+        tuple(row.segments.cu_seqlens.tolist()),
     )
     for step in (0, 1, 40):
         whole = Counter(map(key, alone.step_rows(step)))

@@ -29,12 +29,12 @@ class PaddedRun(tg.Run):
     padded = True
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, docs: tg.Docs | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, segments: tg.Segments | None) -> Tensor:
     """Causal attention inside the segments of `cu_seqlens`, by a mask."""
-    if docs is None:
+    if segments is None:
         return tg.attend_sdpa(q, k, v, None)
     places = torch.arange(q.size(1))
-    segment = torch.searchsorted(docs.cu_seqlens, places, right=True)
+    segment = torch.searchsorted(segments.cu_seqlens, places, right=True)
     mask = (segment[:, None] == segment) & (places[:, None] >= places)
     k, v = (x.repeat_interleave(q.size(2) // k.size(2), 2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -78,7 +78,7 @@ def varied_validation(documents: int, seed: int = 0) -> tg.Validation:
 def warmed_up(config: tg.Config) -> tuple[tg.Trainer, dict[str, tg.Graphs]]:
     """A trainer on the stand-in after everything that comes before the clock, and what that compiled."""
     run = PaddedRun()
-    tg.run_dir(config).mkdir()
+    config.run_dir.mkdir()
     program = tg.Program(config, run)
     trainer = tg.Trainer(config, run, QUIET, program)
     evaluation = compiled_by(lambda: tg.warm_up_evaluation(program, config, run, QUIET))
@@ -167,7 +167,7 @@ def test_a_run_reports_what_it_compiled(toy_data: ToyData, tmp_path: Path, monke
     """log.txt and result.json carry the counts of each stage; a graph inside the clock is a warning."""
     monkeypatch.setattr(tg.Run, "padded", True)
     config = shallow(toy_data, "pr1941", RUNS_DIR=tmp_path, RUN_ID="a", TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
-    result, log = tg.main(config, tg.Run()), tg.run_dir(config) / "log.txt"
+    result, log = tg.main(config, tg.Run()), config.run_dir / "log.txt"
     stages = result["stage_graphs"]
     assert list(stages) == ["train", "quantize", "evaluate"] and stages["quantize"]["compiled_graphs"] == 0
     assert result["compiled_graphs"] == sum(row["compiled_graphs"] for row in stages.values()) >= 4

@@ -342,7 +342,7 @@ def test_two_processes_run_all_stages_like_one(toy_data: ToyData, tmp_path: Path
 def test_run_gets_a_name_of_its_own(toy_data: ToyData, tmp_path: Path) -> None:
     """Without RUN_ID the folder is named after time, preset and seed; a runs folder that cannot be made is an error."""
     named = tg.named_run(toy_data.config(RUNS_DIR=tmp_path / "runs", SEED=5), RUN)
-    assert re.fullmatch(r"\d{8}-\d{6}-default-seed5", named.run_id) and tg.run_dir(named).is_dir()
+    assert re.fullmatch(r"\d{8}-\d{6}-default-seed5", named.run_id) and named.run_dir.is_dir()
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(tg.UserError, match="RUNS_DIR"):
         tg.named_run(toy_data.config(RUNS_DIR=tmp_path / "file"), RUN)

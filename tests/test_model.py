@@ -214,7 +214,7 @@ class SlowModel:
         return out
 
 
-def packed(lengths: list[int], limit: int) -> tg.Docs:
+def packed(lengths: list[int], limit: int) -> tg.Segments:
     return tg.pack_segments(np.array(lengths), limit, tg.Run())
 
 
@@ -430,13 +430,13 @@ def test_no_token_influences_an_earlier_loss() -> None:
     model = random_model(config)
     inputs, targets = pair(config, 24, bos_every=0)
     plan = tg.layer_plan(config, True)
-    for docs in (None, packed([24], 24)):
+    for segments in (None, packed([24], 24)):
         with torch.no_grad():
-            before = model(inputs, targets, plan, docs)[0]
+            before = model(inputs, targets, plan, segments)[0]
             for t in range(24):
                 changed = inputs.clone()
                 changed[0, t] = 4 + (changed[0, t] - 3) % 60
-                after = model(changed, targets, plan, docs)[0]
+                after = model(changed, targets, plan, segments)[0]
                 torch.testing.assert_close(after[:t], before[:t], rtol=0, atol=1e-6)
                 assert (after[t] - before[t]).abs() > 1e-4
 
@@ -448,16 +448,16 @@ def test_nothing_flows_between_the_segments_of_a_row() -> None:
     lengths = [7, 1, 12, 4]
     inputs, targets = pair(config, sum(lengths))
     inputs = inputs.clamp(min=4)  # no BOS: the segment table alone must separate them
-    docs, plan = packed(lengths, 12), tg.layer_plan(config, True)
+    segments, plan = packed(lengths, 12), tg.layer_plan(config, True)
     with torch.no_grad():
-        before = model(inputs, targets, plan, docs)[0]
+        before = model(inputs, targets, plan, segments)[0]
         for segment, length in enumerate(lengths):
             begin = sum(lengths[:segment])
             changed = inputs.clone()
             changed[0, begin : begin + length] = 4 + (changed[0, begin : begin + length] - 3) % 60
             same = torch.ones(sum(lengths), dtype=torch.bool)
             same[begin : begin + length] = False
-            after = model(changed, targets, plan, docs)[0]
+            after = model(changed, targets, plan, segments)[0]
             torch.testing.assert_close(after[same], before[same], rtol=0, atol=1e-6)
             assert (after - before)[~same].abs().min() > 1e-4
 
@@ -573,9 +573,11 @@ def test_parameter_counts_of_the_published_system() -> None:
 
 
 def test_every_parameter_is_in_exactly_one_group() -> None:
-    """The optimizer groups partition the parameters, in every preset."""
+    """The optimizer groups partition the parameters, in every preset, and the table lists just these, in their order."""
     for preset in tg.PRESETS:
         model = tg.GPT(tg.load_config({"PRESET": preset})[0], tg.Run(), "meta")
+        made = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+        assert made == list(tg.parameter_shapes(model.config).items())
         members = [name for group in model.groups().values() for name in group]
         assert sorted(members) == sorted(name for name, _ in model.named_parameters())
         owners = [id(p) for group in model.groups().values() for p in group.values()]
@@ -742,35 +744,35 @@ def test_query_heads_read_their_group_of_value_heads() -> None:
     H, K, d = 8, 4, 4
     q, k = torch.randn(1, 5, H, d), torch.randn(1, 5, K, d)
     v = torch.arange(K).float().view(1, 1, K, 1).expand(1, 5, K, d).contiguous()
-    for docs in (None, packed([2, 3], 3)):
-        out = tg.attend_sdpa(q, k, v, docs)
+    for segments in (None, packed([2, 3], 3)):
+        out = tg.attend_sdpa(q, k, v, segments)
         torch.testing.assert_close(out, (torch.arange(H) // 2).float().view(1, 1, H, 1).expand_as(out))
 
 
-def test_softcapped_nll_equals_float64_cross_entropy() -> None:
+def test_plain_nll_equals_float64_cross_entropy() -> None:
     """Losses and gradients equal cross-entropy of c tanh(z / c) in float64, also for saturated logits."""
     torch.manual_seed(1)
     logits = (torch.randn(2, 7, 50) * 20).requires_grad_()
     targets = torch.randint(0, 50, (2, 7))
     targets[0, 0], targets[0, 1] = 0, 49
-    fast = tg.softcapped_nll(logits, targets, 30.0)
+    fast = tg.plain_nll(logits, targets, 30.0)
     exact = logits.detach().double().requires_grad_()
     slow = F.cross_entropy(30 * torch.tanh(exact / 30).flatten(0, 1), targets.flatten(), reduction="none").view(2, 7)
     torch.testing.assert_close(fast.double(), slow, atol=1e-5, rtol=1e-5)
     fast.sum().backward()
     slow.sum().backward()
     torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-5, rtol=1e-4)
-    saturated = tg.softcapped_nll(torch.tensor([[[1000.0, -1000.0, 0.0]]]), torch.tensor([[1]]), 30.0)
+    saturated = tg.plain_nll(torch.tensor([[[1000.0, -1000.0, 0.0]]]), torch.tensor([[1]]), 30.0)
     assert abs(saturated.item() - 60.0) < 1e-3
-    assert fast.dtype == torch.float32 and tg.softcapped_nll(logits.bfloat16(), targets, 30.0).dtype == torch.float32
+    assert fast.dtype == torch.float32 and tg.plain_nll(logits.bfloat16(), targets, 30.0).dtype == torch.float32
 
 
-def test_softcapped_nll_prices_several_ids_at_once() -> None:
+def test_plain_nll_prices_several_ids_at_once() -> None:
     """Targets (B, T, n) give the n losses that n separate calls give."""
     logits, targets = torch.randn(2, 5, 11), torch.randint(0, 11, (2, 5, 3))
-    together = tg.softcapped_nll(logits, targets, 3.0)
+    together = tg.plain_nll(logits, targets, 3.0)
     for i in range(3):
-        torch.testing.assert_close(together[..., i], tg.softcapped_nll(logits, targets[..., i], 3.0))
+        torch.testing.assert_close(together[..., i], tg.plain_nll(logits, targets[..., i], 3.0))
 
 
 @pytest.mark.parametrize(
@@ -1134,8 +1136,8 @@ def test_flash_attention_3_is_attention(hopper: Path, source: str) -> None:
     assert kernels.calls == ["kernels-community/flash-attn3"] * (source == "kernels")
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 24, heads, 8) for heads in (4, 2, 2))
-    for docs in (None, packed([5, 1, 18], 24)):
-        torch.testing.assert_close(attend(q, k, v, docs), tg.attend_sdpa(q, k, v, docs))
+    for segments in (None, packed([5, 1, 18], 24)):
+        torch.testing.assert_close(attend(q, k, v, segments), tg.attend_sdpa(q, k, v, segments))
     captured = torch.compile(attend, backend="eager", fullgraph=True)
     torch.testing.assert_close(captured(q, k, v, None), attend(q, k, v, None))
     copy.deepcopy(attend)  # as a model with it is copied
@@ -1188,7 +1190,7 @@ def test_forward_is_one_graph_with_and_without_adapters() -> None:
     model, plan = random_model(config), tg.layer_plan(config, True)
     captured = torch.compile(model, backend="eager", fullgraph=True)
     inputs, targets = pair(config, 24)
-    for docs, lora in ((None, None), (packed([8, 1, 15], 32), None), (None, random_lora(config, 1))):
+    for segments, lora in ((None, None), (packed([8, 1, 15], 32), None), (None, random_lora(config, 1))):
         with torch.no_grad():
-            expected = model(inputs, targets, plan, docs, lora)
-            torch.testing.assert_close(captured(inputs, targets, plan, docs, lora), expected)
+            expected = model(inputs, targets, plan, segments, lora)
+            torch.testing.assert_close(captured(inputs, targets, plan, segments, lora), expected)

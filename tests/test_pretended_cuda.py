@@ -170,7 +170,7 @@ def test_kernels_train_on_the_device_as_the_plain_functions(exact_bfloat16: None
             row = tg.training_row(tg.NoiseStream(config.vocab_size), 0, config, run)
             losses = []
             for _ in range(2):
-                loss = model(row.inputs, row.targets, plan, row.docs).mean()
+                loss = model(row.inputs, row.targets, plan, row.segments).mean()
                 loss.backward()
                 gradients, numbers = optimizer.exchange(plan, [loss.detach()])
                 optimizer.step(gradients, 1.0, 0.9)
@@ -258,14 +258,14 @@ def test_attention_on_the_device_is_that_of_the_cpu(name: str, flagged: bool) ->
     with device(flagged_varlen=flagged):
         run = tg.start_run({})
         attend = tg.choose_attention(config, run.device)[1]
-        for docs in (tg.pack_segments(lengths, 32, run), None):
+        for segments in (tg.pack_segments(lengths, 32, run), None):
             there = [x.to(run.device).requires_grad_() for x in (q, k, v)]
-            out = attend(*there, docs)
+            out = attend(*there, segments)
             assert out.is_cuda and out.dtype == torch.bfloat16 and out.shape == q.shape
             out.backward(g.to(run.device))
             found = [x.detach().cpu().float() for x in (out, *(x.grad for x in there))]
             here = [x.float().requires_grad_() for x in (q, k, v)]
-            expected = tg.attend_sdpa(*here, docs and tg.pack_segments(lengths, 32, tg.Run()))
+            expected = tg.attend_sdpa(*here, segments and tg.pack_segments(lengths, 32, tg.Run()))
             expected.backward(g.float())
             for a, b in zip(found, (expected.detach(), *(x.grad for x in here))):
                 torch.testing.assert_close(a, b, atol=0.03, rtol=0.03)
@@ -466,6 +466,6 @@ def test_planted_waits_and_mixtures_are_noticed(toy_data: ToyData, monkeypatch: 
         train_once(toy_data)
     pack = tg.pack_segments
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="int32"):
-        wide = lambda *args: (docs := pack(*args))._replace(cu_seqlens=docs.cu_seqlens.long())
+        wide = lambda *args: (segments := pack(*args))._replace(cu_seqlens=segments.cu_seqlens.long())
         patch.setattr(tg, "pack_segments", wide)
         train_once(toy_data)

@@ -192,7 +192,7 @@ def test_signal_in_training_saves_the_step_and_says_so(
 def test_signal_in_the_last_step_is_not_forgotten(toy_data: ToyData, tmp_path: Path, monkeypatch: Any) -> None:
     """It ends the run after that step, with a checkpoint, instead of being dropped with the loop."""
     config = toy_data.config(RUNS_DIR=tmp_path, RUN_ID="toy", ITERATIONS=2)
-    tg.run_dir(config).mkdir()
+    config.run_dir.mkdir()
     trainer = tg.Trainer(config, tg.Run(), tg.Log(None))
     real = trainer.update
 

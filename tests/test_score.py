@@ -172,11 +172,11 @@ def test_padding_changes_no_score_and_is_not_counted() -> None:
     count = bare.inputs.size(1)
     for pad_to in (count, count + 1, count + 75):
         padded, targets = evaluation.row(windows, pad_to)
-        assert padded.inputs.size(1) == pad_to and padded.docs.cu_seqlens.max() == pad_to
+        assert padded.inputs.size(1) == pad_to and padded.segments.cu_seqlens.max() == pad_to
         assert targets[:count].tolist() == positions.tolist() and not targets[count:].any()
         with torch.no_grad():
-            long = model(padded.inputs, padded.targets, plan, padded.docs)[0, :count]
-            short = model(bare.inputs, bare.targets, plan, bare.docs)[0]
+            long = model(padded.inputs, padded.targets, plan, padded.segments)[0, :count]
+            short = model(bare.inputs, bare.targets, plan, bare.segments)[0]
         torch.testing.assert_close(long, short, atol=1e-5, rtol=1e-5)
 
 
@@ -345,7 +345,7 @@ def test_constant_model_scores_the_entropy_of_a_uniform_guess() -> None:
     """A model that gives every id the same probability scores ln(V) per token, whatever the stream."""
     config = toy_config()
     validation = validation_of_lengths([40, 3, 9])
-    uniform = lambda inputs, targets, plan, docs: torch.full(targets.shape, math.log(64))
+    uniform = lambda inputs, targets, plan, segments: torch.full(targets.shape, math.log(64))
     tally = evaluation_of(uniform, validation, config).score(32)
     assert tally.loss == pytest.approx(math.log(64), rel=1e-6)
     assert tally.bpb == pytest.approx(52 * 6 / int(validation.bytes.sum()), rel=1e-6)

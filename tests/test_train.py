@@ -30,7 +30,7 @@ RUN = tg.Run()
 
 
 def make_trainer(config: tg.Config, run: tg.Run = RUN) -> tg.Trainer:
-    tg.run_dir(config).mkdir(parents=True, exist_ok=True)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
     return tg.Trainer(config, run, QUIET)
 
 
@@ -249,7 +249,7 @@ def test_hessians_are_those_of_the_rows_behind_the_last_step(toy_data: ToyData, 
     with torch.no_grad():
         for number in (20, 21, 22):  # five steps of four rows have been used
             row = tg.training_row(trainer.stream, number, config, tg.Run())
-            trainer.model(row.inputs, row.targets, tg.layer_plan(config, True), row.docs, taps=taps)
+            trainer.model(row.inputs, row.targets, tg.layer_plan(config, True), row.segments, taps=taps)
     assert got.keys() == taps.hessians.keys()
     for key in got:
         torch.testing.assert_close(got[key], taps.hessians[key])
@@ -365,7 +365,7 @@ def test_non_finite_numbers_stop_the_run_and_keep_the_checkpoint(
     where: str, toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """A loss or a gradient that is no number ends the run with status 1 and one line; the last checkpoint is finite."""
-    real, calls = tg.softcapped_nll, []
+    real, calls = tg.plain_nll, []
 
     def failing(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
         nll = real(logits, *rest)
@@ -542,7 +542,7 @@ def test_script_itself_exits_with_status_two_and_one_line(toy_data: ToyData, tmp
 def rank_job(run: tg.Run, env: dict[str, str]) -> dict[str, Any]:
     """What one rank sees of training (resumed from a checkpoint where there is one), calibration and all scorings."""
     config = tg.load_config(env)[0]
-    tg.run_dir(config).mkdir(parents=True, exist_ok=True)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
     trainer = tg.Trainer(config, run, QUIET)
     trainer.restore_checkpoint()
     trainer.loop()

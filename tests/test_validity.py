@@ -283,7 +283,7 @@ def train_then_score(evaluation: tg.Evaluation, *rest: Any) -> None:
         REAL["adapt_batch"](e, *rest)
 
 
-REAL = {name: getattr(tg, name) for name in ("adapt_batch", "plan_windows", "softcapped_nll", "token_hints")}
+REAL = {name: getattr(tg, name) for name in ("adapt_batch", "plan_windows", "plain_nll", "token_hints")}
 
 
 def test_training_before_scoring_fails_causality_and_the_order_of_updates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,7 +394,7 @@ def test_a_dropped_tail_fails_single_pass(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_cache_for_the_target_inside_the_forward_pass_fails_normalisation(monkeypatch: pytest.MonkeyPatch) -> None:
     """A favoured id gets more, and the others' probabilities are not lowered by as much."""
-    real = REAL["softcapped_nll"]
+    real = REAL["plain_nll"]
 
     def mixed(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> torch.Tensor:
         return -torch.log((-real(logits, targets, softcap)).exp() + 0.1 * (targets == 5))
@@ -413,7 +413,7 @@ def scored_through(
         for window in tg.windows_inside(e.validation.documents, e.config.eval_seq_len, stride):
             row, positions = e.row([window], 0)
             with torch.no_grad():
-                nll = e.program.score(row.inputs, row.targets, e.plan, row.docs)[0]
+                nll = e.program.score(row.inputs, row.targets, e.plan, row.segments)[0]
             keep = torch.from_numpy(np.arange(window.begin, window.end) >= window.first_scored)
             e.tally.add(change(nll[keep], row.targets[0][keep], e.tally), positions[keep.numpy()])
         return e.tally
@@ -438,7 +438,7 @@ def test_a_cache_for_the_target_behind_the_forward_pass_fails_normalisation(monk
 
 def test_a_gate_that_reads_the_target_fails_causality(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits scaled by the class of the token that is scored."""
-    real = REAL["softcapped_nll"]
+    real = REAL["plain_nll"]
 
     def gated(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> torch.Tensor:
         if targets.dim() == 3:  # the classes of the last real targets
@@ -547,7 +547,7 @@ def no_tail_of_long_documents(n: int, context: int, stride: int, first: int | No
 
 def favoured(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> torch.Tensor:
     """One id in the vocabulary gets a thousandth more than its share."""
-    return -torch.log((-REAL["softcapped_nll"](logits, targets, softcap)).exp() + 0.001 * (targets == tg.BOS_ID))
+    return -torch.log((-REAL["plain_nll"](logits, targets, softcap)).exp() + 0.001 * (targets == tg.BOS_ID))
 
 
 def global_phase_on_all(evaluation: tg.Evaluation, documents: np.ndarray) -> int:
