@@ -197,7 +197,7 @@ def stated_in_logs(folder: Folder, key: str) -> Finding:
         if finding.status == "fail" and elsewhere(folder, seed, quantity, stated_figure(stated[seed])):
             finding = ok(f"seed {seed}: {show(stated[seed])} in another log")
         findings.append(finding)
-    first = [found[0].value for found in logged.values()]
+    means = [Figure(statistics.fmean(f.value for f in column), 0.0) for column in zip(*logged.values())]
     claimed = submission.get("seeds")
     whole = len(logged) == len(folder.logs) >= max(len(folder.seeds), len(claimed) if isinstance(claimed, list) else 0)
     for name in (*quantity.mean, *quantity.largest):
@@ -206,8 +206,7 @@ def stated_in_logs(folder: Folder, key: str) -> Finding:
     for name in quantity.common:
         if (value := number(submission.get(name))) is not None:
             everything = [figure for found in logged.values() for figure in found]
-            mean = Figure(statistics.fmean(first), 0.0)
-            findings.append(one_of(name, value, [*everything, mean], quantity))
+            findings.append(one_of(name, value, [*everything, *means], quantity))
     return worst(findings, f"no {quantity.name} in submission.json")
 
 
@@ -283,6 +282,12 @@ def in_log(cell: Cell, known: list[Figure], quantity: Quantity) -> bool:
     return holds(Figure(cell.value, cell.unit), [*known, *binary], quantity.slack)
 
 
+def logged_as(cell: Cell, known: list[Figure], quantity: Quantity) -> str:
+    """What a message gives as the figure of the log: of scores, whose columns have any name, the nearest one."""
+    near = min(known, key=lambda k: abs(k.value - cell.value))
+    return show((near if quantity.name.startswith("bpb") else known[0]).value)
+
+
 def seed_findings(folder: Folder, table: Table, index: int, quantity: Quantity | None) -> list[Finding]:
     findings = []
     for seed, cells in table.rows.items():
@@ -293,7 +298,7 @@ def seed_findings(folder: Folder, table: Table, index: int, quantity: Quantity |
             good = in_log(cell, known, quantity) or any(
                 in_log(cell, any_figures(quantity, other), quantity) for other in folder.all_logs_of(int(seed))
             )
-            findings.append(ok(text) if good else fail(f"{text}; the log says {show(known[0].value)}"))
+            findings.append(ok(text) if good else fail(f"{text}; the log says {logged_as(cell, known, quantity)}"))
     return findings
 
 
@@ -308,7 +313,7 @@ def value_findings(folder: Folder, column: str, quantity: Quantity | None, cell:
     if not known:
         return []
     text = f"README, {column}: {cell.text}"
-    return [ok(text) if in_log(cell, known, quantity) else warn(f"{text}; no log says so, {show(known[0].value)}")]
+    return [ok(text) if in_log(cell, known, quantity) else warn(f"{text}; no log says so, {logged_as(cell, known, quantity)}")]
 
 
 def summary_findings(folder: Folder, table: Table, index: int, quantity: Quantity | None) -> list[Finding]:

@@ -801,6 +801,32 @@ def test_figures_that_are_right_in_other_forms_raise_no_alarm(tmp_path: Path) ->
     folder = make_record(tmp_path / "e")
     edit("README.md", "| Std | | 0.00046", f"| Std | | {statistics.pstdev(SEEDS.values()):.5f}")(folder)
     assert statuses(folder)["readme_tables"] == "warn"
+    # The mean of the scores at the last step, where the logs also state those after averaging.
+    folder = make_record(tmp_path / "f", pre_quant_val_bpb=1.2412)
+    for seed, bpb in ((1, "1.2411"), (2, "1.2412"), (3, "1.2413")):
+        edit(f"train_seed{seed}.log", "val_bpb: 1.2400", f"val_bpb: {bpb}")(folder)
+    assert statuses(folder)["parts_in_logs"] == "ok"
+    edit("submission.json", "1.2412", "1.2415")(folder)
+    assert statuses(folder)["parts_in_logs"] == "fail"
+
+
+def test_the_size_of_a_script_that_is_not_that_of_the_logs_fails_one_rule(tmp_path: Path) -> None:
+    """bytes_code is right for the file here: code_size says that the logs are of another, code_in_logs warns."""
+    longer = SCRIPT + "main()\n"
+    folder = make_record(tmp_path, "march", bytes_code=len(longer))
+    (folder / "train_gpt.py").write_text(longer)
+    assert (statuses(folder)["code_size"], statuses(folder)["code_in_logs"]) == ("fail", "warn")
+    edit("submission.json", f'"bytes_code": {len(longer)}', f'"bytes_code": {len(longer) + 1}')(folder)
+    assert statuses(folder)["code_in_logs"] == "fail"
+
+
+def test_a_wrong_figure_is_shown_with_the_nearest_one_of_the_log(tmp_path: Path) -> None:
+    """Of all scores that a column may mean."""
+    folder = make_record(tmp_path)
+    table = "| Seed | Pre-TTT bpb |\n|---|---|\n| 1 | 1.24510 |\n"
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "\n" + table)
+    found = {v.rule.name: v for v in check.check_folder(check.read_folder(folder, False))}["readme_tables"]
+    assert found.status == "fail" and "1.24510; the log says 1.245" in found.found
 
 
 def test_files_outside_of_the_folder_are_found_in_a_git_checkout(tmp_path: Path) -> None:
