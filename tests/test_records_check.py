@@ -829,6 +829,46 @@ def test_a_wrong_figure_is_shown_with_the_nearest_one_of_the_log(tmp_path: Path)
     assert found.status == "fail" and "1.24510; the log says 1.245" in found.found
 
 
+def test_numbers_without_a_rule_are_looked_up_or_named(tmp_path: Path) -> None:
+    """In settings by their name, in the logs by their value, as a mean over them or as a difference of cells."""
+    judge = lambda folder: check.unjudged_numbers(check.read_folder(folder, False))
+    assert judge(make_record(tmp_path / "plain")).found == "no further numbers"
+    further = dict(setting_12=12, model_params=35_000_000, sizes={"model": TOTALS[2] - 30_000}, mean_steps=4002)
+    further |= dict(mean_ttt=round(statistics.fmean(SEEDS.values()), 5), eval_ms=400_000, quantized_loss=2.4)
+    folder = make_record(tmp_path / "known", **further)
+    table = "| Seed | Gain | Before | After |\n|---|---|---|---|\n| 1 | -0.0146 | 1.24500 | 1.23040 |\n"
+    rewrite("README.md", lambda text: f"{text}\n{table}")(folder)
+    found = judge(folder)
+    names = ("mean_steps", "quantized_loss")  # too short to be looked up by their value
+    assert found.status == "unknown" and all(name in found.found for name in names)
+    assert "logs: 8; not" in found.found and found.found.count(";") == len(names)
+    for name, old, new in (
+        ("submission.json", '"setting_12": 12', '"setting_12": 13'),
+        ("submission.json", str(TOTALS[2] - 30_000), str(TOTALS[2] - 30_001)),
+        ("submission.json", '"mean_ttt": 1.2305', '"mean_ttt": 1.2306'),
+        ("README.md", "-0.0146", "-0.0156"),
+        ("README.md", "| 1.24500 | 1.23040 |", "| 1.24600 | 1.23140 |"),
+    ):
+        before = (folder / name).read_text()
+        edit(name, old, new)(folder)
+        assert judge(folder).found.count(";") > len(names)
+        (folder / name).write_text(before)
+    rewrite("README.md", lambda text: text + "\n| Part | Bytes |\n|---|---|\n| x | 12 |\n")(folder)
+    assert "tables of the README without seeds: 1" in judge(folder).found
+
+
+def test_a_stated_figure_that_no_log_has_is_not_called_right(tmp_path: Path) -> None:
+    """Unknown, with its name: of all seeds, of one, and of a mean where a log is missing."""
+    judge = lambda folder: check.steps_in_logs(check.read_folder(folder, False))
+    folder = make_record(tmp_path, train_steps_mean=4002.0)
+    edit("train_seed3.log", "stopping_early", "stopping")(folder)
+    edit("train_seed3.log", "4003/20000 val_loss", "4003/20000 loss")(folder)
+    assert judge(folder).status == "unknown"
+    assert "seed 3: no steps" in judge(folder).found and "train_steps_mean: not every seed" in judge(folder).found
+    every_log(lambda text: re.sub(r"stopping_early|\d+/20000 val_loss", "x", text))(folder)
+    assert judge(folder).found == "seed 1, seed 2, seed 3, train_steps_mean: no steps in the logs"
+
+
 def test_files_outside_of_the_folder_are_found_in_a_git_checkout(tmp_path: Path) -> None:
     """--base: one new folder and nothing else, committed or not; without it the rule is not judged."""
     repository = tmp_path / "checkout"
