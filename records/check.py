@@ -138,23 +138,26 @@ def one_new_folder(folder: Folder, base: str = "") -> Finding:
 
 
 def script_compiles(folder: Folder) -> Finding:
-    """With the Python that the logs state where it is newer than this one and installed, else with this one."""
+    """With this Python, and with the one that the logs state where that is another one and installed."""
     if not folder.script:
         return unknown("no train_gpt.py")
     stated = max((log.facts["python"] for log in folder.logs if "python" in log.facts), key=version, default="")
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    path, problem = folder.path / "train_gpt.py", ""
     try:
-        compile(folder.tree or folder.script, "train_gpt.py", "exec", dont_inherit=True)
-        return ok(f"{len(folder.script)} bytes")
+        compile(folder.tree or folder.script, path.name, "exec", dont_inherit=True)
     except UNPARSABLE as error:
         if sys.version_info >= (3, 12) or "f-string" not in str(error):
             return fail(f"{error}")
-        problem = str(error)
-    # Python 3.12 reads more f-strings than those before it.
+        problem = str(error)  # Python 3.12 reads more f-strings than those before it
+    if not problem:
+        older = version(stated) < version(here) if stated else False
+        message = compile_elsewhere(path, f"python{stated}") if older else ""
+        return fail(f"does not compile with Python {stated}: {message}") if message else ok(f"{len(folder.script)} bytes")
     if stated and version(stated) <= version(here):
         return fail(f"does not compile with Python {stated}, which a log states: {problem}")
     newer = stated or "3.12"
-    if message := compile_elsewhere(folder.path / "train_gpt.py", f"python{newer}"):
+    if message := compile_elsewhere(path, f"python{newer}"):
         return fail(f"does not compile with Python {newer} either: {message}")
     if message is None:
         return unknown(f"does not compile with Python {here}: {problem}; Python {newer} is not here to try")

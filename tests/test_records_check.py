@@ -714,6 +714,34 @@ MISTAKES: list[tuple[str, str, dict[str, Any], Callable[[Path], None], str, str]
         "seed 1 twice",
     ),
     (
+        "one row twice",
+        "april",
+        dict(seed_results=[dict(seed=s, val_bpb=SEEDS[s]) for s in (1, 2, 3, 3)]),
+        nothing,
+        "seeds",
+        "seed 3 twice",
+    ),
+    (
+        "one seed in two logs",
+        "april",
+        {},
+        lambda folder: (folder / "train_seed3.log").write_text(april_log(2, 1.2302, nats(1.2302), total=TOTALS[3])),
+        "seeds",
+        "[1, 2, 2]",
+    ),
+    (
+        "one seed in two logs of other names",
+        "april",
+        {},
+        lambda folder: [
+            (folder / f"run{i}.txt").write_text((folder / f"train_seed{i}.log").read_text().replace("seed: 3", "seed: 2"))
+            and (folder / f"train_seed{i}.log").unlink()
+            for i in SEEDS
+        ],
+        "seeds",
+        "2 logs with a final score",
+    ),
+    (
         "one run under two seeds",
         "march",
         dict(logged=lambda s: dict(bpb=1.2304, loss=nats(1.2304), total=TOTALS[1])),
@@ -744,6 +772,26 @@ MISTAKES: list[tuple[str, str, dict[str, Any], Callable[[Path], None], str, str]
     ("quantised", "april", state(quantized_val_bpb=1.2451), nothing, "parts_in_logs", "1.2451"),
     ("deviation of the losses", "april", dict(val_loss_std=0.01), nothing, "loss_std", "0.01"),
 ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Total submission size int8+zlib: {} bytes",
+        "Total submission size: {} bytes",
+        "INT7+zlib model: 15,000,000 bytes | Total submission: {} bytes",
+        "final_artifact_bytes: {}",
+        "artifact size: {} bytes",
+        "submission_artifact_size={}",
+        "Total artifact size: {} bytes",
+        "total_bytes={}",
+        "TOTAL SUBMISSION BYTES (code + model): {}",
+    ],
+)
+def test_total_lines_of_all_known_spellings(line: str) -> None:
+    """With and without commas."""
+    for text in ("15912345", "15,912,345"):
+        assert logs.parse_log(f"noise\n{line.format(text)}\nnoise 15,000,001\n").total_bytes == 15_912_345
 
 
 @pytest.mark.parametrize("case", MISTAKES, ids=lambda case: case[0].replace(" ", "_"))
@@ -917,6 +965,19 @@ def test_scripts_that_only_a_newer_python_reads_are_named(tmp_path: Path, monkey
     every_log(lambda text: text.replace("Python 3.12.3", "Python 3.11.9"))(folder)
     found = check.script_compiles(check.read_folder(folder, False))
     assert found.status == "fail" and "3.11, which a log states" in found.found
+
+
+def test_a_script_is_compiled_with_the_older_python_that_a_log_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where that one is here; without it, this Python decides."""
+    folder = make_record(tmp_path, "march")
+    every_log(lambda text: text.replace("Python 3.12.3", "Python 3.9.1"))(folder)
+    for said, status in (("SyntaxError: y", "fail"), ("", "ok"), (None, "ok")):
+        tried: list[str] = []
+        answer = lambda path, python, tried=tried, said=said: tried.append(python) or said
+        monkeypatch.setattr(check, "compile_elsewhere", answer)
+        assert check.script_compiles(check.read_folder(folder, False)).status == status and tried == ["python3.9"]
 
 
 def test_another_python_compiles_a_script_without_running_it(tmp_path: Path) -> None:
