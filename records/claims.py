@@ -4,14 +4,15 @@ QUANTITIES is one table of what can be stated, under which names, and where a lo
 what the log of its seed says, rounded or cut; a mean, deviation or maximum has to be that of the seeds.
 """
 
+import functools
 import itertools
 import re
 import statistics
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 from records.finding import Finding, fail, ok, unknown, warn, worst
-from records.folder import Cell, Folder, Table, number
+from records.folder import SEED_ALIASES, Cell, Folder, Table, number, read_cell, table_blocks
 from records.logs import RunLog, Score
 
 
@@ -184,31 +185,41 @@ def stated_figure(value: float) -> Figure:
     )
 
 
-def stated_in_logs(folder: Folder, key: str) -> Finding:
-    """What submission.json says of a quantity, against the logs."""
-    quantity, submission = QUANTITIES[key], folder.submission
+def stated_in_logs(folder: Folder, *keys: str) -> Finding:
+    """What submission.json says of some quantities, against the logs."""
+    findings = [finding for key in keys for finding in stated_findings(folder, QUANTITIES[key])]
+    return worst(findings, f"no {' and no '.join(QUANTITIES[key].name for key in keys)} in submission.json")
+
+
+def stated_findings(folder: Folder, quantity: Quantity) -> list[Finding]:
+    """One finding for each number that submission.json states of a quantity; unknown where no log has it."""
     logged = {log.facts.get("seed", log.path.name): found for log in folder.logs if (found := quantity.logged(log))}
-    if not logged:
-        return unknown(f"no {quantity.name} in the logs")
     stated = {seed: row[quantity.seed] for seed, row in folder.seeds.items() if quantity.seed in row}
+    top = {n: v for n in (*quantity.mean, *quantity.largest, *quantity.common) if (v := folder.stated(n)) is not None}
+    if not logged:
+        names = ", ".join([*(f"seed {seed}" for seed in stated), *top])
+        return [unknown(f"{names}: no {quantity.name} in the logs")] if names else []
     findings = []
-    for seed in stated.keys() & logged.keys():
-        finding = one_of(f"seed {seed}", stated[seed], logged[seed], quantity)
-        if finding.status == "fail" and elsewhere(folder, seed, quantity, stated_figure(stated[seed])):
-            finding = ok(f"seed {seed}: {show(stated[seed])} in another log")
+    for seed, value in stated.items():
+        if seed not in logged:
+            findings.append(unknown(f"seed {seed}: no {quantity.name} in its log"))
+            continue
+        finding = one_of(f"seed {seed}", value, logged[seed], quantity)
+        if finding.status == "fail" and elsewhere(folder, seed, quantity, stated_figure(value)):
+            finding = ok(f"seed {seed}: {show(value)} in another log")
         findings.append(finding)
-    first = [found[0].value for found in logged.values()]
-    claimed = submission.get("seeds")
+    claimed = folder.submission.get("seeds")
     whole = len(logged) == len(folder.logs) >= max(len(folder.seeds), len(claimed) if isinstance(claimed, list) else 0)
-    for name in (*quantity.mean, *quantity.largest):
-        if whole and (value := number(submission.get(name))) is not None:
+    everything = [figure for found in logged.values() for figure in found]
+    everything += [Figure(statistics.fmean(f.value for f in column), 0.0) for column in zip(*logged.values())]
+    for name, value in top.items():
+        if name in quantity.common:
+            findings.append(one_of(name, value, everything, quantity))
+        elif whole:
             findings.append(summary(name, value, logged, list(stated.values()), quantity))
-    for name in quantity.common:
-        if (value := number(submission.get(name))) is not None:
-            everything = [figure for found in logged.values() for figure in found]
-            mean = Figure(statistics.fmean(first), 0.0)
-            findings.append(one_of(name, value, [*everything, mean], quantity))
-    return worst(findings, f"no {quantity.name} in submission.json")
+        else:
+            findings.append(unknown(f"{name}: not every seed has a log"))
+    return findings
 
 
 def elsewhere(folder: Folder, seed: int, quantity: Quantity, figure: Figure) -> bool:
@@ -283,6 +294,12 @@ def in_log(cell: Cell, known: list[Figure], quantity: Quantity) -> bool:
     return holds(Figure(cell.value, cell.unit), [*known, *binary], quantity.slack)
 
 
+def logged_as(cell: Cell, known: list[Figure], quantity: Quantity) -> str:
+    """What a message gives as the figure of the log: of scores, whose columns have any name, the nearest one."""
+    near = min(known, key=lambda k: abs(k.value - cell.value))
+    return show((near if quantity.name.startswith("bpb") else known[0]).value)
+
+
 def seed_findings(folder: Folder, table: Table, index: int, quantity: Quantity | None) -> list[Finding]:
     findings = []
     for seed, cells in table.rows.items():
@@ -293,7 +310,7 @@ def seed_findings(folder: Folder, table: Table, index: int, quantity: Quantity |
             good = in_log(cell, known, quantity) or any(
                 in_log(cell, any_figures(quantity, other), quantity) for other in folder.all_logs_of(int(seed))
             )
-            findings.append(ok(text) if good else fail(f"{text}; the log says {show(known[0].value)}"))
+            findings.append(ok(text) if good else fail(f"{text}; the log says {logged_as(cell, known, quantity)}"))
     return findings
 
 
@@ -308,7 +325,9 @@ def value_findings(folder: Folder, column: str, quantity: Quantity | None, cell:
     if not known:
         return []
     text = f"README, {column}: {cell.text}"
-    return [ok(text) if in_log(cell, known, quantity) else warn(f"{text}; no log says so, {show(known[0].value)}")]
+    if in_log(cell, known, quantity):
+        return [ok(text)]
+    return [warn(f"{text}; no log says so, {logged_as(cell, known, quantity)}")]
 
 
 def summary_findings(folder: Folder, table: Table, index: int, quantity: Quantity | None) -> list[Finding]:
@@ -334,3 +353,116 @@ def summary_findings(folder: Folder, table: Table, index: int, quantity: Quantit
         else:
             findings.append(fail(f"{text}; the column's sample deviation is {sample:.6g}"))
     return findings
+
+
+# ------------------------------------------------------------------------------------------------------------
+# NUMBERS THAT NO OTHER RULE JUDGES
+# ------------------------------------------------------------------------------------------------------------
+
+# Keys of submission.json, at the top and of a seed, that rules of their own judge.
+RULED = {"val_bpb", "val_bpb_std", "val_loss_std", "seed", *(key for keys in SEED_ALIASES.values() for key in keys)}
+RULED |= {key for q in QUANTITIES.values() for key in (*q.mean, *q.largest, *q.common)}
+OF_SEEDS = ("seeds", "seed_results", "val_bpb_seeds")
+FEWEST_DIGITS = 5  # of a number that is looked up by its value; shorter ones are found by chance
+MOST_NAMED = 6
+
+
+def other_numbers(folder: Folder) -> Finding:
+    """The numbers of submission.json and of README tables that have no rule of their own: ok where the logs hold them
+    all; unknown, with their names, where they do not."""
+    rows = [*other_keys(folder), *other_cells(folder)]
+    missing = [text for text, known in rows if not known]
+    unread = sum(has_numbers(block) for block in table_blocks(folder.readme)) - len(folder.tables)
+    if unread > 0:
+        missing.append(f"tables of the README without seeds: {unread}")
+    found = f"further numbers in the logs: {sum(known for _, known in rows)}"
+    if not missing:
+        return ok(found if rows else "no further numbers")
+    more = f"; and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
+    return unknown(f"{found}; not in them: {'; '.join(missing[:MOST_NAMED])}{more}")
+
+
+def other_keys(folder: Folder) -> Iterator[tuple[str, bool]]:
+    """Name and value of each such number of submission.json, and whether the logs hold it."""
+    spare = functools.cache(lambda: every_figure(folder.spare_logs))  # slow to read
+    pools = (functools.cache(lambda: every_figure(folder.logs)), spare)
+    for path, value in leaves(folder.submission):
+        of_seed = path[0] in OF_SEEDS and len(path) in (2, 3)
+        if path[-1] in RULED and (of_seed or len(path) == 1) or of_seed and len(path) == 2:
+            continue
+        figure, text = stated_figure(value), repr(value)
+        found = in_settings(folder, path[-1], value) or any(looked_up(figure, text, pool()) for pool in pools)
+        yield f"{'.'.join(path)} {show(value)}", found
+
+
+def other_cells(folder: Folder) -> Iterator[tuple[str, bool]]:
+    """Place and text of each such number of a README table, and whether the logs hold it or it is a difference."""
+    pool = every_figure(folder.logs)
+    for table in folder.tables:
+        for index, column in enumerate(table.columns):
+            for row, cells in table.rows.items() if not quantity_of(column) else ():
+                if cell := cells[index]:
+                    known = looked_up(Figure(cell.value, cell.unit), cell.text, pool) or is_difference(cell, cells)
+                    yield f"README, {row}, {column} {cell.text}", known
+
+
+def has_numbers(block: list[list[str]]) -> bool:
+    return any(read_cell(cell, "") for row in block[1:] for cell in row)
+
+
+def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
+    """The numbers of a JSON value, each with the keys that lead to it."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(inner, (*path, str(key)))
+    elif path and number(value) is not None:
+        yield path, value
+
+
+def every_figure(logs: list[RunLog]) -> list[Figure]:
+    """All that logs state, and the mean and sample deviation of each kind of figure over them."""
+    kinds: dict[str, list[Figure]] = {}
+    for log in logs:
+        for name, quantity in QUANTITIES.items():
+            for place, figure in enumerate(quantity.logged(log)):
+                kinds.setdefault(f"{name} {place}", []).append(figure)
+        for score in log.scores:
+            kinds.setdefault(f"bpb of {score.label}", []).extend(bits([score]))
+            kinds.setdefault(f"loss of {score.label}", []).extend(losses([score]))
+        for name, value in log.facts.items():
+            if number(value) is not None:
+                kinds.setdefault(name, []).append(Figure(value, 0.0))
+    pool = [figure for figures in kinds.values() for figure in figures]
+    for figures in kinds.values():
+        if 1 < len(figures) == len(logs):
+            values, unit = [figure.value for figure in figures], figures[0].unit
+            pool += [Figure(made(values), unit) for made in (statistics.fmean, statistics.stdev)]
+    return pool
+
+
+def looked_up(figure: Figure, text: str, pool: list[Figure]) -> bool:
+    """Whether a number that is long enough is one of these, known as exactly, or a thousand times one: milliseconds."""
+    if len(re.sub(r"\D", "", text).lstrip("0")) < FEWEST_DIGITS:
+        return False
+    both = figure, Figure(figure.value / 1000, figure.unit / 1000)
+    return any(holds(one, [known for known in pool if known.unit <= one.unit]) for one in both)
+
+
+def in_settings(folder: Folder, key: str, value: float) -> bool:
+    """Whether a setting of that name has that value in every log."""
+    blocks = [block for log in folder.logs for block in log.settings]
+    return bool(blocks) and all(as_float(block.get(key, "")) == value for block in blocks)
+
+
+def as_float(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def is_difference(cell: Cell, cells: list[Cell | None]) -> bool:
+    """Whether a cell is the difference of two others of its row, to their last digits."""
+    others = [other for other in cells if other and other is not cell]
+    pairs = itertools.permutations(others, 2)
+    return any(abs(cell.value - (a.value - b.value)) < 1.01 * (cell.unit + max(a.unit, b.unit)) for a, b in pairs)

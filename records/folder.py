@@ -311,13 +311,20 @@ def read_cell(text: str, column: str) -> Cell | None:
     return Cell(float(digits) * scale, scale * 10.0**-places, text)
 
 
+def table_blocks(readme: str) -> list[list[list[str]]]:
+    """The Markdown tables of a text as rows of cells, without the line under the head."""
+    found = []
+    for block in re.findall(r"(?:^[ \t]*\|.*\n?){3,}", readme, re.M):
+        head, ruler, *lines = [split_row(line) for line in block.strip().split("\n")]
+        if ruler and all(re.fullmatch(r":?-+:?", cell) for cell in ruler):
+            found.append([head, *lines])
+    return found
+
+
 def read_tables(readme: str) -> list[Table]:
     """The tables of a README that have a column of seeds, and those of a name and a value in each row."""
     tables = []
-    for block in re.findall(r"(?:^[ \t]*\|.*\n?){3,}", readme, re.M):
-        head, ruler, *lines = [split_row(line) for line in block.strip().split("\n")]
-        if not ruler or not all(re.fullmatch(r":?-+:?", cell) for cell in ruler):
-            continue
+    for head, *lines in table_blocks(readme):
         names = [re.sub(r"[*`\\]", "", name).strip().lower() for name in head]
         if names[:1] == ["seed"]:
             tables.append(Table(names[1:], seed_cells(names, lines)))

@@ -37,6 +37,7 @@ LINES = (
     ("hardware", {}, {"devices": "hardware"}),
     ("versions", {}, {"torch": "torch"}),
     ("attention", {}, {"backend": "attn_backend"}),
+    ("check", {"item": "kernels"}, {"detail": "kernels"}),
 )
 SCORED = ("oversize", "quantized", "sliding", "ttt")
 # rule of the validity report -> key of the result that it is about
@@ -89,7 +90,7 @@ def shown(key: str, value: Any) -> str:
     """A value as a line of the log shows it."""
     if isinstance(value, float):
         return f"{value:.8f}" if key.endswith("bpb") else f"{value:.6g}"
-    return str(value).replace(" ", "")
+    return str(value).replace(" ", "_" if key == "detail" else "")
 
 
 def result_in_log(folder: Folder) -> Finding:
@@ -115,6 +116,8 @@ def result_in_log(folder: Folder) -> Finding:
 
 # Lines that say the same in all runs of one configuration on one data set: event, fields.
 SAME = (
+    ("check", ("item", "ok", "detail")),
+    ("setting", ("name", "origin")),
     ("data", ("train_tokens", "val_tokens", "row_tokens")),
     ("calibrated", ("hessians",)),
     ("looping", ("visits",)),
@@ -125,20 +128,27 @@ SAME = (
 
 
 def differences(logs: list[RunLog]) -> Iterator[Finding]:
-    """What runs of one configuration must have in common beside the values of their settings."""
-    for event, names in SAME:
-        seen = [[[line.get(name) for name in names] for line in log.lines(event)] for log in logs]
-        if any(lines != seen[0] for lines in seen):
-            yield fail(f"the lines `{event}` differ between logs", "one configuration, one data set")
-    origins = [sorted((line["name"], line.get("origin")) for line in log.lines("setting")) for log in logs]
-    if any(names != origins[0] for names in origins) or len({tuple(log.settings[-1]) for log in logs}) > 1:
-        yield fail("the names or origins of the settings differ between logs", "one configuration")
+    """What runs of one configuration must have in common beside the values of their settings. The lines of logs that
+    grew over different numbers of starts are not compared."""
+    if len({tuple(log.settings[-1]) for log in logs}) > 1:
+        yield fail("the names of the settings differ between logs", "one configuration")
     for event in ("versions", "hardware"):
         if len({str(log.lines(event)[-1:]) for log in logs}) > 1:
             yield warn(f"the lines `{event}` differ between logs", "one machine")
     documents = {str((log.result or {}).get("val_documents")) for log in logs}
     if documents != {line["documents"] for log in logs for line in log.lines("ttt") if "documents" in line} | documents:
         yield fail("the lines `ttt` have other documents than the results")
+    if len({len(log.lines("config")) for log in logs}) > 1:
+        return
+    for event, names in SAME:
+        seen = [[[line.get(name) for name in names] for line in map(without_machine, log.lines(event))] for log in logs]
+        if any(lines != seen[0] for lines in seen):
+            yield fail(f"the lines `{event}` differ between logs", "one configuration, one data set")
+
+
+def without_machine(line: dict[str, str]) -> dict[str, str]:
+    """A line without the free space of the disk and the file that a stage continues from, which differ between runs."""
+    return line | {"detail": ""} if line.get("item") in ("disk", "earlier") else line
 
 
 def problems(log: RunLog, result: dict[str, Any]) -> Iterator[str]:
@@ -176,6 +186,12 @@ def problems_with_lines(log: RunLog, result: dict[str, Any]) -> Iterator[str]:
     for name, seconds in result["stage_seconds"].items():
         if [shown("", seconds)] != [line["seconds"] for line in log.lines("stage", name=name)][-1:]:
             yield f"stage {name} took {seconds} s in the result, its line says something else"
+    for stage, graphs in result["stage_graphs"].items():
+        stated = {"stage": stage} | {key: shown(key, value) for key, value in graphs.items()}
+        warned = bool(log.lines("warning", stage=stage, fallbacks=stated["fallbacks"]))
+        same = log.lines("graphs", stage=stage)[-1:] == [stated]
+        if not (same if graphs["compiled_graphs"] else warned or not any(graphs.values())):
+            yield f"the line `graphs stage:{stage}` is not that of the result"
     packed = {"bytes": str(result["artifact_bytes"]), "clip_factor": shown("", result["clip_factor"])}
     if not log.lines("artifact", **packed):
         yield f"no line says that an artifact of {result['artifact_bytes']} bytes was made"

@@ -714,6 +714,34 @@ MISTAKES: list[tuple[str, str, dict[str, Any], Callable[[Path], None], str, str]
         "seed 1 twice",
     ),
     (
+        "one row twice",
+        "april",
+        dict(seed_results=[dict(seed=s, val_bpb=SEEDS[s]) for s in (1, 2, 3, 3)]),
+        nothing,
+        "seeds",
+        "seed 3 twice",
+    ),
+    (
+        "one seed in two logs",
+        "april",
+        {},
+        lambda folder: (folder / "train_seed3.log").write_text(april_log(2, 1.2302, nats(1.2302), total=TOTALS[3])),
+        "seeds",
+        "[1, 2, 2]",
+    ),
+    (
+        "one seed in two logs of other names",
+        "april",
+        {},
+        lambda folder: [
+            (folder / f"run{i}.txt").write_text((folder / f"train_seed{i}.log").read_text().replace("seed: 3", "seed: 2"))
+            and (folder / f"train_seed{i}.log").unlink()
+            for i in SEEDS
+        ],
+        "seeds",
+        "2 logs with a final score",
+    ),
+    (
         "one run under two seeds",
         "march",
         dict(logged=lambda s: dict(bpb=1.2304, loss=nats(1.2304), total=TOTALS[1])),
@@ -744,6 +772,26 @@ MISTAKES: list[tuple[str, str, dict[str, Any], Callable[[Path], None], str, str]
     ("quantised", "april", state(quantized_val_bpb=1.2451), nothing, "parts_in_logs", "1.2451"),
     ("deviation of the losses", "april", dict(val_loss_std=0.01), nothing, "loss_std", "0.01"),
 ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Total submission size int8+zlib: {} bytes",
+        "Total submission size: {} bytes",
+        "INT7+zlib model: 15,000,000 bytes | Total submission: {} bytes",
+        "final_artifact_bytes: {}",
+        "artifact size: {} bytes",
+        "submission_artifact_size={}",
+        "Total artifact size: {} bytes",
+        "total_bytes={}",
+        "TOTAL SUBMISSION BYTES (code + model): {}",
+    ],
+)
+def test_total_lines_of_all_known_spellings(line: str) -> None:
+    """With and without commas."""
+    for text in ("15912345", "15,912,345"):
+        assert logs.parse_log(f"noise\n{line.format(text)}\nnoise 15,000,001\n").total_bytes == 15_912_345
 
 
 @pytest.mark.parametrize("case", MISTAKES, ids=lambda case: case[0].replace(" ", "_"))
@@ -801,6 +849,72 @@ def test_figures_that_are_right_in_other_forms_raise_no_alarm(tmp_path: Path) ->
     folder = make_record(tmp_path / "e")
     edit("README.md", "| Std | | 0.00046", f"| Std | | {statistics.pstdev(SEEDS.values()):.5f}")(folder)
     assert statuses(folder)["readme_tables"] == "warn"
+    # The mean of the scores at the last step, where the logs also state those after averaging.
+    folder = make_record(tmp_path / "f", pre_quant_val_bpb=1.2412)
+    for seed, bpb in ((1, "1.2411"), (2, "1.2412"), (3, "1.2413")):
+        edit(f"train_seed{seed}.log", "val_bpb: 1.2400", f"val_bpb: {bpb}")(folder)
+    assert statuses(folder)["parts_in_logs"] == "ok"
+    edit("submission.json", "1.2412", "1.2415")(folder)
+    assert statuses(folder)["parts_in_logs"] == "fail"
+
+
+def test_the_size_of_a_script_that_is_not_that_of_the_logs_fails_one_rule(tmp_path: Path) -> None:
+    """bytes_code is right for the file here: code_size says that the logs are of another, code_in_logs warns."""
+    longer = SCRIPT + "main()\n"
+    folder = make_record(tmp_path, "march", bytes_code=len(longer))
+    (folder / "train_gpt.py").write_text(longer)
+    assert (statuses(folder)["code_size"], statuses(folder)["code_in_logs"]) == ("fail", "warn")
+    edit("submission.json", f'"bytes_code": {len(longer)}', f'"bytes_code": {len(longer) + 1}')(folder)
+    assert statuses(folder)["code_in_logs"] == "fail"
+
+
+def test_a_wrong_figure_is_shown_with_the_nearest_one_of_the_log(tmp_path: Path) -> None:
+    """Of all scores that a column may mean."""
+    folder = make_record(tmp_path)
+    table = "| Seed | Pre-TTT bpb |\n|---|---|\n| 1 | 1.24510 |\n"
+    (folder / "README.md").write_text((folder / "README.md").read_text() + "\n" + table)
+    found = {v.rule.name: v for v in check.check_folder(check.read_folder(folder, False))}["readme_tables"]
+    assert found.status == "fail" and "1.24510; the log says 1.245" in found.found
+
+
+def test_numbers_without_a_rule_are_looked_up_or_named(tmp_path: Path) -> None:
+    """In settings by their name, in the logs by their value, as a mean over them or as a difference of cells."""
+    judge = lambda folder: check.unjudged_numbers(check.read_folder(folder, False))
+    assert judge(make_record(tmp_path / "plain")).found == "no further numbers"
+    further = dict(setting_12=12, model_params=35_000_000, sizes={"model": TOTALS[2] - 30_000}, mean_steps=4002)
+    further |= dict(mean_ttt=round(statistics.fmean(SEEDS.values()), 5), eval_ms=400_000, quantized_loss=2.4)
+    folder = make_record(tmp_path / "known", **further)
+    table = "| Seed | Gain | Before | After |\n|---|---|---|---|\n| 1 | -0.0146 | 1.24500 | 1.23040 |\n"
+    rewrite("README.md", lambda text: f"{text}\n{table}")(folder)
+    found = judge(folder)
+    names = ("mean_steps", "quantized_loss")  # too short to be looked up by their value
+    assert found.status == "unknown" and all(name in found.found for name in names)
+    assert "logs: 8; not" in found.found and found.found.count(";") == len(names)
+    for name, old, new in (
+        ("submission.json", '"setting_12": 12', '"setting_12": 13'),
+        ("submission.json", str(TOTALS[2] - 30_000), str(TOTALS[2] - 30_001)),
+        ("submission.json", '"mean_ttt": 1.2305', '"mean_ttt": 1.2306'),
+        ("README.md", "-0.0146", "-0.0156"),
+        ("README.md", "| 1.24500 | 1.23040 |", "| 1.24600 | 1.23140 |"),
+    ):
+        before = (folder / name).read_text()
+        edit(name, old, new)(folder)
+        assert judge(folder).found.count(";") > len(names)
+        (folder / name).write_text(before)
+    rewrite("README.md", lambda text: text + "\n| Part | Bytes |\n|---|---|\n| x | 12 |\n")(folder)
+    assert "tables of the README without seeds: 1" in judge(folder).found
+
+
+def test_a_stated_figure_that_no_log_has_is_not_called_right(tmp_path: Path) -> None:
+    """Unknown, with its name: of all seeds, of one, and of a mean where a log is missing."""
+    judge = lambda folder: check.steps_in_logs(check.read_folder(folder, False))
+    folder = make_record(tmp_path, train_steps_mean=4002.0)
+    edit("train_seed3.log", "stopping_early", "stopping")(folder)
+    edit("train_seed3.log", "4003/20000 val_loss", "4003/20000 loss")(folder)
+    assert judge(folder).status == "unknown"
+    assert "seed 3: no steps" in judge(folder).found and "train_steps_mean: not every seed" in judge(folder).found
+    every_log(lambda text: re.sub(r"stopping_early|\d+/20000 val_loss", "x", text))(folder)
+    assert judge(folder).found == "seed 1, seed 2, seed 3, train_steps_mean: no steps in the logs"
 
 
 def test_files_outside_of_the_folder_are_found_in_a_git_checkout(tmp_path: Path) -> None:
@@ -851,6 +965,19 @@ def test_scripts_that_only_a_newer_python_reads_are_named(tmp_path: Path, monkey
     every_log(lambda text: text.replace("Python 3.12.3", "Python 3.11.9"))(folder)
     found = check.script_compiles(check.read_folder(folder, False))
     assert found.status == "fail" and "3.11, which a log states" in found.found
+
+
+def test_a_script_is_compiled_with_the_older_python_that_a_log_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where that one is here; without it, this Python decides."""
+    folder = make_record(tmp_path, "march")
+    every_log(lambda text: text.replace("Python 3.12.3", "Python 3.9.1"))(folder)
+    for said, status in (("SyntaxError: y", "fail"), ("", "ok"), (None, "ok")):
+        tried: list[str] = []
+        answer = lambda path, python, tried=tried, said=said: tried.append(python) or said
+        monkeypatch.setattr(check, "compile_elsewhere", answer)
+        assert check.script_compiles(check.read_folder(folder, False)).status == status and tried == ["python3.9"]
 
 
 def test_another_python_compiles_a_script_without_running_it(tmp_path: Path) -> None:
