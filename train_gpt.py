@@ -36,6 +36,7 @@ import ast
 import contextlib
 import dataclasses
 import enum
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -922,7 +923,8 @@ class Log:
         for done, item in enumerate(tqdm(items, label, leave=False, disable=not terminal)):
             if not terminal and time.monotonic() - last > 20:
                 last = time.monotonic()
-                self(label, done=f"{done}/{len(items)}", seconds=round(last - start))
+                left = (last - start) * (len(items) - done) / max(done, 1)
+                self(label, done=f"{done}/{len(items)}", seconds=round(last - start), seconds_left=round(left))
             yield item
 
 
@@ -3085,6 +3087,20 @@ class Evaluation:
         return self.tally.over_ranks(self.run)
 
 
+def noise_validation(config: Config, documents: int, count: int) -> Validation:
+    """A validation split of random ids: documents of `count` targets."""
+    tokens = torch.from_numpy(NoiseStream(config.vocab_size).read(0, documents * count + 1))
+    table = np.array([[number * count, count] for number in range(documents)])
+    return Validation(tokens, torch.zeros_like(tokens), table)
+
+
+def warm_up_score(program: Program) -> None:
+    """Compiles the scoring of a row of windows, on every rank."""
+    context, rows = program.config.eval_seq_len, program.run.world_size
+    per_row = -(-program.config.score_row_tokens // context)
+    Evaluation(program, noise_validation(program.config, rows * per_row, context), Log(None)).score(context)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # TRAIN
 #
@@ -3138,6 +3154,7 @@ class Trainer:
         self.step, self.elapsed, self.looping = 0, 0.0, False
         self.collected = 0  # weights in the mean of SWA
         self.history: list[list[float]] = []  # [step, training loss, seconds]
+        self.logged = 0, 0.0  # step and seconds of the last line
 
     def deal(self, numbers: Iterable[int]) -> Iterator[Row]:
         """This rank's share of numbered rows."""
@@ -3228,17 +3245,20 @@ class Trainer:
         self.elapsed = self.run.share(time.monotonic() - begin)
 
     def log_step(self, multiplier: float) -> None:
-        """A line for the first steps, every TRAIN_LOG_EVERY steps and the last one; speed since the line before."""
-        every, last = self.config.train_log_every, self.config.iterations
-        if self.step > 5 and self.step % every and self.step != last:
+        """A line for the first steps, every TRAIN_LOG_EVERY steps, after 20 seconds without one, and for the last step:
+        speed since the line before, and the seconds that are left at the speed of all steps."""
+        last, (step, loss, seconds) = self.config.iterations, self.history[-1]
+        logged, since = self.logged
+        if step > 5 and step % self.config.train_log_every and step != last and seconds - since < 20:
             return
-        step, loss, seconds = self.history[-1]
-        since = self.history[-1 - every] if self.step > every else self.history[0]
-        speed = (step - since[0]) * self.config.train_batch_tokens / max(seconds - since[2], 1e-9)
+        speed = (step - logged) * self.config.train_batch_tokens / max(seconds - since, 1e-9)
+        progress = max(self.progress(), step / last)
+        left = (1 - progress) / progress * seconds
         values = {"loss": loss, "lr_multiplier": multiplier, "seconds": seconds, "tokens_per_s": round(speed)}
-        self.log("train", step=f"{step}/{last}", **values)
+        self.log("train", step=f"{step}/{last}", **values, seconds_left=round(left))
+        self.logged = step, seconds
 
-    def validate(self) -> "Tally":
+    def validate(self) -> Tally:
         """Plain score of the current weights."""
         return Evaluation(self.program, self.validation, self.log).score(self.config.eval_seq_len)
 
@@ -3317,6 +3337,7 @@ class Trainer:
             parts[part][name] = torch.from_numpy(array.copy())
         self.set_state(**parts)
         self.step, self.elapsed, self.looping, self.collected = step, elapsed, looping, collected
+        self.logged = step, elapsed
         self.log("resumed", step=self.step, seconds=self.elapsed)
 
     def checkpoint_shapes(self, arrays: Mapping[str, np.ndarray], step: int) -> dict[str, tuple]:
@@ -5119,6 +5140,19 @@ def train_before_scoring(evaluation: Evaluation) -> Tally:
 TTT_KINDS = {"lora_phased": adapt_documents, "chunk_sgd": adapt_chunks, "pre_eval_illegal": train_before_scoring}
 
 
+def warm_up_adapt(program: Program) -> None:
+    """Compiles the adaptive pass: first chunks, where the window is the chunk, and later ones; for a batch of documents
+    and for a single one. Chunks and batches of other sizes run the same graphs."""
+    config, chunk = program.config, program.config.ttt_chunk_size
+    program.model.requires_grad_(False)
+    for batch in sorted({1, config.ttt_batch_size}):
+        noise, adapters = noise_validation(config, batch, 3 * chunk), Adapters(config, program.model, batch, 0)
+        no_hints = torch.full((len(noise.tokens), 2), -1, dtype=torch.int32)
+        hints = Hints(no_hints, Boosts(config)) if config.ngram_tilt_enabled else None
+        adapt_batch(Evaluation(program, noise, Log(None)), adapters, noise.documents, chunk, hints)
+    program.model.requires_grad_(True)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # CHECK
 #
@@ -5513,53 +5547,52 @@ def scaled_clips(config: Config, factor: float) -> Config:
     return dataclasses.replace(config, **{name: getattr(config, name) * factor for name in clips})
 
 
-def evaluate_stage(config: Config, run: Run, log: Log, program: Program) -> dict[str, Any]:
-    """Scores artifact.bin. Needs the artifact, the tokenizer and the validation shards, nothing else.
+def wanted_scores(config: Config, run: Run) -> list[str]:
+    """The kinds of score of a run. Diagnostics come first; the last one is submitted."""
+    oversize = run.share((config.run_dir / "oversize.bin").exists())
+    wanted = dict(oversize=oversize, quantized=True, sliding=config.sliding_window_enabled, ttt=config.ttt_enabled)
+    return [kind for kind, is_wanted in wanted.items() if is_wanted]
 
-    Diagnostics come first. The submitted score is timed from its own first read of validation data.
+
+def score_artifact(kind: str, program: Program, log: Log) -> tuple[Evaluation, Tally, float]:
+    """One kind of score of a file read back from disk, and its seconds from the first read of validation data on.
+
+    Raises TrainingDiverged when the score is no number.
     """
-    result, tallies = {}, {}
-    strides = {"quantized": config.eval_seq_len}
-    if run.share((config.run_dir / "oversize.bin").exists()):
-        strides = {"oversize": config.eval_seq_len} | strides
-    if config.sliding_window_enabled:
-        strides["sliding"] = config.eval_stride
-    submitted = "ttt" if config.ttt_enabled else list(strides)[-1]
-    for kind in [*strides, "ttt"] if config.ttt_enabled else strides:
-        file = "oversize.bin" if kind == "oversize" else "artifact.bin"
-        use_artifact(program.model, config.run_dir / file, config, run)
+    config, run = program.config, program.run
+    file = "oversize.bin" if kind == "oversize" else "artifact.bin"
+    use_artifact(program.model, config.run_dir / file, config, run)
+    run.synchronize()
+    start = time.monotonic()
+    with program.clock():
+        evaluation = Evaluation(program, load_validation(config), log)
+        if kind == "ttt":
+            tally = TTT_KINDS[config.ttt_kind](evaluation)
+        else:
+            tally = evaluation.score(config.eval_stride if kind == "sliding" else config.eval_seq_len)
         run.synchronize()
-        start = time.monotonic()
-        with program.clock():
-            evaluation = Evaluation(program, load_validation(config), log)
-            if kind == "ttt":
-                tally = TTT_KINDS[config.ttt_kind](evaluation)
-            else:
-                tally = evaluation.score(strides[kind])
-            run.synchronize()
-        seconds = time.monotonic() - start
-        log(
-            "score",
-            kind=kind,
-            val_loss=tally.loss,
-            val_bpb=tally.bpb,
-            tokens=tally.tokens,
-            bytes=tally.bytes,
-            seconds=seconds,
-        )
-        if not math.isfinite(tally.nats):
-            raise TrainingDiverged(f"the {kind} score is {tally.nats}; lower the learning rates and train again")
+    seconds, sums = time.monotonic() - start, dict(tokens=tally.tokens, bytes=tally.bytes)
+    log("score", kind=kind, val_loss=tally.loss, val_bpb=tally.bpb, **sums, seconds=seconds)
+    if not math.isfinite(tally.nats):
+        raise TrainingDiverged(f"the {kind} score is {tally.nats}; lower the learning rates and train again")
+    return evaluation, tally, seconds
+
+
+def evaluate_stage(config: Config, run: Run, log: Log, program: Program) -> dict[str, Any]:
+    """Scores artifact.bin. Needs the artifact, the tokenizer and the validation shards, nothing else."""
+    result, tallies = {}, {}
+    for kind in wanted_scores(config, run):
+        evaluation, tally, seconds = score_artifact(kind, program, log)
         result |= {f"{kind}_val_loss": tally.loss, f"{kind}_val_bpb": tally.bpb, f"{kind}_seconds": seconds}
         tallies[kind] = tally
+    validation, artifact = evaluation.validation, config.run_dir / "artifact.bin"
     run.on_main(lambda: write_documents(config.run_dir / "documents.csv", tallies))
-    text_bytes = run.on_main(lambda: decoded_bytes(evaluation.validation.tokens.numpy(), load_tokenizer(config)))
     run.on_main(lambda: write_positions(config.run_dir / "positions.csv", tallies))
     if "oversize" in tallies:
         result["fit_cost_bpb"] = tallies["quantized"].bpb - tallies["oversize"].bpb
         log("fit", cost_bpb=result["fit_cost_bpb"])
-    tally = tallies[submitted]
     return result | {
-        "submitted": submitted,
+        "submitted": kind,
         "val_loss": tally.loss,
         "val_bpb": tally.bpb,
         "scored_tokens": tally.tokens,
@@ -5568,44 +5601,15 @@ def evaluate_stage(config: Config, run: Run, log: Log, program: Program) -> dict
         "most_times_scored": int(tally.times.max()),
         "learned_targets": round(tally.learned),
         "learned_before_score": round(tally.learned_early),
-        "val_targets": len(evaluation.validation.tokens) - 1,
-        "val_bytes": int(evaluation.validation.bytes.sum()),
-        "text_bytes": text_bytes,
+        "val_targets": len(validation.tokens) - 1,
+        "val_bytes": int(validation.bytes.sum()),
+        "text_bytes": run.on_main(lambda: decoded_bytes(validation.tokens.numpy(), load_tokenizer(config))),
         "byte_sidecar": any(config.dataset_dir.glob("fineweb_val_bytes_[0-9]*.bin")),
-        "val_documents": len(evaluation.validation.documents),
+        "val_documents": len(validation.documents),
         "parameters": sum(parameter.numel() for parameter in program.model.parameters()),
-        "scored_sha256": run.on_main(
-            lambda: hashlib.sha256((config.run_dir / "artifact.bin").read_bytes()).hexdigest()
-        ),
-        "eval_seconds": result[f"{submitted}_seconds"],
+        "scored_sha256": run.on_main(lambda: hashlib.sha256(artifact.read_bytes()).hexdigest()),
+        "eval_seconds": seconds,
     }
-
-
-def noise_validation(config: Config, documents: int, count: int) -> Validation:
-    """A validation split of random ids: documents of `count` targets."""
-    tokens = torch.from_numpy(NoiseStream(config.vocab_size).read(0, documents * count + 1))
-    table = np.array([[number * count, count] for number in range(documents)])
-    return Validation(tokens, torch.zeros_like(tokens), table)
-
-
-def warm_up_score(program: Program) -> None:
-    """Compiles the scoring of a row of windows, on every rank."""
-    context, rows = program.config.eval_seq_len, program.run.world_size
-    per_row = -(-program.config.score_row_tokens // context)
-    Evaluation(program, noise_validation(program.config, rows * per_row, context), Log(None)).score(context)
-
-
-def warm_up_adapt(program: Program) -> None:
-    """Compiles the adaptive pass: first chunks, where the window is the chunk, and later ones; for a batch of documents
-    and for a single one. Chunks and batches of other sizes run the same graphs."""
-    config, chunk = program.config, program.config.ttt_chunk_size
-    program.model.requires_grad_(False)
-    for batch in sorted({1, config.ttt_batch_size}):
-        noise, adapters = noise_validation(config, batch, 3 * chunk), Adapters(config, program.model, batch, 0)
-        no_hints = torch.full((len(noise.tokens), 2), -1, dtype=torch.int32)
-        hints = Hints(no_hints, Boosts(config)) if config.ngram_tilt_enabled else None
-        adapt_batch(Evaluation(program, noise, Log(None)), adapters, noise.documents, chunk, hints)
-    program.model.requires_grad_(True)
 
 
 def warm_up_evaluation(program: Program, config: Config, run: Run, log: Log) -> None:
@@ -5772,6 +5776,9 @@ def log_header(config: Config, origins: dict[str, str], run: Run, log: Log) -> N
         cuda=torch.version.cuda,
     )
     log("hardware", devices=hardware(run), threads=torch.get_num_threads())
+    load, cores = os.getloadavg()[0], os.cpu_count()
+    if run.device.type == "cpu" and load > 0.5:
+        log("warning", reason="other_processes_are_busy_here_and_slow_this_run_down", load=load, cores=cores)
     log("attention", backend=choose_attention(config, run.device)[0])
     log("config", preset=config.preset, run_id=config.run_id, seed=config.seed, stages=config.stages)
     for name, origin in sorted(origins.items()):
@@ -5794,14 +5801,45 @@ def named_run(config: Config, run: Run) -> Config:
     return config
 
 
+@contextlib.contextmanager
+def claimed(config: Config, run: Run) -> Iterator[None]:
+    """Keeps the folder of a run for its processes: a second run in it would mix up log, checkpoint and artifact.
+
+    The claim is a lock that ends with the process, however that ends. Raises UserError when another run holds it.
+    """
+    folder = os.open(config.run_dir, os.O_RDONLY)
+
+    def claim() -> None:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"another run is writing to {config.run_dir}; wait for its end or choose another RUN_ID"
+            raise UserError(f"RUN_ID={shown(config.run_id)}: {message}") from None
+        except OSError:  # a file system without locks
+            pass
+
+    try:
+        run.on_main(claim)
+        yield
+        run.barrier()  # no rank leaves while another one still talks to it
+    finally:
+        os.close(folder)
+
+
 def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Runs the stages of a configuration and returns the record of all results: summary(). Every rank calls it."""
     config = named_run(config, run)
+    with claimed(config, run):
+        return run_stages(config, run, dict(origins or {}))
+
+
+def run_stages(config: Config, run: Run, origins: dict[str, str]) -> dict[str, Any]:
+    """What main does in a folder of its own."""
     anew = "train" in config.stage_list and not (config.run_dir / "checkpoint.bin").exists()
     log = Log(config.run_dir / "log.txt" if run.is_main else None, anew)
     if config.ttt_enabled and config.ttt_kind == "pre_eval_illegal":
         log.mark = {"valid": "false", "reason": "trains_on_validation_text_before_scoring_it"}
-    log_header(config, dict(origins or {}), run, log)
+    log_header(config, origins, run, log)
     path, order = config.run_dir / "result.json", list(STAGES)
     parts = earlier_parts(path, config, run)
     config = fit_device(config, run, log)
@@ -5825,7 +5863,6 @@ def main(config: Config, run: Run, origins: Mapping[str, str] | None = None) -> 
         log("validity", **row)
     log.text("\n" + report(result) + "\n")
     log.text("result " + json.dumps(result))
-    run.barrier()  # no rank leaves while another one still talks to it
     return result
 
 

@@ -339,6 +339,21 @@ def test_two_processes_run_all_stages_like_one(toy_data: ToyData, tmp_path: Path
         assert documents(tmp_path / "two")[kind] == pytest.approx(per_document[kind], rel=1e-5)
 
 
+def test_second_run_in_one_folder_is_refused(toy_data: ToyData, tmp_path: Path) -> None:
+    """While a run writes, another one with its RUN_ID is an error in one line and changes nothing; afterwards it is not."""
+    config = toy_data.config(RUNS_DIR=tmp_path, RUN_ID="once", ITERATIONS=1, TTT_ENABLED=0)
+    (tmp_path / "once").mkdir()
+    holder = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print('held', flush=True); input()"
+    command = [sys.executable, "-c", holder, str(tmp_path / "once")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(tg.UserError, match="RUN_ID=once: another run is writing to"):
+            tg.main(config, RUN)
+        assert not any((tmp_path / "once").iterdir())
+        other.kill()  # the claim ends with the process, however that ends
+    assert tg.main(config, RUN)["valid"] and tg.main(config, RUN)["valid"]
+
+
 def test_run_gets_a_name_of_its_own(toy_data: ToyData, tmp_path: Path) -> None:
     """Without RUN_ID the folder is named after time, preset and seed; a runs folder that cannot be made is an error."""
     named = tg.named_run(toy_data.config(RUNS_DIR=tmp_path / "runs", SEED=5), RUN)
