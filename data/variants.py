@@ -7,9 +7,11 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
+from script import definitions
 from shards import DataError
 
-VAL_DOCUMENTS = 50_000  # the first 50,000 documents of the frozen list are the validation split
+# The validation split is that many documents at the head of the frozen list.
+VAL_DOCUMENTS: int = definitions("CHALLENGE_DOCUMENTS")["CHALLENGE_DOCUMENTS"]
 
 
 @dataclass(frozen=True)

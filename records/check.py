@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
+from script import definitions
 from variants import VAL_DOCUMENTS, VARIANTS
 
 from records.claims import other_numbers, readme_tables, stated_in_logs
@@ -50,7 +51,7 @@ from records.folder import (
     read_folder,
 )
 from records.logs import RunLog, Score, logged_source
-from records.own import definitions, is_own, result_in_log, texts_from_logs
+from records.own import is_own, result_in_log, texts_from_logs
 from records.texts import RECORD_P
 
 # The limits of the challenge, from the script that every run has to keep them in.

@@ -4,7 +4,6 @@ A log of ours ends with a `result` line from which everything in the folder come
 against the lines that stages wrote when they were done, and `texts_from_logs` the texts against the `result` lines.
 """
 
-import ast
 import json
 import math
 import re
@@ -16,8 +15,8 @@ from records import texts
 from records.finding import Finding, fail, ok, unknown, warn, worst
 from records.folder import Comparison, Folder
 from records.logs import RunLog, logged_source
+from records.texts import ARTIFACT_LIMIT_BYTES
 
-SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
 LN2 = math.log(2)
 MALFORMED = (
     LookupError,
@@ -71,19 +70,6 @@ TABLE = {
 
 def is_own(folder: Folder) -> bool:
     return bool(folder.logs) and all(log.style == "ours" for log in folder.logs)
-
-
-def definitions(*names: str) -> dict[str, Any]:
-    """Functions and constants of this repository's train_gpt.py, by name, without loading all that it imports."""
-
-    def defined(node: ast.stmt) -> set[str]:
-        targets = node.targets if isinstance(node, ast.Assign) else [node]
-        return {getattr(target, "id", getattr(target, "name", "")) for target in targets}
-
-    tree, scope = ast.parse(SCRIPT.read_text()), {"ast": ast}
-    tree.body = [node for node in tree.body if defined(node) & set(names)]
-    exec(compile(tree, SCRIPT.name, "exec"), scope)
-    return {name: scope[name] for name in names}
 
 
 def shown(key: str, value: Any) -> str:
@@ -317,9 +303,9 @@ def problems_with_table(log: RunLog, result: dict[str, Any]) -> Iterator[str]:
 
 
 def displays(text: str, value: float | None) -> bool:
-    """Whether a number of the table is this value with so many decimals; None stands for a constant."""
+    """Whether a number of the table is this value with so many decimals; None stands for the limit."""
     places = len(text.split(".")[1]) if "." in text else 0
-    return text.replace(",", "") == ("16000000" if value is None else f"{value:.{places}f}")
+    return text.replace(",", "") == (str(ARTIFACT_LIMIT_BYTES) if value is None else f"{value:.{places}f}")
 
 
 # ------------------------------------------------------------------------------------------------------------
