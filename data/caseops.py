@@ -122,7 +122,9 @@ def decode(text: str) -> str:
 def _apply(match: re.Match) -> str:
     if match.lastgroup is None:
         before, after = match.string[: match.start()][-1:], match.string[match.end() :][:1]
-        raise ValueError(f"operator U+{ord(match[0]):04X} at character {match.start()} cannot stand between {before!r} and {after!r}")
+        raise ValueError(
+            f"operator U+{ord(match[0]):04X} at character {match.start()} cannot stand between {before!r} and {after!r}"
+        )
     if match.lastgroup == "literal":
         return match["literal"]
     return match[match.lastgroup].replace(CAP_NEXT, "").upper()
@@ -155,7 +157,9 @@ def _without_escaped(operators: np.ndarray, text: np.ndarray) -> np.ndarray:
     return np.array(acting, np.int64)
 
 
-def encode_with_sidecar(tokenizer: sentencepiece.SentencePieceProcessor, transformed: bytes) -> tuple[np.ndarray, np.ndarray]:
+def encode_with_sidecar(
+    tokenizer: sentencepiece.SentencePieceProcessor, transformed: bytes
+) -> tuple[np.ndarray, np.ndarray]:
     """(ids, original bytes per id) of one transformed document, both (n,) uint16.
 
     A piece covers a stretch of the text as it was before the tokenizer's normalisation (byte offsets), so a folded run of
@@ -166,16 +170,24 @@ def encode_with_sidecar(tokenizer: sentencepiece.SentencePieceProcessor, transfo
     counted = np.concatenate([[0], np.cumsum(original_bytes(transformed))])
     sidecar = counted[offsets[:, 1]] - counted[offsets[:, 0]]
     if len(sidecar) and sidecar.max() > 0xFFFF:
-        raise DataError("document", f"a token that stands for {sidecar.max()} bytes", "at most 65,535 (the side-car is uint16)",
-                        "remove the run of white space or control characters from the text")
+        raise DataError(
+            "document",
+            f"a token that stands for {sidecar.max()} bytes",
+            "at most 65,535 (the side-car is uint16)",
+            "remove the run of white space or control characters from the text",
+        )
     return np.array(mapping["ids"], np.uint16), sidecar.astype(np.uint16)
 
 
 def require_operators(tokenizer: sentencepiece.SentencePieceProcessor, path: object) -> None:
     """Raise DataError unless the tokenizer has a piece for every operator."""
     if not has_operators(tokenizer):
-        raise DataError(path, "no pieces for U+E001 to U+E004", "a CaseOps tokenizer",
-                        "use the CaseOps tokenizer (data/download.py caseops) or train one with --train-tokenizer and --caseops")
+        raise DataError(
+            path,
+            "no pieces for U+E001 to U+E004",
+            "a CaseOps tokenizer",
+            "use the CaseOps tokenizer (data/download.py caseops) or train one with --train-tokenizer and --caseops",
+        )
 
 
 def has_operators(tokenizer: sentencepiece.SentencePieceProcessor) -> bool:
@@ -205,7 +217,9 @@ class MarkerPairs:
         ids = [tokenizer.piece_to_id(piece) for piece in pieces]
         if tokenizer.unk_id() in ids:
             missing = [piece for piece, token in zip(pieces, ids, strict=True) if token == tokenizer.unk_id()]
-            raise DataError("tokenizer", f"no piece {missing}", "the pieces that --mp3 fuses", "use a CaseOps tokenizer")
+            raise DataError(
+                "tokenizer", f"no piece {missing}", "the pieces that --mp3 fuses", "use a CaseOps tokenizer"
+            )
         return cls(ids[0], tuple(ids[1:4]), tuple(ids[4:7]))
 
     def alias_map(self) -> dict:
@@ -221,8 +235,12 @@ class MarkerPairs:
         Raises DataError when an alias id is in use (the text holds control characters 0x00 to 0x02).
         """
         if np.isin(tokens, self.aliases).any():
-            raise DataError("document", "a control character 0x00, 0x01 or 0x02", "none: --mp3 uses these byte pieces",
-                            "remove the character from the text")
+            raise DataError(
+                "document",
+                "a control character 0x00, 0x01 or 0x02",
+                "none: --mp3 uses these byte pieces",
+                "remove the character from the text",
+            )
         markers_at = np.isin(tokens, self.markers)
         spaces = np.flatnonzero((tokens[:-1] == self.space) & markers_at[1:])
         fused = tokens.copy()

@@ -56,7 +56,12 @@ def _open(path: Path) -> BinaryIO:
         return io.BufferedReader(_ZstdStream(path), 1 << 20)
     if path.suffix == ".jsonl":
         return path.open("rb", buffering=1 << 20)
-    raise DataError(path, f"a file that ends in {path.suffix!r}", ".jsonl, .jsonl.xz, .jsonl.gz or .jsonl.zst", "rename or convert it")
+    raise DataError(
+        path,
+        f"a file that ends in {path.suffix!r}",
+        ".jsonl, .jsonl.xz, .jsonl.gz or .jsonl.zst",
+        "rename or convert it",
+    )
 
 
 def _damaged(path: Path, error: object) -> DataError:
@@ -116,15 +121,21 @@ def parse_line(place: str, line: bytes) -> str:
     try:
         document = json.loads(line)
     except ValueError as error:
-        raise DataError(place, f"{line[:60]!r} ({error})", 'a JSON object with a key "text"', "repair or remove the line") from error
+        raise DataError(
+            place, f"{line[:60]!r} ({error})", 'a JSON object with a key "text"', "repair or remove the line"
+        ) from error
     text = document.get("text") if isinstance(document, dict) else None
     if not isinstance(text, str):
-        raise DataError(place, f"{line[:60]!r}", 'a JSON object whose key "text" holds a string', "repair or remove the line")
+        raise DataError(
+            place, f"{line[:60]!r}", 'a JSON object whose key "text" holds a string', "repair or remove the line"
+        )
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(place, f"an unpaired surrogate ({error.reason})", "valid Unicode", "repair or remove the line") from error
+            raise DataError(
+                place, f"an unpaired surrogate ({error.reason})", "valid Unicode", "repair or remove the line"
+            ) from error
     return text
 
 
@@ -172,7 +183,9 @@ class Encoded:
     sidecar_differences: int  # documents whose side-car does not add up to their bytes less outer white space
 
 
-def encode_batch(batch: Batch, tokenizer: sentencepiece.SentencePieceProcessor, with_caseops: bool, mp3: bool) -> Encoded:
+def encode_batch(
+    batch: Batch, tokenizer: sentencepiece.SentencePieceProcessor, with_caseops: bool, mp3: bool
+) -> Encoded:
     """Tokenize one batch on one core; raises DataError naming the line at fault."""
     texts = [parse_line(place, line) for place, line in zip(batch.places, batch.lines, strict=True)]
     raw = [text.encode() for text in texts]
@@ -181,7 +194,9 @@ def encode_batch(batch: Batch, tokenizer: sentencepiece.SentencePieceProcessor, 
     if with_caseops and batch.split == "val":
         _encode_with_sidecar(encoded, batch.places, texts, caseops.encode_documents(raw), tokenizer)
     else:
-        pieces = tokenizer.encode(caseops.encode_documents(raw) if with_caseops else raw, return_type="numpy", num_threads=1)
+        pieces = tokenizer.encode(
+            caseops.encode_documents(raw) if with_caseops else raw, return_type="numpy", num_threads=1
+        )
         encoded.tokens = join_documents(pieces)
     if mp3:
         try:
@@ -236,8 +251,12 @@ def whole_documents(folder: Path, split: str) -> Iterator[np.ndarray]:
         for begin in range(0, len(shard), CHUNK_TOKENS):
             kept = np.concatenate([kept, shard[begin : begin + CHUNK_TOKENS]])
             if kept[0] != shards.BOS_ID:
-                raise DataError(path, f"first token {kept[0]}", f"BOS ({shards.BOS_ID})",
-                                "export again, with BOS before every document")
+                raise DataError(
+                    path,
+                    f"first token {kept[0]}",
+                    f"BOS ({shards.BOS_ID})",
+                    "export again, with BOS before every document",
+                )
             last = int(np.flatnonzero(kept == shards.BOS_ID)[-1])  # of a document that may go on
             if last:
                 yield kept[:last]

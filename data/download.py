@@ -27,7 +27,13 @@ from typing import Any, Protocol
 import httpx2  # the client that huggingface_hub is built on
 import huggingface_hub
 import shards
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.file_download import http_get
 from shards import DataError
 from variants import Variant, find_variant
@@ -54,15 +60,23 @@ class RemoteFile:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fetch a published variant of the challenge's data.")
     parser.add_argument("variant", help="sp1024, sp4096, sp8192 or caseops")
-    parser.add_argument("--train-shards", default="80", help="how many, or all (default 80; one holds 100,000,000 tokens, 200 MB)")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder for datasets/ and tokenizers/ (default data)")
+    parser.add_argument(
+        "--train-shards", default="80", help="how many, or all (default 80; one holds 100,000,000 tokens, 200 MB)"
+    )
+    parser.add_argument(
+        "--root", type=Path, default=Path("data"), help="folder for datasets/ and tokenizers/ (default data)"
+    )
     parser.add_argument("--with-docs", action="store_true", help="also fetch the document list (45 GiB)")
     parser.add_argument("--verify", choices=("fast", "full"), default="fast",
                         help="files already there: size and header (fast) or hash (full)")  # fmt: skip
-    parser.add_argument("--from", type=Path, dest="folder", metavar="FOLDER", help="a folder with the files instead of the hub")
+    parser.add_argument(
+        "--from", type=Path, dest="folder", metavar="FOLDER", help="a folder with the files instead of the hub"
+    )
     options = parser.parse_args()
     huggingface_hub.utils.disable_progress_bars()  # one line per file instead of a bar per thread
-    download(options.variant, options.train_shards, options.root, options.with_docs, options.verify == "full", options.folder)
+    download(
+        options.variant, options.train_shards, options.root, options.with_docs, options.verify == "full", options.folder
+    )
 
 
 def download(name: str, train_shards: str, root: Path, with_docs: bool = False, full: bool = False,
@@ -73,7 +87,9 @@ def download(name: str, train_shards: str, root: Path, with_docs: bool = False, 
     """
     short, variant = find_variant(name)
     if train_shards != "all" and not (train_shards.isdecimal() and int(train_shards) >= 1):
-        raise DataError("--train-shards", repr(train_shards), "a number from 1 on, or all", "for example --train-shards 10")
+        raise DataError(
+            "--train-shards", repr(train_shards), "a number from 1 on, or all", "for example --train-shards 10"
+        )
     target = Target(short, variant, Path(root))
     source = open_source(short, variant, folder)
     target.check_origin(source.repository)
@@ -94,12 +110,17 @@ def download(name: str, train_shards: str, root: Path, with_docs: bool = False, 
                         "this is not the published tokenizer: use the published repository")  # fmt: skip
     missing = target.missing(places, full)
     check_disk(target.root, sum(file.size - target.arrived(place) for place, file in missing.items()), len(missing))
-    fetch_all({target.staged(place): file for place, file in missing.items()}, lambda file, part: source.fetch(revision, file, part))
+    fetch_all(
+        {target.staged(place): file for place, file in missing.items()},
+        lambda file, part: source.fetch(revision, file, part),
+    )
     num_available = sum(file.name.startswith("fineweb_train_") for file in available)
     return target.finish(places, source.repository, revision, num_available)
 
 
-def choose_shards(short: str, variant: Variant, repository: str, available: list[RemoteFile], train_shards: str) -> list[RemoteFile]:
+def choose_shards(
+    short: str, variant: Variant, repository: str, available: list[RemoteFile], train_shards: str
+) -> list[RemoteFile]:
     """The shards to fetch: all of validation (and the side-car), the first of training. Checks the numbering."""
     chosen = []
     for split in ("val", "val_bytes", "train") if variant.caseops else ("val", "train"):
@@ -112,8 +133,12 @@ def choose_shards(short: str, variant: Variant, repository: str, available: list
                             "unset MATCHED_FINEWEB_REPO_ID, or fix --from")  # fmt: skip
         wanted = len(found) if split != "train" or train_shards == "all" else int(train_shards)
         if wanted > len(found):
-            raise DataError("--train-shards", f"{len(found)} train shards in {repository}", f"{wanted}",
-                            f"--train-shards {len(found)}, or all")
+            raise DataError(
+                "--train-shards",
+                f"{len(found)} train shards in {repository}",
+                f"{wanted}",
+                f"--train-shards {len(found)}, or all",
+            )
         chosen += found[:wanted]
     return chosen
 
@@ -122,7 +147,9 @@ def find_file(source: "Source", revision: str, folder: str, name: str) -> Remote
     for file in source.list(revision, folder):
         if file.name == name:
             return source.identify(file)
-    raise DataError(f"{source.repository}: {folder or '.'}", f"no {name}", "it", "choose the repository that publishes it")
+    raise DataError(
+        f"{source.repository}: {folder or '.'}", f"no {name}", "it", "choose the repository that publishes it"
+    )
 
 
 def check_disk(root: Path, num_bytes: int, num_files: int) -> None:
@@ -131,8 +158,12 @@ def check_disk(root: Path, num_bytes: int, num_files: int) -> None:
     free, needed = shutil.disk_usage(root).free, int(num_bytes * (1 + SPARE_FRAC))
     print(f"to_fetch_files:{num_files} to_fetch_bytes:{num_bytes} needed_bytes:{needed} free_bytes:{free}")
     if free < needed:
-        raise DataError(root, f"{free:,} bytes free", f"{needed:,} ({num_bytes:,} to fetch and 10 %)",
-                        "free some space, choose another --root, or ask for fewer --train-shards")
+        raise DataError(
+            root,
+            f"{free:,} bytes free",
+            f"{needed:,} ({num_bytes:,} to fetch and 10 %)",
+            "free some space, choose another --root, or ask for fewer --train-shards",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,8 +195,12 @@ class Target:
             if (folder / "SOURCE.json").is_file():
                 recorded = shards.read_json(folder / "SOURCE.json").get("repository")
                 if recorded != repository:
-                    raise DataError(folder, f"data from {recorded}", f"data from {repository}",
-                                    "choose another --root, or delete the folder")
+                    raise DataError(
+                        folder,
+                        f"data from {recorded}",
+                        f"data from {repository}",
+                        "choose another --root, or delete the folder",
+                    )
 
     def pin(self, repository: str, latest: Callable[[], str]) -> str:
         """The revision to fetch: that of the files already there, else the latest; remembered for the next run."""
@@ -190,16 +225,26 @@ class Target:
         for name, facts in record["files"].items():
             check_file(self.folder / name, RemoteFile(name, **facts), full)
         if shards.file_sha256(self.tokenizer) != record["tokenizer_sha256"]:
-            raise DataError(self.tokenizer, "another tokenizer", f"SHA-256 {record['tokenizer_sha256']}",
-                            "delete it and run the same command again, or choose another --root")
+            raise DataError(
+                self.tokenizer,
+                "another tokenizer",
+                f"SHA-256 {record['tokenizer_sha256']}",
+                "delete it and run the same command again, or choose another --root",
+            )
 
     def missing(self, places: dict[Path, RemoteFile], full: bool) -> dict[Path, RemoteFile]:
         """What is not there yet. What is there is checked: by hash when SOURCE.json does not vouch for it."""
         vouched = shards.read_json(self.source_file)["files"] if self.source_file.is_file() else {}
-        strangers = {path.name for path in self.folder.glob("fineweb_*")} - {place.name for place in places} - set(vouched)
+        strangers = (
+            {path.name for path in self.folder.glob("fineweb_*")} - {place.name for place in places} - set(vouched)
+        )
         if strangers:
-            raise DataError(self.folder, f"{min(strangers)}, which is not part of this download",
-                            "an empty folder, or this variant's files", "choose another --root, or delete the folder")
+            raise DataError(
+                self.folder,
+                f"{min(strangers)}, which is not part of this download",
+                "an empty folder, or this variant's files",
+                "choose another --root, or delete the folder",
+            )
         missing = {}
         for place, file in places.items():
             if place.is_file():
@@ -234,7 +279,9 @@ class Target:
         }
         shards.write_json(self.source_file, record)
         shutil.rmtree(self.staging, ignore_errors=True)
-        print(f"complete:{self.folder} train_shards:{record['train_shards']} repository:{repository} revision:{revision}")
+        print(
+            f"complete:{self.folder} train_shards:{record['train_shards']} repository:{repository} revision:{revision}"
+        )
         print(f"next:python data/verify.py {self.folder}")
         return record
 
@@ -294,7 +341,9 @@ def fetch_one(place: Path, file: RemoteFile, fetch: Callable[[RemoteFile, Path],
     except DataError as error:
         part.unlink()
         _, *rest, _ = error.args
-        raise DataError(file.path, *rest, "the bad copy was deleted; run the same command again, or check the repository") from error
+        raise DataError(
+            file.path, *rest, "the bad copy was deleted; run the same command again, or check the repository"
+        ) from error
     os.replace(part, place)
 
 
@@ -305,8 +354,12 @@ def patiently(action: Callable[[], Any], about: str) -> Any:
             return action()
         except (httpx2.TransportError, HfHubHTTPError) as error:
             if attempt == ATTEMPTS:
-                raise DataError(about, f"{type(error).__name__}: {error}", "an answer from the hub",
-                                "check the network and HF_ENDPOINT, then run the same command again: it goes on from here") from error
+                raise DataError(
+                    about,
+                    f"{type(error).__name__}: {error}",
+                    "an answer from the hub",
+                    "check the network and HF_ENDPOINT, then run the same command again: it goes on from here",
+                ) from error
             time.sleep(2 ** (attempt - 1))
 
 
@@ -351,7 +404,9 @@ class HubSource:
         self.api = huggingface_hub.HfApi(endpoint=self.endpoint)
 
     def revision(self) -> str:
-        return patiently(lambda: self._ask(lambda: self.api.dataset_info(self.repository).sha, "its revision"), self.repository)
+        return patiently(
+            lambda: self._ask(lambda: self.api.dataset_info(self.repository).sha, "its revision"), self.repository
+        )
 
     def list(self, revision: str, folder: str) -> list[RemoteFile]:
         path = "/".join(part for part in (self.prefix, folder) if part)
@@ -365,7 +420,9 @@ class HubSource:
 
     def fetch(self, revision: str, file: RemoteFile, part: Path) -> None:
         """Append what is missing of `part`; the hub's client asks for the range and retries."""
-        url = huggingface_hub.hf_hub_url(self.repository, file.path, repo_type="dataset", revision=revision, endpoint=self.endpoint)
+        url = huggingface_hub.hf_hub_url(
+            self.repository, file.path, repo_type="dataset", revision=revision, endpoint=self.endpoint
+        )
         part.touch()
         if part.stat().st_size > file.size:
             part.write_bytes(b"")
@@ -385,13 +442,23 @@ class HubSource:
         try:
             return question()
         except GatedRepoError as error:
-            raise DataError(place, "a repository that needs a token", "access", "set HF_TOKEN to a token that may read it") from error
+            raise DataError(
+                place, "a repository that needs a token", "access", "set HF_TOKEN to a token that may read it"
+            ) from error
         except RepositoryNotFoundError as error:
-            raise DataError(place, f"no such repository on {self.endpoint}", "a public dataset",
-                            "check MATCHED_FINEWEB_REPO_ID; for a private one set HF_TOKEN") from error
+            raise DataError(
+                place,
+                f"no such repository on {self.endpoint}",
+                "a public dataset",
+                "check MATCHED_FINEWEB_REPO_ID; for a private one set HF_TOKEN",
+            ) from error
         except EntryNotFoundError as error:
-            raise DataError(place, "not in the repository", "this file or folder",
-                            "the repository lacks the variant: check MATCHED_FINEWEB_REPO_ID") from error
+            raise DataError(
+                place,
+                "not in the repository",
+                "this file or folder",
+                "the repository lacks the variant: check MATCHED_FINEWEB_REPO_ID",
+            ) from error
         except HfHubHTTPError as error:
             if error.response.status_code >= 500:
                 raise

@@ -49,7 +49,9 @@ C_MODULES = ("_asyncio", "_bisect", "_codecs", "_collections", "_csv", "_ctypes"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the embedded corpus from Python's own documentation.")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder for tokenizers/ and datasets/ (default data)")
+    parser.add_argument(
+        "--root", type=Path, default=Path("data"), help="folder for tokenizers/ and datasets/ (default data)"
+    )
     parser.add_argument("--vocab-size", type=int, default=1024, help="pieces of the tokenizer (default 1024)")
     options = parser.parse_args()
     describe(*build(options.root, options.vocab_size), NAME, options.root, options.vocab_size)
@@ -58,7 +60,9 @@ def main() -> None:
 def describe(manifest: dict, built: bool, name: str, root: Path, vocab_size: int) -> None:
     """Prints what a corpus holds and where it is."""
     state = "built" if built else "complete, nothing to do"
-    print(f"{name}_corpus:{state} python:{manifest['python'].split()[0]} corpus_sha256:{manifest['corpus_sha256'][:16]}")
+    print(
+        f"{name}_corpus:{state} python:{manifest['python'].split()[0]} corpus_sha256:{manifest['corpus_sha256'][:16]}"
+    )
     for split in ("train", "val"):
         numbers = manifest["splits"][split]
         print(f"split:{split} documents:{numbers['documents']} tokens:{numbers['tokens']} bytes:{numbers['bytes']} "
@@ -89,8 +93,12 @@ def build(root: Path, vocab_size: int) -> tuple[dict, bool]:
         return manifest, False
     documents = collect_documents()
     if len(documents) < MIN_DOCUMENTS:
-        raise shards.DataError(sysconfig.get_path("stdlib"), f"{len(documents)} documents of text", f"at least {MIN_DOCUMENTS}",
-                               "this Python lacks its documentation: install the full package (python3-full on Debian)")
+        raise shards.DataError(
+            sysconfig.get_path("stdlib"),
+            f"{len(documents)} documents of text",
+            f"at least {MIN_DOCUMENTS}",
+            "this Python lacks its documentation: install the full package (python3-full on Debian)",
+        )
     return write_corpus(root, NAME, vocab_size, *split_documents(documents, VAL_FRACTION))
 
 
@@ -117,7 +125,9 @@ def write_corpus(root: Path, name: str, vocab_size: int, val: list[str], train: 
         "tokenizer": f"../../tokenizers/{tokenizer_file.name}",
         "tokenizer_sha256": shards.file_sha256(tokenizer_file),
         "vocab_size": vocab_size,
-        "splits": {split: write_split(folder, split, part, tokenizer) for split, part in (("val", val), ("train", train))},
+        "splits": {
+            split: write_split(folder, split, part, tokenizer) for split, part in (("val", val), ("train", train))
+        },
     }
     shards.write_json(folder / "manifest.json", manifest)
     return manifest, True
@@ -149,7 +159,9 @@ def recipe_sha256() -> str:
     return hashlib.sha256(sources + sentencepiece.__version__.encode()).hexdigest()
 
 
-def write_split(folder: Path, split: str, documents: list[str], tokenizer: sentencepiece.SentencePieceProcessor) -> dict:
+def write_split(
+    folder: Path, split: str, documents: list[str], tokenizer: sentencepiece.SentencePieceProcessor
+) -> dict:
     """Tokenize and write one split as one shard; returns its numbers. `bytes` are those of the tokenizer's normalised
     text, which is what a score in bits per byte divides by."""
     encoded = [tokenizer.encode(document) for document in documents]
@@ -193,7 +205,9 @@ def source_texts() -> Iterator[str]:
 
 def docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
     """(dotted name, docstring) of a module, its classes and functions, in the order of the source."""
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (text := ast.get_docstring(node)):
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+        text := ast.get_docstring(node)
+    ):
         yield name, text
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -213,7 +227,11 @@ def c_module_texts() -> Iterator[str]:
         for key, value in sorted(vars(module).items()):
             if inspect.isclass(value):
                 found.append((f"{name}.{key}", value))
-                found += [(f"{name}.{key}.{inner}", member) for inner, member in sorted(vars(value).items()) if callable(member)]
+                found += [
+                    (f"{name}.{key}.{inner}", member)
+                    for inner, member in sorted(vars(value).items())
+                    if callable(member)
+                ]
             elif inspect.isbuiltin(value):
                 found.append((f"{name}.{key}", value))
         texts = [(key, text) for key, value in found if isinstance(text := getattr(value, "__doc__", None), str)]

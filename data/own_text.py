@@ -32,7 +32,9 @@ DOCUMENT = re.compile(rf"(?s).{{1,{MOST}}}\Z|.{{{MOST // 2},{MOST - 2}}}\n[ \t\r
 def main() -> None:
     parser = argparse.ArgumentParser(description="Turn a folder of .txt and .jsonl files into shards for PRESET=tiny.")
     parser.add_argument("folder", type=Path, help="folder with the text")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder for tokenizers/ and datasets/ (default data)")
+    parser.add_argument(
+        "--root", type=Path, default=Path("data"), help="folder for tokenizers/ and datasets/ (default data)"
+    )
     parser.add_argument("--vocab-size", type=int, default=1024, help="pieces of the tokenizer (default 1024)")
     options = parser.parse_args()
     name = corpus_name(options.folder)
@@ -52,8 +54,12 @@ def build(folder: Path, root: Path, vocab_size: int) -> tuple[dict, bool]:
     documents = collect_documents(folder)
     total = sum(map(len, documents))
     if total < LEAST_CHARS:
-        raise DataError(folder, f"{total:,} characters in {len(documents):,} documents, without repeated ones",
-                        f"at least {LEAST_CHARS:,}", "add more text")
+        raise DataError(
+            folder,
+            f"{total:,} characters in {len(documents):,} documents, without repeated ones",
+            f"at least {LEAST_CHARS:,}",
+            "add more text",
+        )
     return write_corpus(root, corpus_name(folder), vocab_size, *split_documents(documents, validation_fraction(total)))
 
 
@@ -68,7 +74,9 @@ def collect_documents(folder: Path) -> list[str]:
         raise DataError(folder, "no such folder", "a folder with .txt or .jsonl files", "check the path")
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.lower().endswith(SUFFIXES))
     if not paths:
-        raise DataError(folder, "no text file", f"files that end in {', '.join(SUFFIXES)}", "check the folder, or rename files")
+        raise DataError(
+            folder, "no text file", f"files that end in {', '.join(SUFFIXES)}", "check the folder, or rename files"
+        )
     documents = {document for path in paths for text in file_texts(path) for document in cut(text)}
     return sorted(documents, key=lambda document: hashlib.sha256(document.encode()).digest())
 
@@ -81,8 +89,12 @@ def file_texts(path: Path) -> Iterable[str]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(path, f"byte {data[error.start]:#04x} at {error.start:,}, which is not UTF-8", "UTF-8 text",
-                        "convert the file (for example with iconv), or take it out of the folder") from error
+        raise DataError(
+            path,
+            f"byte {data[error.start]:#04x} at {error.start:,}, which is not UTF-8",
+            "UTF-8 text",
+            "convert the file (for example with iconv), or take it out of the folder",
+        ) from error
     if "\0" in text:
         raise DataError(path, "a NUL character", "text", "this is a binary file: take it out of the folder")
     return [text]

@@ -77,12 +77,18 @@ def list_shards(folder: Path, split: str) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(folder, "no such folder", "a folder with shards", "check the path, or make it with data/download.py")
+        raise DataError(
+            folder, "no such folder", "a folder with shards", "check the path, or make it with data/download.py"
+        )
     shards = sorted(path for path in folder.iterdir() if re.fullmatch(rf"fineweb_{split}_\d{{6}}\.bin", path.name))
     for index, path in enumerate(shards):
         if path != shard_path(folder, split, index):
-            raise DataError(folder, f"{path.name} in place {index}", shard_path(folder, split, index).name,
-                            "the numbering has a gap: fetch or export the folder again")
+            raise DataError(
+                folder,
+                f"{path.name} in place {index}",
+                shard_path(folder, split, index).name,
+                "the numbering has a gap: fetch or export the folder again",
+            )
     return shards
 
 
@@ -102,8 +108,12 @@ def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
         return np.zeros(0, np.uint16)
     tokens = np.memmap(path, np.dtype("<u2"), "r", HEADER_BYTES, (num_tokens,))
     if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
-        raise DataError(path, f"token id {largest}", f"ids below the vocabulary size {vocab_size}",
-                        "these shards belong to another tokenizer: use the one they were exported with")
+        raise DataError(
+            path,
+            f"token id {largest}",
+            f"ids below the vocabulary size {vocab_size}",
+            "these shards belong to another tokenizer: use the one they were exported with",
+        )
     return tokens
 
 
@@ -117,15 +127,23 @@ def check_header(path: Path) -> int:
     size = path.stat().st_size
     words = np.frombuffer(head[: len(head) // 4 * 4], "<i4")
     if len(words) < 3 or words[0] != MAGIC:
-        raise DataError(path, f"first bytes {head[:40]!r}{_what_it_is(head)}", f"a shard beginning with {MAGIC}",
-                        "delete the file and fetch it again")
+        raise DataError(
+            path,
+            f"first bytes {head[:40]!r}{_what_it_is(head)}",
+            f"a shard beginning with {MAGIC}",
+            "delete the file and fetch it again",
+        )
     if words[1] != VERSION:
         raise DataError(path, f"shard version {words[1]}", VERSION, "use shards of version 1")
     num_tokens = int(words[2])
     expected = HEADER_BYTES + 2 * num_tokens
     if num_tokens < 0 or size != expected:
-        raise DataError(path, f"{size:,} bytes", f"{expected:,} bytes for the {num_tokens:,} tokens of its header",
-                        "the file is damaged or cut short: delete it and fetch it again")
+        raise DataError(
+            path,
+            f"{size:,} bytes",
+            f"{expected:,} bytes for the {num_tokens:,} tokens of its header",
+            "the file is damaged or cut short: delete it and fetch it again",
+        )
     return num_tokens
 
 
@@ -240,7 +258,9 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(Path(path).read_bytes())
     except (OSError, ValueError) as error:
-        raise DataError(path, f"{type(error).__name__}: {error}", "a JSON object", "delete the file and make it again") from error
+        raise DataError(
+            path, f"{type(error).__name__}: {error}", "a JSON object", "delete the file and make it again"
+        ) from error
     if not isinstance(value, dict):
         raise DataError(path, type(value).__name__, "a JSON object", "delete the file and make it again")
     return value
@@ -306,13 +326,19 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
     """The tokenizer; raises DataError when the file is missing, damaged, or does not have BOS at id 1."""
     path = Path(path)
     if not path.is_file():
-        raise DataError(path, "no such file", "a SentencePiece model", "check the path, or fetch it with data/download.py")
+        raise DataError(
+            path, "no such file", "a SentencePiece model", "check the path, or fetch it with data/download.py"
+        )
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise DataError(path, "not a SentencePiece model", "a .model file", "delete the file and fetch it again") from error
+        raise DataError(
+            path, "not a SentencePiece model", "a .model file", "delete the file and fetch it again"
+        ) from error
     if tokenizer.bos_id() != BOS_ID:
         raise DataError(path, f"BOS id {tokenizer.bos_id()}", f"BOS id {BOS_ID}", "use a tokenizer of the challenge")
     if tokenizer.vocab_size() > 1 << 16:
-        raise DataError(path, f"{tokenizer.vocab_size()} pieces", "at most 65,536 (ids are uint16)", "use a smaller vocabulary")
+        raise DataError(
+            path, f"{tokenizer.vocab_size()} pieces", "at most 65,536 (ids are uint16)", "use a smaller vocabulary"
+        )
     return tokenizer

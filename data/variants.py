@@ -54,7 +54,9 @@ VARIANTS = {
 }  # fmt: skip
 
 # Names that people use for the same thing.
-ALIASES = {"sp8192_lossless_caps_caseops_v1_reserved": "caseops"} | {variant.dataset: name for name, variant in VARIANTS.items()}
+ALIASES = {"sp8192_lossless_caps_caseops_v1_reserved": "caseops"} | {
+    variant.dataset: name for name, variant in VARIANTS.items()
+}
 
 
 def variant_of(config: Any) -> str:

@@ -32,13 +32,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Prove that a folder of shards is what it says it is.")
     parser.add_argument("folder", type=Path, help="datasets/NAME")
     parser.add_argument("--docs", type=Path, nargs="+", help="the document list it was made from")
-    parser.add_argument("--train-docs", type=int, default=1000, help="training documents to compare with --docs (default 1000)")
+    parser.add_argument(
+        "--train-docs", type=int, default=1000, help="training documents to compare with --docs (default 1000)"
+    )
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model, when the folder does not name it")
     options = parser.parse_args()
     verify(options.folder, options.docs, options.train_docs, options.tokenizer)
 
 
-def verify(folder: Path, docs: list[Path] | None = None, train_docs: int = 1000, tokenizer_path: Path | None = None) -> None:
+def verify(
+    folder: Path, docs: list[Path] | None = None, train_docs: int = 1000, tokenizer_path: Path | None = None
+) -> None:
     """Run every check in turn; raises DataError at the first that fails."""
     folder = Path(folder)
     shards.require_shards(folder, "val")  # before anything else: names a wrong path
@@ -55,13 +59,17 @@ def verify(folder: Path, docs: list[Path] | None = None, train_docs: int = 1000,
     check_overlap(folder)
     check_published(folder, record, val, sidecar, tokenizer)
     if docs is None:
-        print("documents:not_given the case transform, the tokens' text and the bytes per document are not proven: add --docs")
+        print(
+            "documents:not_given the case transform, the tokens' text and the bytes per document are not proven: add --docs"
+        )
     else:
         check_documents(folder, docs, train_docs, val, sidecar, tokenizer, pairs)
     print(f"verified:{folder}")
 
 
-def mp3_pairs(folder: Path, record: dict, tokenizer: sentencepiece.SentencePieceProcessor) -> caseops.MarkerPairs | None:
+def mp3_pairs(
+    folder: Path, record: dict, tokenizer: sentencepiece.SentencePieceProcessor
+) -> caseops.MarkerPairs | None:
     is_mp3 = record.get("mp3", folder.name == variants.VARIANTS["mp3"].dataset)
     return caseops.MarkerPairs.of(tokenizer) if is_mp3 else None
 
@@ -70,20 +78,30 @@ def mp3_pairs(folder: Path, record: dict, tokenizer: sentencepiece.SentencePiece
 # The folder by itself
 
 
-def check_recorded(folder: Path, record: dict, tokenizer: sentencepiece.SentencePieceProcessor, tokenizer_path: Path) -> None:
+def check_recorded(
+    folder: Path, record: dict, tokenizer: sentencepiece.SentencePieceProcessor, tokenizer_path: Path
+) -> None:
     """Hashes and sizes that SOURCE.json or manifest.json state."""
     again = "fetch or export the folder again"
     if record.get("vocab_size", tokenizer.vocab_size()) != tokenizer.vocab_size():
-        raise DataError(tokenizer_path, f"{tokenizer.vocab_size()} pieces", record["vocab_size"], "use the tokenizer of this data")
+        raise DataError(
+            tokenizer_path, f"{tokenizer.vocab_size()} pieces", record["vocab_size"], "use the tokenizer of this data"
+        )
     digest = shards.file_sha256(tokenizer_path)
     if record.get("tokenizer_sha256", digest) != digest:
-        raise DataError(tokenizer_path, f"SHA-256 {digest}", record["tokenizer_sha256"], "use the tokenizer this data was made with")
+        raise DataError(
+            tokenizer_path, f"SHA-256 {digest}", record["tokenizer_sha256"], "use the tokenizer this data was made with"
+        )
     for name, facts in record.get("files", {}).items():
         if not (folder / name).is_file():
-            raise DataError(folder / name, "no such file", "a file that SOURCE.json lists", "run data/download.py again")
+            raise DataError(
+                folder / name, "no such file", "a file that SOURCE.json lists", "run data/download.py again"
+            )
         if facts["sha256"] and (found := shards.file_sha256(folder / name)) != facts["sha256"]:
             raise DataError(folder / name, f"SHA-256 {found}", facts["sha256"], again)
-    print(f"record:{'present' if record else 'none'} hashed_files:{len(record.get('files', {}))} tokenizer_sha256:{digest}")
+    print(
+        f"record:{'present' if record else 'none'} hashed_files:{len(record.get('files', {}))} tokenizer_sha256:{digest}"
+    )
 
 
 def check_split(folder: Path, split: str, vocab_size: int) -> dict:
@@ -94,10 +112,16 @@ def check_split(folder: Path, split: str, vocab_size: int) -> dict:
         if len(tokens) == 0:
             raise DataError(path, "no tokens", "at least one", "fetch or export the folder again")
         if not lengths and tokens[0] != BOS_ID:
-            raise DataError(path, f"first token {tokens[0]}", f"BOS ({BOS_ID})", "export again, with BOS before every document")
+            raise DataError(
+                path, f"first token {tokens[0]}", f"BOS ({BOS_ID})", "export again, with BOS before every document"
+            )
         if lengths and len(tokens) > lengths[0] or len(lengths) > 1 and lengths[-1] != lengths[0]:
-            raise DataError(path, f"shard lengths {lengths + [len(tokens)]}", "equal ones, the last may be shorter",
-                            "fetch or export the folder again")
+            raise DataError(
+                path,
+                f"shard lengths {lengths + [len(tokens)]}",
+                "equal ones, the last may be shorter",
+                "fetch or export the folder again",
+            )
         lengths.append(len(tokens))
         documents += int(np.count_nonzero(tokens == BOS_ID))
     print(f"split:{split} shards:{len(lengths)} tokens:{sum(lengths)} documents:{documents} ids_below:{vocab_size}")
@@ -108,8 +132,12 @@ def check_counts(folder: Path, record: dict, numbers: dict) -> None:
     for split, expected in record.get("splits", {}).items():
         for key, found in numbers[split].items():
             if expected.get(key, found) != found:
-                raise DataError(f"{folder}: {split} {key}", found, expected[key],
-                                "files were added, lost or changed: export the folder again")
+                raise DataError(
+                    f"{folder}: {split} {key}",
+                    found,
+                    expected[key],
+                    "files were added, lost or changed: export the folder again",
+                )
 
 
 def check_sidecar(folder: Path, val: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor,
@@ -117,8 +145,12 @@ def check_sidecar(folder: Path, val: np.ndarray, tokenizer: sentencepiece.Senten
     """The side-car has an entry per validation token, and gives no bytes to BOS and to operators."""
     sidecar = shards.read_split(folder, "val_bytes")
     if len(sidecar) != len(val):
-        raise DataError(f"{folder}: fineweb_val_bytes_*.bin", f"{len(sidecar)} entries", f"{len(val)}, one per validation token",
-                        "fetch or export the folder again: this side-car belongs to other shards")
+        raise DataError(
+            f"{folder}: fineweb_val_bytes_*.bin",
+            f"{len(sidecar)} entries",
+            f"{len(val)}, one per validation token",
+            "fetch or export the folder again: this side-car belongs to other shards",
+        )
     escape = tokenizer.piece_to_id(caseops.ESCAPE)
     after_escape = np.concatenate([[False], val[:-1] == escape])  # may be literal, then it has its 3 bytes
     operators = [tokenizer.piece_to_id(operator) for operator in caseops.OPERATORS]
@@ -127,7 +159,9 @@ def check_sidecar(folder: Path, val: np.ndarray, tokenizer: sentencepiece.Senten
         raise DataError(f"{folder}: side-car entry {wrong[0]}", f"{sidecar[wrong[0]]} bytes for token {val[wrong[0]]}",
                         "0 for BOS and operators", "export the folder again")  # fmt: skip
     fused = 0 if pairs is None else np.count_nonzero(np.isin(val, pairs.aliases))
-    print(f"sidecar:aligned bytes:{sidecar.sum(dtype=np.int64)} operators:{np.isin(val, operators).sum()} fused_markers:{fused}")
+    print(
+        f"sidecar:aligned bytes:{sidecar.sum(dtype=np.int64)} operators:{np.isin(val, operators).sum()} fused_markers:{fused}"
+    )
     return sidecar
 
 
@@ -140,8 +174,12 @@ def check_overlap(folder: Path) -> None:
     allowed = int(MAX_OVERLAP_FRAC * len(val))
     print(f"overlap:{again.sum()} validation_documents_in_training allowed:{allowed}")
     if again.sum() > allowed:
-        raise DataError(folder, f"{again.sum()} of {len(val)} validation documents in the training shards", f"at most {allowed}",
-                        "the two splits were cut from the list at different places: export both again in one run")
+        raise DataError(
+            folder,
+            f"{again.sum()} of {len(val)} validation documents in the training shards",
+            f"at most {allowed}",
+            "the two splits were cut from the list at different places: export both again in one run",
+        )
 
 
 def document_hashes(folder: Path, split: str) -> Iterator[np.ndarray]:
@@ -186,8 +224,12 @@ def check_published(folder: Path, record: dict, val: np.ndarray, sidecar: np.nda
         num_bytes, tolerance = int(sidecar[1 : targets + 1].sum(dtype=np.int64)), variant.val_bytes_tolerance
         full = int(sidecar.sum(dtype=np.int64))
         if abs(full - variant.val_bytes_full) > 2:
-            raise DataError(folder, f"{full:,} bytes of validation text", f"{variant.val_bytes_full:,} +- 2",
-                            "fetch the side-car again")
+            raise DataError(
+                folder,
+                f"{full:,} bytes of validation text",
+                f"{variant.val_bytes_full:,} +- 2",
+                "fetch the side-car again",
+            )
     if abs(num_bytes - variant.val_bytes) > tolerance:
         raise DataError(folder, f"{num_bytes:,} bytes in {targets:,} targets", f"{variant.val_bytes:,} +- {tolerance}",
                         "fetch the validation shards again")  # fmt: skip
@@ -226,7 +268,9 @@ def check_documents(folder: Path, docs: list[Path], train_docs: int, val: np.nda
     for number, (text, decoded) in enumerate(compared):
         differences.compare(f"validation document {number}", text, decoded, tokenizer, with_caseops)
         if with_caseops:
-            differences.compare_bytes(f"validation document {number}", text, sidecar[starts[number] : starts[number + 1]], tokenizer)
+            differences.compare_bytes(
+                f"validation document {number}", text, sidecar[starts[number] : starts[number + 1]], tokenizer
+            )
         else:
             differences.text_bytes += len(text.encode())
             differences.scored_bytes += len(decoded.encode())
@@ -241,8 +285,12 @@ def texts_for(texts: Iterator[str], count: int) -> list[str]:
     """The next `count` documents of the list; raises DataError when it ends before."""
     chosen = list(islice(texts, count))
     if len(chosen) < count:
-        raise DataError("--docs", f"a list that ends {count - len(chosen)} documents too early", "the list the shards were made from",
-                        "give the whole list")
+        raise DataError(
+            "--docs",
+            f"a list that ends {count - len(chosen)} documents too early",
+            "the list the shards were made from",
+            "give the whole list",
+        )
     return chosen
 
 
@@ -277,7 +325,9 @@ class Differences:
         if decoded != normal:
             self._found("decoded_text", place, decoded, normal)
 
-    def compare_bytes(self, place: str, text: str, sidecar: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
+    def compare_bytes(
+        self, place: str, text: str, sidecar: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor
+    ) -> None:
         """The side-car counts every byte of the text but those of outer white space, as the tokenizer sees it."""
         found, stripped = int(sidecar.sum(dtype=np.int64)), strip_as_tokenizer(text, tokenizer)
         self.outer_characters += stripped != text.strip()
@@ -289,7 +339,10 @@ class Differences:
     def _found(self, kind: str, place: str, found: str, expected: str) -> None:
         self.counts[kind] += 1
         if self.counts[kind] <= SHOWN:
-            at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
+            at = next(
+                (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
+                min(len(found), len(expected)),
+            )
             print(f"difference:{kind} {place} character {at}: found {found[max(0, at - 20) : at + 20]!r} "
                   f"expected {expected[max(0, at - 20) : at + 20]!r}")  # fmt: skip
 
@@ -299,8 +352,12 @@ class Differences:
               + " ".join(f"{kind}_differences:{count}" for kind, count in self.counts.items())
               + f" outer_characters_that_only_the_tokenizer_strips:{self.outer_characters}")  # fmt: skip
         if any(self.counts.values()):
-            raise DataError(folder, f"differences {self.counts}", "none",
-                            "give the list the shards were made from, or export the folder again")
+            raise DataError(
+                folder,
+                f"differences {self.counts}",
+                "none",
+                "give the list the shards were made from, or export the folder again",
+            )
 
 
 def strip_as_tokenizer(text: str, tokenizer: sentencepiece.SentencePieceProcessor) -> str:

@@ -154,7 +154,9 @@ def script_compiles(folder: Folder) -> Finding:
     if not problem:
         older = version(stated) < version(here) if stated else False
         message = compile_elsewhere(path, f"python{stated}") if older else ""
-        return fail(f"does not compile with Python {stated}: {message}") if message else ok(f"{len(folder.script)} bytes")
+        return (
+            fail(f"does not compile with Python {stated}: {message}") if message else ok(f"{len(folder.script)} bytes")
+        )
     if stated and version(stated) <= version(here):
         return fail(f"does not compile with Python {stated}, which a log states: {problem}")
     newer = stated or "3.12"
