@@ -21,8 +21,8 @@ from shards import DataError
 
 BATCH_BYTES = 1 << 20  # of JSON lines per batch: a fraction of a second of tokenizing
 BATCH_DOCUMENTS = 1024
-CHUNK_TOKENS = 4_000_000  # read at a time where a split is streamed
-# More validation documents than this fraction found in the training part is refused. Natural duplicates are rare.
+CHUNK_TOKENS = 4_000_000  # read at once when a split is streamed
+# Largest fraction of the validation documents that may also be in the training part. Natural duplicates are rare.
 MAX_OVERLAP_FRAC = 0.001
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def _damaged(path: Path, error: object) -> DataError:
 
 
 class _ZstdStream(io.RawIOBase):
-    """Reads a .zst file; unlike the library's own reader it does not take a cut file for the whole."""
+    """Reads a .zst file. Unlike the library's own reader, it notices a file that is cut off."""
 
     def __init__(self, path: Path):
         try:
@@ -84,7 +84,7 @@ class _ZstdStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        """Fill the buffer as far as data are at hand; 0 means the end of the file."""
+        """Fill the buffer with the data available; 0 means the end of the file."""
         while not self._ready:
             packed = self._file.read(1 << 17)
             if not packed:
@@ -229,7 +229,7 @@ def join_documents(documents: list[np.ndarray], first: int = shards.BOS_ID) -> n
 
 
 def text_hash(text: bytes) -> int:
-    """64 bits that identify a document; texts that differ in white space only are the same to a tokenizer."""
+    """A hash of 64 bits; equal for texts that differ only in white space, which the tokenizer folds."""
     return int.from_bytes(hashlib.blake2b(b" ".join(text.split()), digest_size=8).digest(), "little")
 
 

@@ -1,10 +1,11 @@
 """Fetch a published variant of the challenge's data: shards and tokenizer, checked, resumable.
 
-    python data/download.py sp8192 [--train-shards 80|all] [--root data] [--with-docs] [--verify fast|full] [--from FOLDER]
+    python data/download.py sp8192 [--train-shards 80|all] [--root data] [--with-docs]
+        [--verify fast|full] [--from FOLDER]
 
-Files arrive in ROOT/datasets/NAME.part, are checked there (size, hash, shard header), and move to ROOT/datasets/NAME only
-when all of them are there; a run that broke off goes on where it stopped, also in the middle of a file. SOURCE.json
-beside the shards records where they came from. Running it again when all is there costs nothing.
+Files are written to ROOT/datasets/NAME.part, checked there (size, hash, shard header), and moved to ROOT/datasets/NAME
+when all of them are complete. An interrupted run continues where it stopped, also in the middle of a file. SOURCE.json
+beside the shards records where they came from. A second run with everything in place downloads nothing.
 
 Environment: MATCHED_FINEWEB_REPO_ID and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX choose another repository and folder in it;
 HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE (use the hub's cache only) are those of huggingface_hub.
@@ -12,6 +13,7 @@ HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE (use the hub's cache only) are
 
 import argparse
 import datetime
+import functools
 import hashlib
 import os
 import re
@@ -106,8 +108,9 @@ def download(name: str, train_shards: str, root: Path, with_docs: bool = False, 
     if with_docs:
         places |= {target.root / name: find_file(source, revision, "", name) for name in DOCUMENT_FILES}
     if variant.tokenizer_sha256 not in (None, places[target.tokenizer].sha256):
-        raise DataError(target.tokenizer, f"hash {places[target.tokenizer].sha256} in {source.repository}", variant.tokenizer_sha256,
-                        "this is not the published tokenizer: use the published repository")  # fmt: skip
+        found = f"hash {places[target.tokenizer].sha256} in {source.repository}"
+        fix = "this is not the published tokenizer: use the published repository"
+        raise DataError(target.tokenizer, found, variant.tokenizer_sha256, fix)
     missing = target.missing(places, full)
     check_disk(target.root, sum(file.size - target.arrived(place) for place, file in missing.items()), len(missing))
     fetch_all(
@@ -181,16 +184,16 @@ class Target:
         self.source_file = self.folder / "SOURCE.json"
 
     def staged(self, place: Path) -> Path:
-        """Where a file waits until all are there."""
+        """Path of a file until all files are complete."""
         return self.staging / place.name
 
     def arrived(self, place: Path) -> int:
-        """Bytes of an unfinished file that a broken-off run left."""
+        """Bytes of a partly downloaded file that an interrupted run left."""
         part = shards.temporary(self.staged(place))
         return part.stat().st_size if part.is_file() else 0
 
     def check_origin(self, repository: str) -> None:
-        """Raise DataError when what is there, or half there, came from another repository."""
+        """Raise DataError when files that are there, complete or partly, came from another repository."""
         for folder in (self.folder, self.staging):
             if (folder / "SOURCE.json").is_file():
                 recorded = shards.read_json(folder / "SOURCE.json").get("repository")
@@ -233,7 +236,7 @@ class Target:
             )
 
     def missing(self, places: dict[Path, RemoteFile], full: bool) -> dict[Path, RemoteFile]:
-        """What is not there yet. What is there is checked: by hash when SOURCE.json does not vouch for it."""
+        """The files that are not there yet. Others are checked, by hash if SOURCE.json does not list them."""
         vouched = shards.read_json(self.source_file)["files"] if self.source_file.is_file() else {}
         strangers = (
             {path.name for path in self.folder.glob("fineweb_*")} - {place.name for place in places} - set(vouched)
@@ -332,7 +335,7 @@ def fetch_all(places: dict[Path, RemoteFile], fetch: Callable[[RemoteFile, Path]
 
 
 def fetch_one(place: Path, file: RemoteFile, fetch: Callable[[RemoteFile, Path], None]) -> None:
-    """Fetch into PLACE.part, going on where a broken-off run stopped; check; rename. A bad file is not kept."""
+    """Fetch into PLACE.part, continuing an interrupted download; check; rename. A bad file is deleted."""
     place.parent.mkdir(parents=True, exist_ok=True)
     part = shards.temporary(place)
     patiently(lambda: fetch(file, part), file.path)
@@ -348,7 +351,7 @@ def fetch_one(place: Path, file: RemoteFile, fetch: Callable[[RemoteFile, Path],
 
 
 def patiently(action: Callable[[], Any], about: str) -> Any:
-    """The action's result; a broken connection or a server in trouble gets several attempts, then DataError."""
+    """The action's result. Connection and server errors are retried several times, then they raise DataError."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return action()
@@ -385,7 +388,8 @@ def open_source(short: str, variant: Variant, folder: Path | None) -> Source:
         return FolderSource(f"folder {folder.name}", "unknown", folder, prefix)
     repository = os.environ.get("MATCHED_FINEWEB_REPO_ID", variant.repository)
     if repository is None:
-        fix = f"make it: data/download.py caseops, then data/fuse.py --out .../{variant.dataset}; or set MATCHED_FINEWEB_REPO_ID"
+        fix = f"make it: data/download.py caseops, then data/fuse.py --out .../{variant.dataset};"
+        fix += " or set MATCHED_FINEWEB_REPO_ID"
         raise DataError(f"variant {short}", "no repository that publishes it", "one", fix)
     if not huggingface_hub.constants.is_offline_mode():
         return HubSource(repository, prefix)
@@ -410,10 +414,11 @@ class HubSource:
 
     def list(self, revision: str, folder: str) -> list[RemoteFile]:
         path = "/".join(part for part in (self.prefix, folder) if part)
-        ask = lambda: list(self.api.list_repo_tree(self.repository, path, revision=revision, repo_type="dataset"))  # noqa: E731
-        tree = patiently(lambda: self._ask(ask, path), path)
-        return [RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, None if entry.lfs else entry.blob_id)
-                for entry in tree if isinstance(entry, huggingface_hub.hf_api.RepoFile)]  # fmt: skip
+        listing = functools.partial(self.api.list_repo_tree, self.repository, path, revision=revision)
+        tree = patiently(lambda: self._ask(lambda: list(listing(repo_type="dataset")), path), path)
+        files = [entry for entry in tree if isinstance(entry, huggingface_hub.hf_api.RepoFile)]
+        hashes = [(file.lfs.sha256, None) if file.lfs else (None, file.blob_id) for file in files]
+        return [RemoteFile(file.path, file.size, *known) for file, known in zip(files, hashes, strict=True)]
 
     def identify(self, file: RemoteFile) -> RemoteFile:
         return file  # the listing has the hash
@@ -432,12 +437,12 @@ class HubSource:
                 self._ask(lambda: http_get(url, out, resume_size=resume, expected_size=file.size,
                                            headers=huggingface_hub.utils.build_hf_headers()), file.path)  # fmt: skip
             except OSError as error:
-                # Without a number it is the client's "wrong number of bytes": the check that follows says what came instead.
+                # Without a status it is the client's "wrong number of bytes"; the check that follows says what came.
                 if error.errno is not None or isinstance(error, HfHubHTTPError):
                     raise
 
     def _ask(self, question: Callable[[], Any], about: str) -> Any:
-        """The hub's answer; what it refuses for good becomes a DataError."""
+        """The hub's answer; a refusal that a retry cannot change becomes a DataError."""
         place = f"{self.repository}: {about}"
         try:
             return question()

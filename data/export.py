@@ -4,8 +4,8 @@
         --val-docs 50000 [--caseops] [--mp3] [--workers 8]
 
 The first --val-docs documents are the validation split, the rest is training, both in the order of the list. The folder
-appears under its name only when everything is in it: shards, the tokenizer (tokenizer.model), the byte side-car of
-CaseOps data, and manifest.json. The result is the same, byte for byte, for any number of workers.
+gets its name when everything is in it: shards, the tokenizer (tokenizer.model), the byte side-car of CaseOps data, and
+manifest.json. The result is the same, byte for byte, for any number of workers.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from documents import MAX_OVERLAP_FRAC, Batch, Encoded, encode_batch, parse_line
 from shards import DataError
 
 TOKENIZER_FILE = "tokenizer.model"
-BATCHES_AHEAD = 3  # per worker: bounds memory, whatever the length of the list
+BATCHES_AHEAD = 3  # per worker: limits memory for any length of the list
 PROGRESS_S = 10.0
 
 
@@ -54,23 +54,22 @@ class Options:
 def main() -> None:
     options = parse_options(sys.argv[1:])
     if options.val_docs != variants.VAL_DOCUMENTS:
-        print(
-            f"warning:val_docs:{options.val_docs} the challenge's validation split is the first {variants.VAL_DOCUMENTS} documents"
-        )
+        split = f"the first {variants.VAL_DOCUMENTS} documents"
+        print(f"warning:val_docs:{options.val_docs} the challenge's validation split is {split}")
     started = time.perf_counter()
     manifest = export(options)
     seconds = time.perf_counter() - started
     tokens = sum(split["tokens"] for split in manifest["splits"].values())
     text_bytes = sum(split["text_bytes"] for split in manifest["splits"].values())
-    print(f"exported:{options.out} documents:{sum(split['documents'] for split in manifest['splits'].values())} tokens:{tokens} "
+    documents = sum(split["documents"] for split in manifest["splits"].values())
+    print(f"exported:{options.out} documents:{documents} tokens:{tokens} "
           f"text_bytes:{text_bytes} bytes_per_token:{text_bytes / tokens:.3f} val_docs:{options.val_docs} "
           f"overlapping_documents:{manifest['overlapping_documents']}")  # fmt: skip
     print(f"seconds:{seconds:.1f} workers:{options.workers} tokens_per_s:{tokens / seconds:.0f} "
           f"tokens_per_s_per_worker:{tokens / seconds / options.workers:.0f}")  # fmt: skip
     if options.caseops:
-        print(
-            f"sidecar_bytes:{manifest['sidecar_bytes']} documents_with_sidecar_differences:{manifest['sidecar_differences']}"
-        )
+        differences = manifest["sidecar_differences"]
+        print(f"sidecar_bytes:{manifest['sidecar_bytes']} documents_with_sidecar_differences:{differences}")
 
 
 def parse_options(arguments: list[str]) -> Options:
@@ -123,7 +122,7 @@ def export(options: Options) -> dict:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name `out` at the end of the block, or goes away when the block fails.
+    """A folder to write into. It is renamed to `out` at the end of the block, or deleted when the block fails.
 
     Raises DataError unless `out` is missing or an empty folder, and no export to it is under way or left over.
     """
@@ -191,7 +190,7 @@ def _export_into(folder: Path, options: Options) -> dict:
 
 
 def train_on_documents(options: Options, path: Path) -> None:
-    """Train the tokenizer on the first training documents; validation documents stay unseen."""
+    """Train the tokenizer on the first training documents, never on validation documents."""
     chosen = islice(read_lines(options.docs), options.val_docs, options.val_docs + options.tokenizer_docs)
     texts = (parse_line(place, line) for place, line in chosen)
     if options.caseops:
@@ -241,7 +240,7 @@ def write_splits(folder: Path, tokenizer_path: Path, options: Options) -> tuple[
 
 
 class Overlap:
-    """Counts validation documents that come again in the training part, by the hash of their text."""
+    """Counts validation documents that are also in the training part, by the hash of their text."""
 
     def __init__(self, val_docs: int):
         self.count = 0

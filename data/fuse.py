@@ -4,8 +4,8 @@
         --out data/datasets/fineweb10B_sp8192_caseops_marker_pair_v3
 
 The space piece and the operator after it become one token (PR #2109), in one pass over the document stream: a pair that
-lies on both sides of a shard boundary is fused too, and the new shards are full again. The result equals
-`data/export.py --mp3` on the same documents.
+a shard boundary separates is fused too, and the new shards are full. The result equals `data/export.py --mp3` on the
+same documents.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def fuse_folder(
 
 
 def fuse_validation(folder: Path, out: Path, pairs: caseops.MarkerPairs, shard_tokens: int) -> dict:
-    """Tokens and side-car together; no byte may get lost. Returns the numbers of the split."""
+    """Tokens and side-car together; the sum of bytes must not change. Returns the numbers of the split."""
     tokens, sidecar = shards.read_split(folder, "val"), shards.read_split(folder, "val_bytes")
     if len(tokens) != len(sidecar):
         raise shards.DataError(

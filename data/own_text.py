@@ -4,10 +4,10 @@
 
 reads every .txt and .jsonl file below FOLDER (.jsonl also as .xz, .gz or .zst; JSON lines with a key `text`), cuts long
 texts into documents, drops repeated ones, and writes ROOT/tokenizers/own_NAME_1024_bpe.model and
-ROOT/datasets/own_NAME_sp1024/, where NAME is that of the folder. About 2.3 % of the text becomes validation, but 20 to
-60 kB, so that it means something and is soon scored, and never more than a tenth; the tokenizer sees the rest only.
-`./run.sh --text FOLDER` does this and trains on it. Everything is held in memory: for gigabytes, and for the
-challenge's own list, there is data/export.py.
+ROOT/datasets/own_NAME_sp1024/, where NAME is the name of the folder. About 2.3 % of the text becomes validation: at
+least 20 kB, so that the score is meaningful, at most 60 kB, so that scoring is fast, and never more than a tenth. The
+tokenizer is trained on the rest. `./run.sh --text FOLDER` does this and trains on it. Everything is held in memory; use
+data/export.py for gigabytes of text and for the challenge's own list.
 """
 
 import argparse
@@ -22,10 +22,11 @@ from embedded import MAX_VAL_DOCUMENT_CHARS, VAL_FRACTION, describe, split_docum
 from shards import DataError
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.xz", ".jsonl.gz", ".jsonl.zst")
-LEAST_CHARS = 100_000  # of all documents: less teaches nothing, and does not make a tokenizer of 1,024 pieces
+LEAST_CHARS = 100_000  # of all documents: less does not support a tokenizer of 1,024 pieces
 LEAST_VAL_CHARS, MOST_VAL_CHARS = 20_000, 60_000
 MOST = MAX_VAL_DOCUMENT_CHARS  # characters of a document, so that each may be validation
-# All that is left, or up to the last blank line in the second half of that length, or up to a blank, or just so much.
+# The rest of the text if it is short enough; else up to the last blank line in the second half of that length, else up
+# to a blank, else exactly that length.
 DOCUMENT = re.compile(rf"(?s).{{1,{MOST}}}\Z|.{{{MOST // 2},{MOST - 2}}}\n[ \t\r]*\n|.{{1,{MOST - 1}}}\s|.{{{MOST}}}")
 
 
@@ -42,7 +43,7 @@ def main() -> None:
 
 
 def corpus_name(folder: Path) -> str:
-    """own_ and the folder's own name, without what a file name should not have."""
+    """own_ and the folder's name, without characters that do not belong in a file name."""
     return "own_" + (re.sub(r"[^\w-]+", "_", folder.resolve().name).strip("_") or "text")
 
 

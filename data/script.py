@@ -1,6 +1,6 @@
-"""What the other programs take from train_gpt.py, so that each fact stands there alone.
+"""Constants, functions and settings of train_gpt.py for the other programs, so that none is written down twice.
 
-It is read from the text of the script: importing it would load PyTorch, which takes seconds.
+They are read from the text of the script, because importing it loads PyTorch, which takes seconds.
 """
 
 import ast
@@ -23,7 +23,7 @@ def defined_names(node: ast.stmt) -> set[str]:
 
 
 def definitions(*names: str) -> dict[str, Any]:
-    """Constants and functions by name. They may use each other, and of all modules `ast` and what they import."""
+    """Constants and functions by name. They may use each other, the module `ast`, and what they import themselves."""
     chosen = [node for node in statements() if defined_names(node) & set(names)]
     scope: dict[str, Any] = {"ast": ast}
     exec(compile(ast.Module(chosen, []), SCRIPT.name, "exec"), scope)
@@ -31,7 +31,7 @@ def definitions(*names: str) -> dict[str, Any]:
 
 
 def settings_of(*stages: str) -> set[str]:
-    """The settings that decide nothing but these members of Stage: fields `name: type = setting(STAGE, ...)`."""
+    """The settings that decide only these members of Stage: fields `name: type = setting(STAGE, ...)` of Config."""
     (config,) = [node for node in statements() if isinstance(node, ast.ClassDef) and node.name == "Config"]
     fields = [node for node in config.body if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call)]
     decided = {

@@ -5,7 +5,7 @@ uint16 ids. Names are fineweb_train_000000.bin, fineweb_val_000000.bin and, for 
 fineweb_val_bytes_000000.bin. A document is BOS followed by its pieces, without EOS; documents run on from one shard
 into the next of the same split.
 
-Nothing half-written is ever taken for complete: every file is written under a temporary name and renamed at the end.
+Every file is written under a temporary name and renamed at the end, so that a partial file is never used as complete.
 """
 
 import hashlib
@@ -72,7 +72,7 @@ def shard_path(folder: Path, split: str, index: int) -> Path:
 def list_shards(folder: Path, split: str) -> list[Path]:
     """The shards of one split in order, possibly none.
 
-    The side-car never passes for a token shard: a digit must follow `val_`.
+    The side-car is not listed as a token shard: a digit must follow `val_`.
     Raises DataError when the folder is missing or the numbers are not 0, 1, 2, ...
     """
     folder = Path(folder)
@@ -100,7 +100,8 @@ def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
     """Memory-map one shard after checking it.
 
     Returns the tokens, (n,) uint16, read-only. With vocab_size, every id is read once and checked against it.
-    Raises DataError for a missing, truncated or foreign file (an HTML page, a Git LFS pointer) and for ids out of range.
+    Raises DataError for a missing or truncated file, for one that is no shard (an HTML page, a Git LFS pointer) and for
+    ids out of range.
     """
     path = Path(path)
     num_tokens = check_header(path)
@@ -179,7 +180,8 @@ def require_shards(folder: Path, split: str) -> list[Path]:
 class ShardWriter:
     """Writes one split as a sequence of shards, cutting the stream every `shard_tokens` tokens.
 
-    Memory does not grow with the stream. `close` finishes the last, short shard; a shard under way has a temporary name.
+    Memory does not grow with the stream. `close` finishes the last, short shard; an unfinished shard has a temporary
+    name.
     An empty split leaves no file.
     """
 

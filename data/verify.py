@@ -1,14 +1,14 @@
-"""Prove that a folder of shards is what it says it is.
+"""Check a folder of shards against its records, the published figures, and the documents.
 
     python data/verify.py data/datasets/fineweb10B_sp8192 [--docs docs_selected.jsonl] [--train-docs 1000]
 
 Without --docs: headers, numbering, token ids, recorded hashes and counts, side-car alignment, no validation document in
 the training part, and the published totals where the folder is a published variant. With --docs also, for every
-validation document and the first --train-docs training documents: the case transform can be undone, the tokens decode to
-the tokenizer's normal form of the text (NFKC and folded white space are its own doing), and the side-car adds up to the
-UTF-8 bytes of the text less outer white space. Prints one line per check; the first failure ends with exit status 2.
+validation document and the first --train-docs training documents: the case transform can be undone, the tokens decode
+to the text in the tokenizer's normal form (NFKC, folded white space), and the side-car adds up to the UTF-8 bytes of
+the text less outer white space. Prints one line per check; the first failure ends with exit status 2.
 
-Byte counts here come from decoding, never from a table of bytes per token: they are what such a table is checked against.
+Byte counts come from decoding, never from a table of bytes per token, so that such a table can be checked against them.
 """
 
 import argparse
@@ -59,9 +59,7 @@ def verify(
     check_overlap(folder)
     check_published(folder, record, val, sidecar, tokenizer)
     if docs is None:
-        print(
-            "documents:not_given the case transform, the tokens' text and the bytes per document are not proven: add --docs"
-        )
+        print("documents:not_given the case transform, the text of tokens and the bytes are not proven: add --docs")
     else:
         check_documents(folder, docs, train_docs, val, sidecar, tokenizer, pairs)
     print(f"verified:{folder}")
@@ -99,9 +97,8 @@ def check_recorded(
             )
         if facts["sha256"] and (found := shards.file_sha256(folder / name)) != facts["sha256"]:
             raise DataError(folder / name, f"SHA-256 {found}", facts["sha256"], again)
-    print(
-        f"record:{'present' if record else 'none'} hashed_files:{len(record.get('files', {}))} tokenizer_sha256:{digest}"
-    )
+    present, files = "present" if record else "none", len(record.get("files", {}))
+    print(f"record:{present} hashed_files:{files} tokenizer_sha256:{digest}")
 
 
 def check_split(folder: Path, split: str, vocab_size: int) -> dict:
@@ -152,21 +149,20 @@ def check_sidecar(folder: Path, val: np.ndarray, tokenizer: sentencepiece.Senten
             "fetch or export the folder again: this side-car belongs to other shards",
         )
     escape = tokenizer.piece_to_id(caseops.ESCAPE)
-    after_escape = np.concatenate([[False], val[:-1] == escape])  # may be literal, then it has its 3 bytes
+    after_escape = np.concatenate([[False], val[:-1] == escape])  # may be literal text of 3 bytes
     operators = [tokenizer.piece_to_id(operator) for operator in caseops.OPERATORS]
     weightless = (val == BOS_ID) | np.isin(val, operators) & ~after_escape
     if (wrong := np.flatnonzero(weightless & (sidecar != 0))).size:
         raise DataError(f"{folder}: side-car entry {wrong[0]}", f"{sidecar[wrong[0]]} bytes for token {val[wrong[0]]}",
                         "0 for BOS and operators", "export the folder again")  # fmt: skip
     fused = 0 if pairs is None else np.count_nonzero(np.isin(val, pairs.aliases))
-    print(
-        f"sidecar:aligned bytes:{sidecar.sum(dtype=np.int64)} operators:{np.isin(val, operators).sum()} fused_markers:{fused}"
-    )
+    found = f"operators:{np.isin(val, operators).sum()} fused_markers:{fused}"
+    print(f"sidecar:aligned bytes:{sidecar.sum(dtype=np.int64)} {found}")
     return sidecar
 
 
 def check_overlap(folder: Path) -> None:
-    """No validation document comes again in the training part, beyond a few natural duplicates."""
+    """No validation document is also in the training part, except for a few natural duplicates."""
     val = np.concatenate([hashes for hashes in document_hashes(folder, "val")])
     again = np.zeros(len(val), bool)
     for hashes in document_hashes(folder, "train"):
@@ -216,7 +212,7 @@ def check_published(folder: Path, record: dict, val: np.ndarray, sidecar: np.nda
     if (documents, targets) != (variants.VAL_DOCUMENTS, variant.val_targets):
         raise DataError(folder, f"{documents:,} validation documents and {targets:,} targets",
                         f"{variants.VAL_DOCUMENTS:,} and {variant.val_targets:,} for {name}",
-                        "the split is cut short or is another one: fetch it again, or give the folder another name")  # fmt: skip
+                        "the split is cut or is another one: fetch it again, or rename the folder")  # fmt: skip
     if sidecar is None:
         num_bytes = sum(document_bytes(val[: targets + 1], tokenizer))
         tolerance = variant.val_bytes_tolerance + 3  # the cut may fall inside a character, which then decodes to U+FFFD
@@ -245,8 +241,8 @@ def document_bytes(tokens: np.ndarray, tokenizer: sentencepiece.SentencePiecePro
 
 
 def decoded_texts(documents: list[np.ndarray], tokenizer: sentencepiece.SentencePieceProcessor) -> Iterator[str]:
-    """The text of each document, (n,) uint16 with its BOS. A tokenizer without a piece for a lone blank spells it as the
-    three bytes of its blank marker; the marker never means itself, so it is a blank here."""
+    """The text of each document, (n,) uint16 with its BOS. A tokenizer without a piece for a single blank encodes it as
+    the three bytes of its blank marker. Texts do not contain the marker, so it is decoded as a blank."""
     for begin in range(0, len(documents), DECODE_DOCUMENTS):
         ids = [document[1:].tolist() for document in documents[begin : begin + DECODE_DOCUMENTS]]
         yield from (text.replace("▁", " ") for text in tokenizer.decode(ids, num_threads=1))
@@ -256,8 +252,15 @@ def decoded_texts(documents: list[np.ndarray], tokenizer: sentencepiece.Sentence
 # Against the documents
 
 
-def check_documents(folder: Path, docs: list[Path], train_docs: int, val: np.ndarray, sidecar: np.ndarray | None,
-                    tokenizer: sentencepiece.SentencePieceProcessor, pairs: caseops.MarkerPairs | None) -> None:  # fmt: skip
+def check_documents(
+    folder: Path,
+    docs: list[Path],
+    train_docs: int,
+    val: np.ndarray,
+    sidecar: np.ndarray | None,
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    pairs: caseops.MarkerPairs | None,
+) -> None:
     """Compare shards and list, document by document; raises DataError at the end when anything differs."""
     texts = read_texts(docs)
     val_documents = split_documents(val)
@@ -347,7 +350,8 @@ class Differences:
                   f"expected {expected[max(0, at - 20) : at + 20]!r}")  # fmt: skip
 
     def report(self, folder: Path, num_val: int, num_train: int) -> None:
-        print(f"documents:compared val:{num_val} train:{num_train} text_bytes:{self.text_bytes} scored_bytes:{self.scored_bytes} "
+        print(f"documents:compared val:{num_val} train:{num_train} "
+              f"text_bytes:{self.text_bytes} scored_bytes:{self.scored_bytes} "
               f"bytes_lost_frac:{1 - self.scored_bytes / max(self.text_bytes, 1):.6f} "
               + " ".join(f"{kind}_differences:{count}" for kind, count in self.counts.items())
               + f" outer_characters_that_only_the_tokenizer_strips:{self.outer_characters}")  # fmt: skip
@@ -361,8 +365,8 @@ class Differences:
 
 
 def strip_as_tokenizer(text: str, tokenizer: sentencepiece.SentencePieceProcessor) -> str:
-    """The part of the text that its tokens cover: without the characters at its ends that the tokenizer's normalisation turns
-    into blanks or into nothing. Of the latter, those right after the last visible character belong to it."""
+    """The part of the text that its tokens cover: without the characters at its ends that the tokenizer's normalisation
+    turns into blanks or removes. Removed characters directly after the last visible one belong to that part."""
 
     def is_invisible(character: str) -> bool:
         return not tokenizer.normalize(character).strip("▁")

@@ -1,7 +1,8 @@
-"""A folder that records/pack.py made, against itself: its logs, line by line, and its texts, made again from them.
+"""Consistency of a folder that records/pack.py made: its logs line by line, and its texts, made again from the logs.
 
-A log of ours ends with a `result` line from which everything in the folder comes. `result_in_log` holds that line
-against the lines that stages wrote when they were done, and `texts_from_logs` the texts against the `result` lines.
+A log of this repository's script ends with a `result` line, from which everything in the folder is made.
+`result_in_log` compares that line with the lines that the stages wrote, `texts_from_logs` the texts with the `result`
+lines.
 """
 
 import json
@@ -53,7 +54,7 @@ JUDGED = {
     "weights_from_artifact": "scored_sha256",
     "hardware": "hardware",
 }
-# Of these, found has to be the limit.
+# Rules in which `found` must equal the limit.
 EQUAL = ("scored_targets", "single_pass", "scored_bytes", "score_before_update", "weights_from_artifact")
 # label of the table at the end of a log -> keys of the result whose values stand in that row
 TABLE = {
@@ -184,7 +185,7 @@ def problems_with_lines(log: RunLog, result: dict[str, Any]) -> Iterator[str]:
 
 
 def problems_with_sums(log: RunLog, result: dict[str, Any]) -> Iterator[str]:
-    """What the result states twice, or what follows from other parts of it."""
+    """Values that the result states twice, or that follow from other parts of it."""
     r, settings = result, log.settings[-1]
     submitted = r["submitted"]
     per_byte = r["val_targets"] / r["val_bytes"] / LN2
@@ -313,7 +314,7 @@ def displays(text: str, value: float | None) -> bool:
 # ------------------------------------------------------------------------------------------------------------
 
 COMPARED = ("comparison_baseline", "delta_vs_leaderboard_bpb", "delta_vs_leaderboard_nats", "p_value")
-FREE = "\0"  # stands where a text has words that no run says
+FREE = "\0"  # in place of words of the author
 
 
 def texts_from_logs(folder: Folder, comparison: Comparison | None = None) -> Finding:
@@ -357,7 +358,7 @@ def words_of(folder: Folder, runs: list[texts.SeedRun]) -> texts.Words:
 
 def submission_finding(folder: Folder, expected: dict[str, Any], comparison: Comparison | None) -> Finding:
     stated = json.loads(json.dumps(folder.submission))
-    if not comparison:  # it takes the other folder to compute these
+    if not comparison:  # computed from the other folder, which is not given
         expected |= {key: stated[key] for key in COMPARED if key in stated}
     expected = json.loads(json.dumps(expected))
     odd = [key for key in expected.keys() | stated.keys() if expected.get(key, FREE) != stated.get(key, FREE)]
@@ -366,7 +367,7 @@ def submission_finding(folder: Folder, expected: dict[str, Any], comparison: Com
 
 
 def readme_finding(readme: str, expected: str) -> Finding:
-    """The README is the expected text, where FREE stands for any words, also none with the heading before it."""
+    """Whether the README is the expected text. FREE stands for any words; without words, its heading is left out."""
     head, middle, _ = expected.split(FREE)
     middle = middle.removesuffix("\n\n## Credits\n\n").strip("\n")
     free = re.escape("No reference was given.")

@@ -10,8 +10,8 @@ bits per byte by position and by document, times, rules and settings. A comparis
 pairs the runs, by seed and by document (records/paired.py). Any run folder will do, of any preset and tokenizer;
 what a run has not written (a stage that did not run, an older script) is left out.
 
-A figure of the page that stands in result.json carries its key and its full value (data-key, data-value). The text of
-documents is shown where the run's tokenizer and validation shards are still where its settings say.
+A figure from result.json carries its key and its full value as attributes (data-key, data-value). The text of documents
+is shown if the run's tokenizer and validation shards are still where its settings say.
 
 Exit status: 0 written, 2 a mistake in the arguments or files.
 """
@@ -76,7 +76,7 @@ MOST_PAIRS = 4  # scatter plots in a comparison
 EXTREMES, EXCERPT_CHARS = 10, 360  # documents in the lists, and characters of each
 FEWEST_BYTES = 100  # of a document in the lists: single bits decide about shorter ones
 MOST_POINTS, MOST_CIRCLES = 1200, 1500  # of a curve; of a scatter plot before it becomes an image
-# Settings that decide no result are no difference between two systems, unless a run is faster or slower by them.
+# Settings that no result depends on are not compared, except those that change the speed.
 SPEED = {"attn_backend", "compile", "kernels", "row_tokens", "val_batch_tokens"}
 NOT_COMPARED = settings_of("RUN", "DATA") - SPEED | {"seed"}
 # Okabe and Ito's colours, which stay apart for colour-blind readers; grey for what is only reference.
@@ -310,8 +310,8 @@ def by_layer(tensors: dict[str, np.ndarray], value: str) -> tuple[np.ndarray, li
 
 
 def matrix_errors(tensors: dict[str, np.ndarray]) -> tuple[np.ndarray, bool]:
-    """(layers, kinds) of relative errors, and whether they are those of outputs: so where all quantised matrices have
-    one. What stays in half precision counts as exact."""
+    """(layers, kinds) of relative errors, and whether they are errors of outputs, which is so if all quantised matrices
+    have one. Matrices in half precision count as exact."""
     weight, output = (by_layer(tensors, f"{of}_error")[0] for of in ("weight", "output"))
     exact = np.isnan(weight)
     weighted = not np.isnan(output[~exact]).any()

@@ -265,8 +265,8 @@ def readme(runs: list[SeedRun], words: Words, comparison: Comparison | None, tok
     set_by_hand = [f"`{name.upper()}={value}`" for name, value in by_hand if name not in NOT_RECORDED]
     sections = [
         f"# {title}: {words.name} — val_bpb {mean(runs, 'val_bpb'):.4f} ({len(runs)}-seed mean)",
-        f"{headline}; at most {largest:,} of {ARTIFACT_LIMIT_BYTES:,} bytes, of which {one.result['code_bytes']:,} are code;"
-        f" {one.result['hardware']}.",
+        f"{headline}; at most {largest:,} of {ARTIFACT_LIMIT_BYTES:,} bytes, of which"
+        f" {one.result['code_bytes']:,} are code; {one.result['hardware']}.",
         words.blurb,
         "## Results",
         results_table(runs),

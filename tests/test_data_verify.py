@@ -223,7 +223,7 @@ def test_published_totals_are_checked(copy, monkeypatch, capsys, kind):
     publish(val_bytes=facts["val_bytes"] + 5)
     fails(folder, "bytes in .* targets")
     publish(val_targets=targets + 64)
-    fails(folder, "cut short or is another one")
+    fails(folder, "is cut or is another one")
     if with_operators:
         publish(val_bytes_full=facts["val_bytes_full"] - 3)
         fails(folder, "bytes of validation text")
