@@ -17,6 +17,7 @@ Nothing in a folder is executed or imported. Exit status: 0 nothing failed, 1 a 
 
 import argparse
 import ast
+import functools
 import json
 import math
 import re
@@ -569,9 +570,15 @@ def same_source(folder: Folder) -> Finding:
 def same_program(a: bytes, b: bytes) -> bool:
     """Whether two scripts differ in comments, docstrings and layout only."""
     try:
-        return ast.dump(without_docstrings(ast.parse(a))) == ast.dump(without_docstrings(ast.parse(b)))
+        return program(a) == program(b)
     except UNPARSABLE:
         return False
+
+
+@functools.lru_cache(maxsize=4)  # logs of one folder hold the same script
+def program(script: bytes) -> str:
+    """The tree of a script without docstrings, as text. Raises one of UNPARSABLE."""
+    return ast.dump(without_docstrings(ast.parse(script)))
 
 
 def score_in_logs(folder: Folder) -> Finding:
