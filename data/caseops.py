@@ -4,10 +4,11 @@ A tokenizer spends many pieces on the capitals of words it knows in lower case. 
 challenge's PR #1729) therefore writes every ASCII letter in lower case and puts an operator, a private-use character,
 in front of a capitalised word, an all-caps word or a capital inside a word:
 
-    Red cat -> T red cat    USA -> A usa    eBook -> e N book    PhDs -> T ph N ds    I -> T i    (T, A, N without blanks)
+    Red cat -> T red cat    USA -> A usa    eBook -> e N book    PhDs -> T ph N ds    I -> T i
 
-An operator character that was in the text already gets an escape in front, so that decode(encode(text)) == text for
-every text. Only this transform is lossless: the tokenizer after it folds white space and applies NFKC as always.
+(T, A and N stand for the operators; there are no blanks after them.) An operator character that is already in the text
+gets an escape in front, so that decode(encode(text)) == text for every text. Only this transform is lossless: the
+tokenizer that follows folds white space and applies NFKC.
 
 Operators are not text, so the bytes that a score divides by come from a side-car: for every token the number of
 original UTF-8 bytes it stands for. MP3 data (PR #2109) fuses the space piece with an operator that follows it.
@@ -43,9 +44,9 @@ def encode_documents(texts: list[bytes]) -> list[bytes]:
 def encode_bytes(text: bytes) -> bytes:
     """Transform UTF-8 text.
 
-    A maximal run of capitals decides everything. It is an all-caps word when it has two letters or more and no lower-case
-    neighbour: one ALL_CAPS in front. Otherwise its first letter gets TITLE, or CAP_NEXT after a lower-case letter, and
-    each further one gets CAP_NEXT.
+    Each maximal run of capitals is treated by itself. A run of two letters or more without a lower-case neighbour is an
+    all-caps word and gets one ALL_CAPS in front. Otherwise its first letter gets TITLE, or CAP_NEXT after a lower-case
+    letter, and each further letter gets CAP_NEXT.
     """
     padded = np.frombuffer(b"\0" + text + b"\0", np.uint8)  # index 1 is the first byte: neighbours always exist
     is_capital = (padded - 65) < 26  # unsigned: smaller values wrap around
@@ -103,7 +104,8 @@ def find_operators(text: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 # Transformed text -> text
 
-# Every branch begins with an operator, so that the search skips from one to the next; hence the lookbehind over it.
+# Every branch begins with an operator, so that the search can skip from one operator to the next. The condition on the
+# character before it is therefore a lookbehind that includes the operator.
 _OPERATION = re.compile(
     f"{ESCAPE}(?P<literal>.)"
     f"|{TITLE}(?<![A-Za-z].){CAP_NEXT}?(?P<title>[A-Za-z])"
@@ -122,7 +124,9 @@ def decode(text: str) -> str:
 def _apply(match: re.Match) -> str:
     if match.lastgroup is None:
         before, after = match.string[: match.start()][-1:], match.string[match.end() :][:1]
-        raise ValueError(f"operator U+{ord(match[0]):04X} at character {match.start()} cannot stand between {before!r} and {after!r}")
+        raise ValueError(
+            f"operator U+{ord(match[0]):04X} at character {match.start()} cannot stand between {before!r} and {after!r}"
+        )
     if match.lastgroup == "literal":
         return match["literal"]
     return match[match.lastgroup].replace(CAP_NEXT, "").upper()
@@ -133,8 +137,8 @@ def _apply(match: re.Match) -> str:
 
 
 def original_bytes(transformed: bytes) -> np.ndarray:
-    """(n,) bool: which bytes of a transformed text stand for a byte of the original. Operators do not; one that is
-    escaped does."""
+    """(n,) bool: which bytes of a transformed text are bytes of the original text: all but those of operators without
+    an escape."""
     text = np.frombuffer(transformed, np.uint8)
     operators = find_operators(text)
     if (text[operators + 2] == ESCAPE_BYTE).any():
@@ -147,7 +151,7 @@ def original_bytes(transformed: bytes) -> np.ndarray:
 
 def _without_escaped(operators: np.ndarray, text: np.ndarray) -> np.ndarray:
     acting = []
-    escaped = -1  # where the character begins that the last escape makes literal
+    escaped = -1  # position of the character that the last escape makes literal
     for position in operators.tolist():
         if position != escaped:
             acting.append(position)
@@ -155,27 +159,37 @@ def _without_escaped(operators: np.ndarray, text: np.ndarray) -> np.ndarray:
     return np.array(acting, np.int64)
 
 
-def encode_with_sidecar(tokenizer: sentencepiece.SentencePieceProcessor, transformed: bytes) -> tuple[np.ndarray, np.ndarray]:
+def encode_with_sidecar(
+    tokenizer: sentencepiece.SentencePieceProcessor, transformed: bytes
+) -> tuple[np.ndarray, np.ndarray]:
     """(ids, original bytes per id) of one transformed document, both (n,) uint16.
 
-    A piece covers a stretch of the text as it was before the tokenizer's normalisation (byte offsets), so a folded run of
-    white space counts with all its bytes. Raises DataError for a piece of more than 65,535 bytes.
+    A piece covers a range of bytes of the text before the tokenizer's normalisation, so a folded run of white space
+    counts with all its bytes. Raises DataError for a piece of more than 65,535 bytes.
     """
     mapping = tokenizer.encode(transformed, return_type="offset_mapping")
     offsets = np.array(mapping["offsets"], np.int64).reshape(-1, 2)
     counted = np.concatenate([[0], np.cumsum(original_bytes(transformed))])
     sidecar = counted[offsets[:, 1]] - counted[offsets[:, 0]]
     if len(sidecar) and sidecar.max() > 0xFFFF:
-        raise DataError("document", f"a token that stands for {sidecar.max()} bytes", "at most 65,535 (the side-car is uint16)",
-                        "remove the run of white space or control characters from the text")
+        raise DataError(
+            "document",
+            f"a token that stands for {sidecar.max()} bytes",
+            "at most 65,535 (the side-car is uint16)",
+            "remove the run of white space or control characters from the text",
+        )
     return np.array(mapping["ids"], np.uint16), sidecar.astype(np.uint16)
 
 
 def require_operators(tokenizer: sentencepiece.SentencePieceProcessor, path: object) -> None:
     """Raise DataError unless the tokenizer has a piece for every operator."""
     if not has_operators(tokenizer):
-        raise DataError(path, "no pieces for U+E001 to U+E004", "a CaseOps tokenizer",
-                        "use the CaseOps tokenizer (data/download.py caseops) or train one with --train-tokenizer and --caseops")
+        raise DataError(
+            path,
+            "no pieces for U+E001 to U+E004",
+            "a CaseOps tokenizer",
+            "use the CaseOps tokenizer (data/download.py caseops) or train one with --train-tokenizer and --caseops",
+        )
 
 
 def has_operators(tokenizer: sentencepiece.SentencePieceProcessor) -> bool:
@@ -205,7 +219,9 @@ class MarkerPairs:
         ids = [tokenizer.piece_to_id(piece) for piece in pieces]
         if tokenizer.unk_id() in ids:
             missing = [piece for piece, token in zip(pieces, ids, strict=True) if token == tokenizer.unk_id()]
-            raise DataError("tokenizer", f"no piece {missing}", "the pieces that --mp3 fuses", "use a CaseOps tokenizer")
+            raise DataError(
+                "tokenizer", f"no piece {missing}", "the pieces that --mp3 fuses", "use a CaseOps tokenizer"
+            )
         return cls(ids[0], tuple(ids[1:4]), tuple(ids[4:7]))
 
     def alias_map(self) -> dict:
@@ -221,8 +237,12 @@ class MarkerPairs:
         Raises DataError when an alias id is in use (the text holds control characters 0x00 to 0x02).
         """
         if np.isin(tokens, self.aliases).any():
-            raise DataError("document", "a control character 0x00, 0x01 or 0x02", "none: --mp3 uses these byte pieces",
-                            "remove the character from the text")
+            raise DataError(
+                "document",
+                "a control character 0x00, 0x01 or 0x02",
+                "none: --mp3 uses these byte pieces",
+                "remove the character from the text",
+            )
         markers_at = np.isin(tokens, self.markers)
         spaces = np.flatnonzero((tokens[:-1] == self.space) & markers_at[1:])
         fused = tokens.copy()

@@ -21,8 +21,8 @@ from shards import DataError
 
 BATCH_BYTES = 1 << 20  # of JSON lines per batch: a fraction of a second of tokenizing
 BATCH_DOCUMENTS = 1024
-CHUNK_TOKENS = 4_000_000  # read at a time where a split is streamed
-# More validation documents than this fraction found in the training part is refused. Natural duplicates are rare.
+CHUNK_TOKENS = 4_000_000  # read at once when a split is streamed
+# Largest fraction of the validation documents that may also be in the training part. Natural duplicates are rare.
 MAX_OVERLAP_FRAC = 0.001
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,7 +56,12 @@ def _open(path: Path) -> BinaryIO:
         return io.BufferedReader(_ZstdStream(path), 1 << 20)
     if path.suffix == ".jsonl":
         return path.open("rb", buffering=1 << 20)
-    raise DataError(path, f"a file that ends in {path.suffix!r}", ".jsonl, .jsonl.xz, .jsonl.gz or .jsonl.zst", "rename or convert it")
+    raise DataError(
+        path,
+        f"a file that ends in {path.suffix!r}",
+        ".jsonl, .jsonl.xz, .jsonl.gz or .jsonl.zst",
+        "rename or convert it",
+    )
 
 
 def _damaged(path: Path, error: object) -> DataError:
@@ -64,7 +69,7 @@ def _damaged(path: Path, error: object) -> DataError:
 
 
 class _ZstdStream(io.RawIOBase):
-    """Reads a .zst file; unlike the library's own reader it does not take a cut file for the whole."""
+    """Reads a .zst file. Unlike the library's own reader, it notices a file that is cut off."""
 
     def __init__(self, path: Path):
         try:
@@ -79,7 +84,7 @@ class _ZstdStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        """Fill the buffer as far as data are at hand; 0 means the end of the file."""
+        """Fill the buffer with the data available; 0 means the end of the file."""
         while not self._ready:
             packed = self._file.read(1 << 17)
             if not packed:
@@ -116,15 +121,21 @@ def parse_line(place: str, line: bytes) -> str:
     try:
         document = json.loads(line)
     except ValueError as error:
-        raise DataError(place, f"{line[:60]!r} ({error})", 'a JSON object with a key "text"', "repair or remove the line") from error
+        raise DataError(
+            place, f"{line[:60]!r} ({error})", 'a JSON object with a key "text"', "repair or remove the line"
+        ) from error
     text = document.get("text") if isinstance(document, dict) else None
     if not isinstance(text, str):
-        raise DataError(place, f"{line[:60]!r}", 'a JSON object whose key "text" holds a string', "repair or remove the line")
+        raise DataError(
+            place, f"{line[:60]!r}", 'a JSON object whose key "text" holds a string', "repair or remove the line"
+        )
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(place, f"an unpaired surrogate ({error.reason})", "valid Unicode", "repair or remove the line") from error
+            raise DataError(
+                place, f"an unpaired surrogate ({error.reason})", "valid Unicode", "repair or remove the line"
+            ) from error
     return text
 
 
@@ -172,7 +183,9 @@ class Encoded:
     sidecar_differences: int  # documents whose side-car does not add up to their bytes less outer white space
 
 
-def encode_batch(batch: Batch, tokenizer: sentencepiece.SentencePieceProcessor, with_caseops: bool, mp3: bool) -> Encoded:
+def encode_batch(
+    batch: Batch, tokenizer: sentencepiece.SentencePieceProcessor, with_caseops: bool, mp3: bool
+) -> Encoded:
     """Tokenize one batch on one core; raises DataError naming the line at fault."""
     texts = [parse_line(place, line) for place, line in zip(batch.places, batch.lines, strict=True)]
     raw = [text.encode() for text in texts]
@@ -181,7 +194,9 @@ def encode_batch(batch: Batch, tokenizer: sentencepiece.SentencePieceProcessor, 
     if with_caseops and batch.split == "val":
         _encode_with_sidecar(encoded, batch.places, texts, caseops.encode_documents(raw), tokenizer)
     else:
-        pieces = tokenizer.encode(caseops.encode_documents(raw) if with_caseops else raw, return_type="numpy", num_threads=1)
+        pieces = tokenizer.encode(
+            caseops.encode_documents(raw) if with_caseops else raw, return_type="numpy", num_threads=1
+        )
         encoded.tokens = join_documents(pieces)
     if mp3:
         try:
@@ -214,7 +229,7 @@ def join_documents(documents: list[np.ndarray], first: int = shards.BOS_ID) -> n
 
 
 def text_hash(text: bytes) -> int:
-    """64 bits that identify a document; texts that differ in white space only are the same to a tokenizer."""
+    """A hash of 64 bits; equal for texts that differ only in white space, which the tokenizer folds."""
     return int.from_bytes(hashlib.blake2b(b" ".join(text.split()), digest_size=8).digest(), "little")
 
 
@@ -236,8 +251,12 @@ def whole_documents(folder: Path, split: str) -> Iterator[np.ndarray]:
         for begin in range(0, len(shard), CHUNK_TOKENS):
             kept = np.concatenate([kept, shard[begin : begin + CHUNK_TOKENS]])
             if kept[0] != shards.BOS_ID:
-                raise DataError(path, f"first token {kept[0]}", f"BOS ({shards.BOS_ID})",
-                                "export again, with BOS before every document")
+                raise DataError(
+                    path,
+                    f"first token {kept[0]}",
+                    f"BOS ({shards.BOS_ID})",
+                    "export again, with BOS before every document",
+                )
             last = int(np.flatnonzero(kept == shards.BOS_ID)[-1])  # of a document that may go on
             if last:
                 yield kept[:last]

@@ -1,10 +1,11 @@
 """Fetch a published variant of the challenge's data: shards and tokenizer, checked, resumable.
 
-    python data/download.py sp8192 [--train-shards 80|all] [--root data] [--with-docs] [--verify fast|full] [--from FOLDER]
+    python data/download.py sp8192 [--train-shards 80|all] [--root data] [--with-docs]
+        [--verify fast|full] [--from FOLDER]
 
-Files arrive in ROOT/datasets/NAME.part, are checked there (size, hash, shard header), and move to ROOT/datasets/NAME only
-when all of them are there; a run that broke off goes on where it stopped, also in the middle of a file. SOURCE.json
-beside the shards records where they came from. Running it again when all is there costs nothing.
+Files are written to ROOT/datasets/NAME.part, checked there (size, hash, shard header), and moved to ROOT/datasets/NAME
+when all of them are complete. An interrupted run continues where it stopped, also in the middle of a file. SOURCE.json
+beside the shards records where they came from. A second run with everything in place downloads nothing.
 
 Environment: MATCHED_FINEWEB_REPO_ID and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX choose another repository and folder in it;
 HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE (use the hub's cache only) are those of huggingface_hub.
@@ -12,6 +13,7 @@ HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE (use the hub's cache only) are
 
 import argparse
 import datetime
+import functools
 import hashlib
 import os
 import re
@@ -27,7 +29,13 @@ from typing import Any, Protocol
 import httpx2  # the client that huggingface_hub is built on
 import huggingface_hub
 import shards
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.file_download import http_get
 from shards import DataError
 from variants import Variant, find_variant
@@ -54,15 +62,23 @@ class RemoteFile:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fetch a published variant of the challenge's data.")
     parser.add_argument("variant", help="sp1024, sp4096, sp8192 or caseops")
-    parser.add_argument("--train-shards", default="80", help="how many, or all (default 80; one holds 100,000,000 tokens, 200 MB)")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder for datasets/ and tokenizers/ (default data)")
+    parser.add_argument(
+        "--train-shards", default="80", help="how many, or all (default 80; one holds 100,000,000 tokens, 200 MB)"
+    )
+    parser.add_argument(
+        "--root", type=Path, default=Path("data"), help="folder for datasets/ and tokenizers/ (default data)"
+    )
     parser.add_argument("--with-docs", action="store_true", help="also fetch the document list (45 GiB)")
     parser.add_argument("--verify", choices=("fast", "full"), default="fast",
                         help="files already there: size and header (fast) or hash (full)")  # fmt: skip
-    parser.add_argument("--from", type=Path, dest="folder", metavar="FOLDER", help="a folder with the files instead of the hub")
+    parser.add_argument(
+        "--from", type=Path, dest="folder", metavar="FOLDER", help="a folder with the files instead of the hub"
+    )
     options = parser.parse_args()
     huggingface_hub.utils.disable_progress_bars()  # one line per file instead of a bar per thread
-    download(options.variant, options.train_shards, options.root, options.with_docs, options.verify == "full", options.folder)
+    download(
+        options.variant, options.train_shards, options.root, options.with_docs, options.verify == "full", options.folder
+    )
 
 
 def download(name: str, train_shards: str, root: Path, with_docs: bool = False, full: bool = False,
@@ -73,7 +89,9 @@ def download(name: str, train_shards: str, root: Path, with_docs: bool = False, 
     """
     short, variant = find_variant(name)
     if train_shards != "all" and not (train_shards.isdecimal() and int(train_shards) >= 1):
-        raise DataError("--train-shards", repr(train_shards), "a number from 1 on, or all", "for example --train-shards 10")
+        raise DataError(
+            "--train-shards", repr(train_shards), "a number from 1 on, or all", "for example --train-shards 10"
+        )
     target = Target(short, variant, Path(root))
     source = open_source(short, variant, folder)
     target.check_origin(source.repository)
@@ -90,16 +108,22 @@ def download(name: str, train_shards: str, root: Path, with_docs: bool = False, 
     if with_docs:
         places |= {target.root / name: find_file(source, revision, "", name) for name in DOCUMENT_FILES}
     if variant.tokenizer_sha256 not in (None, places[target.tokenizer].sha256):
-        raise DataError(target.tokenizer, f"hash {places[target.tokenizer].sha256} in {source.repository}", variant.tokenizer_sha256,
-                        "this is not the published tokenizer: use the published repository")  # fmt: skip
+        found = f"hash {places[target.tokenizer].sha256} in {source.repository}"
+        fix = "this is not the published tokenizer: use the published repository"
+        raise DataError(target.tokenizer, found, variant.tokenizer_sha256, fix)
     missing = target.missing(places, full)
     check_disk(target.root, sum(file.size - target.arrived(place) for place, file in missing.items()), len(missing))
-    fetch_all({target.staged(place): file for place, file in missing.items()}, lambda file, part: source.fetch(revision, file, part))
+    fetch_all(
+        {target.staged(place): file for place, file in missing.items()},
+        lambda file, part: source.fetch(revision, file, part),
+    )
     num_available = sum(file.name.startswith("fineweb_train_") for file in available)
     return target.finish(places, source.repository, revision, num_available)
 
 
-def choose_shards(short: str, variant: Variant, repository: str, available: list[RemoteFile], train_shards: str) -> list[RemoteFile]:
+def choose_shards(
+    short: str, variant: Variant, repository: str, available: list[RemoteFile], train_shards: str
+) -> list[RemoteFile]:
     """The shards to fetch: all of validation (and the side-car), the first of training. Checks the numbering."""
     chosen = []
     for split in ("val", "val_bytes", "train") if variant.caseops else ("val", "train"):
@@ -112,8 +136,12 @@ def choose_shards(short: str, variant: Variant, repository: str, available: list
                             "unset MATCHED_FINEWEB_REPO_ID, or fix --from")  # fmt: skip
         wanted = len(found) if split != "train" or train_shards == "all" else int(train_shards)
         if wanted > len(found):
-            raise DataError("--train-shards", f"{len(found)} train shards in {repository}", f"{wanted}",
-                            f"--train-shards {len(found)}, or all")
+            raise DataError(
+                "--train-shards",
+                f"{len(found)} train shards in {repository}",
+                f"{wanted}",
+                f"--train-shards {len(found)}, or all",
+            )
         chosen += found[:wanted]
     return chosen
 
@@ -122,7 +150,9 @@ def find_file(source: "Source", revision: str, folder: str, name: str) -> Remote
     for file in source.list(revision, folder):
         if file.name == name:
             return source.identify(file)
-    raise DataError(f"{source.repository}: {folder or '.'}", f"no {name}", "it", "choose the repository that publishes it")
+    raise DataError(
+        f"{source.repository}: {folder or '.'}", f"no {name}", "it", "choose the repository that publishes it"
+    )
 
 
 def check_disk(root: Path, num_bytes: int, num_files: int) -> None:
@@ -131,8 +161,12 @@ def check_disk(root: Path, num_bytes: int, num_files: int) -> None:
     free, needed = shutil.disk_usage(root).free, int(num_bytes * (1 + SPARE_FRAC))
     print(f"to_fetch_files:{num_files} to_fetch_bytes:{num_bytes} needed_bytes:{needed} free_bytes:{free}")
     if free < needed:
-        raise DataError(root, f"{free:,} bytes free", f"{needed:,} ({num_bytes:,} to fetch and 10 %)",
-                        "free some space, choose another --root, or ask for fewer --train-shards")
+        raise DataError(
+            root,
+            f"{free:,} bytes free",
+            f"{needed:,} ({num_bytes:,} to fetch and 10 %)",
+            "free some space, choose another --root, or ask for fewer --train-shards",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,22 +184,26 @@ class Target:
         self.source_file = self.folder / "SOURCE.json"
 
     def staged(self, place: Path) -> Path:
-        """Where a file waits until all are there."""
+        """Path of a file until all files are complete."""
         return self.staging / place.name
 
     def arrived(self, place: Path) -> int:
-        """Bytes of an unfinished file that a broken-off run left."""
+        """Bytes of a partly downloaded file that an interrupted run left."""
         part = shards.temporary(self.staged(place))
         return part.stat().st_size if part.is_file() else 0
 
     def check_origin(self, repository: str) -> None:
-        """Raise DataError when what is there, or half there, came from another repository."""
+        """Raise DataError when files that are there, complete or partly, came from another repository."""
         for folder in (self.folder, self.staging):
             if (folder / "SOURCE.json").is_file():
                 recorded = shards.read_json(folder / "SOURCE.json").get("repository")
                 if recorded != repository:
-                    raise DataError(folder, f"data from {recorded}", f"data from {repository}",
-                                    "choose another --root, or delete the folder")
+                    raise DataError(
+                        folder,
+                        f"data from {recorded}",
+                        f"data from {repository}",
+                        "choose another --root, or delete the folder",
+                    )
 
     def pin(self, repository: str, latest: Callable[[], str]) -> str:
         """The revision to fetch: that of the files already there, else the latest; remembered for the next run."""
@@ -190,16 +228,26 @@ class Target:
         for name, facts in record["files"].items():
             check_file(self.folder / name, RemoteFile(name, **facts), full)
         if shards.file_sha256(self.tokenizer) != record["tokenizer_sha256"]:
-            raise DataError(self.tokenizer, "another tokenizer", f"SHA-256 {record['tokenizer_sha256']}",
-                            "delete it and run the same command again, or choose another --root")
+            raise DataError(
+                self.tokenizer,
+                "another tokenizer",
+                f"SHA-256 {record['tokenizer_sha256']}",
+                "delete it and run the same command again, or choose another --root",
+            )
 
     def missing(self, places: dict[Path, RemoteFile], full: bool) -> dict[Path, RemoteFile]:
-        """What is not there yet. What is there is checked: by hash when SOURCE.json does not vouch for it."""
+        """The files that are not there yet. Others are checked, by hash if SOURCE.json does not list them."""
         vouched = shards.read_json(self.source_file)["files"] if self.source_file.is_file() else {}
-        strangers = {path.name for path in self.folder.glob("fineweb_*")} - {place.name for place in places} - set(vouched)
+        strangers = (
+            {path.name for path in self.folder.glob("fineweb_*")} - {place.name for place in places} - set(vouched)
+        )
         if strangers:
-            raise DataError(self.folder, f"{min(strangers)}, which is not part of this download",
-                            "an empty folder, or this variant's files", "choose another --root, or delete the folder")
+            raise DataError(
+                self.folder,
+                f"{min(strangers)}, which is not part of this download",
+                "an empty folder, or this variant's files",
+                "choose another --root, or delete the folder",
+            )
         missing = {}
         for place, file in places.items():
             if place.is_file():
@@ -234,7 +282,9 @@ class Target:
         }
         shards.write_json(self.source_file, record)
         shutil.rmtree(self.staging, ignore_errors=True)
-        print(f"complete:{self.folder} train_shards:{record['train_shards']} repository:{repository} revision:{revision}")
+        print(
+            f"complete:{self.folder} train_shards:{record['train_shards']} repository:{repository} revision:{revision}"
+        )
         print(f"next:python data/verify.py {self.folder}")
         return record
 
@@ -285,7 +335,7 @@ def fetch_all(places: dict[Path, RemoteFile], fetch: Callable[[RemoteFile, Path]
 
 
 def fetch_one(place: Path, file: RemoteFile, fetch: Callable[[RemoteFile, Path], None]) -> None:
-    """Fetch into PLACE.part, going on where a broken-off run stopped; check; rename. A bad file is not kept."""
+    """Fetch into PLACE.part, continuing an interrupted download; check; rename. A bad file is deleted."""
     place.parent.mkdir(parents=True, exist_ok=True)
     part = shards.temporary(place)
     patiently(lambda: fetch(file, part), file.path)
@@ -294,19 +344,25 @@ def fetch_one(place: Path, file: RemoteFile, fetch: Callable[[RemoteFile, Path],
     except DataError as error:
         part.unlink()
         _, *rest, _ = error.args
-        raise DataError(file.path, *rest, "the bad copy was deleted; run the same command again, or check the repository") from error
+        raise DataError(
+            file.path, *rest, "the bad copy was deleted; run the same command again, or check the repository"
+        ) from error
     os.replace(part, place)
 
 
 def patiently(action: Callable[[], Any], about: str) -> Any:
-    """The action's result; a broken connection or a server in trouble gets several attempts, then DataError."""
+    """The action's result. Connection and server errors are retried several times, then they raise DataError."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return action()
         except (httpx2.TransportError, HfHubHTTPError) as error:
             if attempt == ATTEMPTS:
-                raise DataError(about, f"{type(error).__name__}: {error}", "an answer from the hub",
-                                "check the network and HF_ENDPOINT, then run the same command again: it goes on from here") from error
+                raise DataError(
+                    about,
+                    f"{type(error).__name__}: {error}",
+                    "an answer from the hub",
+                    "check the network and HF_ENDPOINT, then run the same command again: it goes on from here",
+                ) from error
             time.sleep(2 ** (attempt - 1))
 
 
@@ -332,7 +388,8 @@ def open_source(short: str, variant: Variant, folder: Path | None) -> Source:
         return FolderSource(f"folder {folder.name}", "unknown", folder, prefix)
     repository = os.environ.get("MATCHED_FINEWEB_REPO_ID", variant.repository)
     if repository is None:
-        fix = f"make it: data/download.py caseops, then data/fuse.py --out .../{variant.dataset}; or set MATCHED_FINEWEB_REPO_ID"
+        fix = f"make it: data/download.py caseops, then data/fuse.py --out .../{variant.dataset};"
+        fix += " or set MATCHED_FINEWEB_REPO_ID"
         raise DataError(f"variant {short}", "no repository that publishes it", "one", fix)
     if not huggingface_hub.constants.is_offline_mode():
         return HubSource(repository, prefix)
@@ -351,21 +408,26 @@ class HubSource:
         self.api = huggingface_hub.HfApi(endpoint=self.endpoint)
 
     def revision(self) -> str:
-        return patiently(lambda: self._ask(lambda: self.api.dataset_info(self.repository).sha, "its revision"), self.repository)
+        return patiently(
+            lambda: self._ask(lambda: self.api.dataset_info(self.repository).sha, "its revision"), self.repository
+        )
 
     def list(self, revision: str, folder: str) -> list[RemoteFile]:
         path = "/".join(part for part in (self.prefix, folder) if part)
-        ask = lambda: list(self.api.list_repo_tree(self.repository, path, revision=revision, repo_type="dataset"))  # noqa: E731
-        tree = patiently(lambda: self._ask(ask, path), path)
-        return [RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, None if entry.lfs else entry.blob_id)
-                for entry in tree if isinstance(entry, huggingface_hub.hf_api.RepoFile)]  # fmt: skip
+        listing = functools.partial(self.api.list_repo_tree, self.repository, path, revision=revision)
+        tree = patiently(lambda: self._ask(lambda: list(listing(repo_type="dataset")), path), path)
+        files = [entry for entry in tree if isinstance(entry, huggingface_hub.hf_api.RepoFile)]
+        hashes = [(file.lfs.sha256, None) if file.lfs else (None, file.blob_id) for file in files]
+        return [RemoteFile(file.path, file.size, *known) for file, known in zip(files, hashes, strict=True)]
 
     def identify(self, file: RemoteFile) -> RemoteFile:
         return file  # the listing has the hash
 
     def fetch(self, revision: str, file: RemoteFile, part: Path) -> None:
         """Append what is missing of `part`; the hub's client asks for the range and retries."""
-        url = huggingface_hub.hf_hub_url(self.repository, file.path, repo_type="dataset", revision=revision, endpoint=self.endpoint)
+        url = huggingface_hub.hf_hub_url(
+            self.repository, file.path, repo_type="dataset", revision=revision, endpoint=self.endpoint
+        )
         part.touch()
         if part.stat().st_size > file.size:
             part.write_bytes(b"")
@@ -375,23 +437,33 @@ class HubSource:
                 self._ask(lambda: http_get(url, out, resume_size=resume, expected_size=file.size,
                                            headers=huggingface_hub.utils.build_hf_headers()), file.path)  # fmt: skip
             except OSError as error:
-                # Without a number it is the client's "wrong number of bytes": the check that follows says what came instead.
+                # Without a status it is the client's "wrong number of bytes"; the check that follows says what came.
                 if error.errno is not None or isinstance(error, HfHubHTTPError):
                     raise
 
     def _ask(self, question: Callable[[], Any], about: str) -> Any:
-        """The hub's answer; what it refuses for good becomes a DataError."""
+        """The hub's answer; a refusal that a retry cannot change becomes a DataError."""
         place = f"{self.repository}: {about}"
         try:
             return question()
         except GatedRepoError as error:
-            raise DataError(place, "a repository that needs a token", "access", "set HF_TOKEN to a token that may read it") from error
+            raise DataError(
+                place, "a repository that needs a token", "access", "set HF_TOKEN to a token that may read it"
+            ) from error
         except RepositoryNotFoundError as error:
-            raise DataError(place, f"no such repository on {self.endpoint}", "a public dataset",
-                            "check MATCHED_FINEWEB_REPO_ID; for a private one set HF_TOKEN") from error
+            raise DataError(
+                place,
+                f"no such repository on {self.endpoint}",
+                "a public dataset",
+                "check MATCHED_FINEWEB_REPO_ID; for a private one set HF_TOKEN",
+            ) from error
         except EntryNotFoundError as error:
-            raise DataError(place, "not in the repository", "this file or folder",
-                            "the repository lacks the variant: check MATCHED_FINEWEB_REPO_ID") from error
+            raise DataError(
+                place,
+                "not in the repository",
+                "this file or folder",
+                "the repository lacks the variant: check MATCHED_FINEWEB_REPO_ID",
+            ) from error
         except HfHubHTTPError as error:
             if error.response.status_code >= 500:
                 raise

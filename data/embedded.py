@@ -1,9 +1,9 @@
 """Build the embedded corpus: real English that every Python ships with, as shards in the challenge's format.
 
 The text is the language reference (pydoc_data.topics), the docstrings of the standard library's sources (read with
-`ast`, so no module is imported) and those of its C modules. Documents are folded to single blanks, freed of repeated
-paragraphs, put in the order of their SHA-256 and split: about 2.3 % of the text is validation. The tokenizer sees the
-training part only. Another Python version is another corpus, so the manifest records the corpus hash.
+`ast`, so no module is imported) and those of its C modules. White space in documents is folded, repeated paragraphs are
+removed, and the documents are sorted by their SHA-256 and split: about 2.3 % of the text is validation. The tokenizer
+is trained on the training part only. Another Python version gives another corpus, so the manifest records its hash.
 
     python data/embedded.py [--root data] [--vocab-size 1024]
 
@@ -40,16 +40,19 @@ SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurep
                    "dist-packages", "lib-dynload", "__pycache__"}  # fmt: skip
 SKIPPED_PREFIXES = ("config-", "_sysconfigdata", "antigravity", "this.py")
 # C modules whose import does nothing but define names.
-C_MODULES = ("_asyncio", "_bisect", "_codecs", "_collections", "_csv", "_ctypes", "_datetime", "_decimal", "_elementtree",
-             "_functools", "_hashlib", "_heapq", "_io", "_json", "_lzma", "_bz2", "_operator", "_pickle", "_random",
-             "_socket", "_sqlite3", "_sre", "_ssl", "_struct", "_thread", "_tracemalloc", "_weakref", "array", "atexit",
-             "binascii", "builtins", "cmath", "errno", "faulthandler", "fcntl", "gc", "itertools", "marshal", "math",
-             "mmap", "posix", "pyexpat", "resource", "select", "sys", "time", "unicodedata", "zlib")  # fmt: skip
+C_MODULES = (
+    "_asyncio _bisect _codecs _collections _csv _ctypes _datetime _decimal _elementtree _functools _hashlib"
+    " _heapq _io _json _lzma _bz2 _operator _pickle _random _socket _sqlite3 _sre _ssl _struct _thread"
+    " _tracemalloc _weakref array atexit binascii builtins cmath errno faulthandler fcntl gc itertools marshal"
+    " math mmap posix pyexpat resource select sys time unicodedata zlib"
+).split()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the embedded corpus from Python's own documentation.")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder for tokenizers/ and datasets/ (default data)")
+    parser.add_argument(
+        "--root", type=Path, default=Path("data"), help="folder for tokenizers/ and datasets/ (default data)"
+    )
     parser.add_argument("--vocab-size", type=int, default=1024, help="pieces of the tokenizer (default 1024)")
     options = parser.parse_args()
     describe(*build(options.root, options.vocab_size), NAME, options.root, options.vocab_size)
@@ -58,7 +61,9 @@ def main() -> None:
 def describe(manifest: dict, built: bool, name: str, root: Path, vocab_size: int) -> None:
     """Prints what a corpus holds and where it is."""
     state = "built" if built else "complete, nothing to do"
-    print(f"{name}_corpus:{state} python:{manifest['python'].split()[0]} corpus_sha256:{manifest['corpus_sha256'][:16]}")
+    print(
+        f"{name}_corpus:{state} python:{manifest['python'].split()[0]} corpus_sha256:{manifest['corpus_sha256'][:16]}"
+    )
     for split in ("train", "val"):
         numbers = manifest["splits"][split]
         print(f"split:{split} documents:{numbers['documents']} tokens:{numbers['tokens']} bytes:{numbers['bytes']} "
@@ -89,8 +94,12 @@ def build(root: Path, vocab_size: int) -> tuple[dict, bool]:
         return manifest, False
     documents = collect_documents()
     if len(documents) < MIN_DOCUMENTS:
-        raise shards.DataError(sysconfig.get_path("stdlib"), f"{len(documents)} documents of text", f"at least {MIN_DOCUMENTS}",
-                               "this Python lacks its documentation: install the full package (python3-full on Debian)")
+        raise shards.DataError(
+            sysconfig.get_path("stdlib"),
+            f"{len(documents)} documents of text",
+            f"at least {MIN_DOCUMENTS}",
+            "this Python lacks its documentation: install the full package (python3-full on Debian)",
+        )
     return write_corpus(root, NAME, vocab_size, *split_documents(documents, VAL_FRACTION))
 
 
@@ -105,7 +114,7 @@ def write_corpus(root: Path, name: str, vocab_size: int, val: list[str], train: 
         return manifest, False
     tokenizer_file, folder = corpus_paths(root, name, vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
-    # The manifest is written last and removed first: where it is, everything is there.
+    # The manifest is written last and removed first: if it exists, everything else does.
     (folder / "manifest.json").unlink(missing_ok=True)
     shards.train_tokenizer(training_sentences(train), vocab_size, tokenizer_file)
     tokenizer = shards.load_tokenizer(tokenizer_file)
@@ -117,7 +126,9 @@ def write_corpus(root: Path, name: str, vocab_size: int, val: list[str], train: 
         "tokenizer": f"../../tokenizers/{tokenizer_file.name}",
         "tokenizer_sha256": shards.file_sha256(tokenizer_file),
         "vocab_size": vocab_size,
-        "splits": {split: write_split(folder, split, part, tokenizer) for split, part in (("val", val), ("train", train))},
+        "splits": {
+            split: write_split(folder, split, part, tokenizer) for split, part in (("val", val), ("train", train))
+        },
     }
     shards.write_json(folder / "manifest.json", manifest)
     return manifest, True
@@ -126,7 +137,7 @@ def write_corpus(root: Path, name: str, vocab_size: int, val: list[str], train: 
 def complete_manifest(root: Path, name: str, vocab_size: int) -> dict | None:
     """The manifest when this Python and this recipe made what is there and every file still has its hash, else None.
 
-    Raises DataError for a size of the vocabulary that nobody uses.
+    Raises DataError for a vocabulary size out of range.
     """
     if not 512 <= vocab_size <= 16384:
         raise shards.DataError("--vocab-size", vocab_size, "512 to 16384", "the published size for small runs is 1024")
@@ -144,12 +155,14 @@ def complete_manifest(root: Path, name: str, vocab_size: int) -> dict | None:
 
 
 def recipe_sha256() -> str:
-    """Hash of what decides the result besides Python: this program and the tokenizer library."""
+    """Hash of what the result depends on besides Python: this program and the tokenizer library."""
     sources = b"".join(Path(module).read_bytes() for module in (__file__, shards.__file__))
     return hashlib.sha256(sources + sentencepiece.__version__.encode()).hexdigest()
 
 
-def write_split(folder: Path, split: str, documents: list[str], tokenizer: sentencepiece.SentencePieceProcessor) -> dict:
+def write_split(
+    folder: Path, split: str, documents: list[str], tokenizer: sentencepiece.SentencePieceProcessor
+) -> dict:
     """Tokenize and write one split as one shard; returns its numbers. `bytes` are those of the tokenizer's normalised
     text, which is what a score in bits per byte divides by."""
     encoded = [tokenizer.encode(document) for document in documents]
@@ -161,11 +174,11 @@ def write_split(folder: Path, split: str, documents: list[str], tokenizer: sente
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Collecting: what leaves is a list of documents, each one line of text, the same for the same Python.
+# Collecting: the result is a list of documents, each one line of text, the same for the same Python.
 
 
 def collect_documents() -> list[str]:
-    """All documents in the order of their SHA-256; every document ends up on one side of the split."""
+    """All documents, sorted by their SHA-256; no document is in both parts of the split."""
     documents = []
     seen: set[str] = set()
     for text in [*topic_texts(), *source_texts(), *c_module_texts()]:
@@ -193,7 +206,9 @@ def source_texts() -> Iterator[str]:
 
 def docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
     """(dotted name, docstring) of a module, its classes and functions, in the order of the source."""
-    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (text := ast.get_docstring(node)):
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+        text := ast.get_docstring(node)
+    ):
         yield name, text
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -207,13 +222,17 @@ def c_module_texts() -> Iterator[str]:
     for name in C_MODULES:
         try:
             module = importlib.import_module(name)
-        except ImportError:  # not built on this platform: then this is another corpus, and its hash says so
+        except ImportError:  # not built on this platform: the corpus and its hash are different then
             continue
         found = [(name, module)]
         for key, value in sorted(vars(module).items()):
             if inspect.isclass(value):
                 found.append((f"{name}.{key}", value))
-                found += [(f"{name}.{key}.{inner}", member) for inner, member in sorted(vars(value).items()) if callable(member)]
+                found += [
+                    (f"{name}.{key}.{inner}", member)
+                    for inner, member in sorted(vars(value).items())
+                    if callable(member)
+                ]
             elif inspect.isbuiltin(value):
                 found.append((f"{name}.{key}", value))
         texts = [(key, text) for key, value in found if isinstance(text := getattr(value, "__doc__", None), str)]

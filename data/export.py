@@ -4,8 +4,8 @@
         --val-docs 50000 [--caseops] [--mp3] [--workers 8]
 
 The first --val-docs documents are the validation split, the rest is training, both in the order of the list. The folder
-appears under its name only when everything is in it: shards, the tokenizer (tokenizer.model), the byte side-car of
-CaseOps data, and manifest.json. The result is the same, byte for byte, for any number of workers.
+gets its name when everything is in it: shards, the tokenizer (tokenizer.model), the byte side-car of CaseOps data, and
+manifest.json. The result is the same, byte for byte, for any number of workers.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from documents import MAX_OVERLAP_FRAC, Batch, Encoded, encode_batch, parse_line
 from shards import DataError
 
 TOKENIZER_FILE = "tokenizer.model"
-BATCHES_AHEAD = 3  # per worker: bounds memory, whatever the length of the list
+BATCHES_AHEAD = 3  # per worker: limits memory for any length of the list
 PROGRESS_S = 10.0
 
 
@@ -54,35 +54,48 @@ class Options:
 def main() -> None:
     options = parse_options(sys.argv[1:])
     if options.val_docs != variants.VAL_DOCUMENTS:
-        print(f"warning:val_docs:{options.val_docs} the challenge's validation split is the first {variants.VAL_DOCUMENTS} documents")
+        split = f"the first {variants.VAL_DOCUMENTS} documents"
+        print(f"warning:val_docs:{options.val_docs} the challenge's validation split is {split}")
     started = time.perf_counter()
     manifest = export(options)
     seconds = time.perf_counter() - started
     tokens = sum(split["tokens"] for split in manifest["splits"].values())
     text_bytes = sum(split["text_bytes"] for split in manifest["splits"].values())
-    print(f"exported:{options.out} documents:{sum(split['documents'] for split in manifest['splits'].values())} tokens:{tokens} "
+    documents = sum(split["documents"] for split in manifest["splits"].values())
+    print(f"exported:{options.out} documents:{documents} tokens:{tokens} "
           f"text_bytes:{text_bytes} bytes_per_token:{text_bytes / tokens:.3f} val_docs:{options.val_docs} "
           f"overlapping_documents:{manifest['overlapping_documents']}")  # fmt: skip
     print(f"seconds:{seconds:.1f} workers:{options.workers} tokens_per_s:{tokens / seconds:.0f} "
           f"tokens_per_s_per_worker:{tokens / seconds / options.workers:.0f}")  # fmt: skip
     if options.caseops:
-        print(f"sidecar_bytes:{manifest['sidecar_bytes']} documents_with_sidecar_differences:{manifest['sidecar_differences']}")
+        differences = manifest["sidecar_differences"]
+        print(f"sidecar_bytes:{manifest['sidecar_bytes']} documents_with_sidecar_differences:{differences}")
 
 
 def parse_options(arguments: list[str]) -> Options:
     """Raises DataError for numbers out of range."""
     parser = argparse.ArgumentParser(description="Turn a document list into shards.")
-    parser.add_argument("--docs", type=Path, nargs="+", required=True, help="JSON lines with a key text: .jsonl, .xz, .gz or .zst")
+    parser.add_argument(
+        "--docs", type=Path, nargs="+", required=True, help="JSON lines with a key text: .jsonl, .xz, .gz or .zst"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must be empty or missing")
-    parser.add_argument("--val-docs", type=int, required=True, help="validation = the first N documents (50000 for the challenge)")
+    parser.add_argument(
+        "--val-docs", type=int, required=True, help="validation = the first N documents (50000 for the challenge)"
+    )
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--tokenizer", type=Path, help="SentencePiece model to use")
-    tokenizer.add_argument("--train-tokenizer", type=int, metavar="VOCAB", help="train one with VOCAB pieces on training documents")
-    parser.add_argument("--tokenizer-docs", type=int, default=Options.tokenizer_docs, help="documents to train it on (default 100000)")
+    tokenizer.add_argument(
+        "--train-tokenizer", type=int, metavar="VOCAB", help="train one with VOCAB pieces on training documents"
+    )
+    parser.add_argument(
+        "--tokenizer-docs", type=int, default=Options.tokenizer_docs, help="documents to train it on (default 100000)"
+    )
     parser.add_argument("--caseops", action="store_true", help="lossless case transform and byte side-car")
     parser.add_argument("--mp3", action="store_true", help="CaseOps with the space fused into the operator after it")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
-    parser.add_argument("--shard-tokens", type=int, default=shards.SHARD_TOKENS, help="tokens per shard (default 100,000,000)")
+    parser.add_argument(
+        "--shard-tokens", type=int, default=shards.SHARD_TOKENS, help="tokens per shard (default 100,000,000)"
+    )
     parser.add_argument("--max-train-shards", type=int, help="stop after so many training shards")
     values = vars(parser.parse_args(arguments))
     values["caseops"] |= values["mp3"]
@@ -92,7 +105,9 @@ def parse_options(arguments: list[str]) -> Options:
         if value is not None and value < 1:
             raise DataError(f"--{key.replace('_', '-')}", value, "1 or more", "give a positive number")
     if options.train_tokenizer is not None and not 512 <= options.train_tokenizer <= 65536:
-        raise DataError("--train-tokenizer", options.train_tokenizer, "512 to 65536", "the challenge uses 1024, 4096 and 8192")
+        raise DataError(
+            "--train-tokenizer", options.train_tokenizer, "512 to 65536", "the challenge uses 1024, 4096 and 8192"
+        )
     return options
 
 
@@ -107,16 +122,24 @@ def export(options: Options) -> dict:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name `out` at the end of the block, or goes away when the block fails.
+    """A folder to write into. It is renamed to `out` at the end of the block, or deleted when the block fails.
 
     Raises DataError unless `out` is missing or an empty folder, and no export to it is under way or left over.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(out, "a folder that is not empty" if out.is_dir() else "a file", "a new or empty folder",
-                        "choose another --out, or delete it: two exports never share a folder")
+        raise DataError(
+            out,
+            "a folder that is not empty" if out.is_dir() else "a file",
+            "a new or empty folder",
+            "choose another --out, or delete it: two exports never share a folder",
+        )
     if shards.temporary(out).exists():
-        raise DataError(shards.temporary(out), "another export to this folder, running or broken off", "none",
-                        "wait for it, or delete that folder")
+        raise DataError(
+            shards.temporary(out),
+            "another export to this folder, running or broken off",
+            "none",
+            "wait for it, or delete that folder",
+        )
     unfinished = shards.temporary(out)
     unfinished.mkdir(parents=True)
     try:
@@ -140,8 +163,12 @@ def _export_into(folder: Path, options: Options) -> dict:
     if options.caseops:
         caseops.require_operators(tokenizer, named)
     elif caseops.has_operators(tokenizer):
-        raise DataError(named, "a CaseOps tokenizer", "a plain one: it encodes raw text badly",
-                        "add --caseops or choose another tokenizer")
+        raise DataError(
+            named,
+            "a CaseOps tokenizer",
+            "a plain one: it encodes raw text badly",
+            "add --caseops or choose another tokenizer",
+        )
     if options.mp3:
         shards.write_json(folder / "alias_map.json", caseops.MarkerPairs.of(tokenizer).alias_map())
     splits, numbers, digest = write_splits(folder, tokenizer_path, options)
@@ -163,7 +190,7 @@ def _export_into(folder: Path, options: Options) -> dict:
 
 
 def train_on_documents(options: Options, path: Path) -> None:
-    """Train the tokenizer on the first training documents; validation documents stay unseen."""
+    """Train the tokenizer on the first training documents, never on validation documents."""
     chosen = islice(read_lines(options.docs), options.val_docs, options.val_docs + options.tokenizer_docs)
     texts = (parse_line(place, line) for place, line in chosen)
     if options.caseops:
@@ -198,8 +225,12 @@ def write_splits(folder: Path, tokenizer_path: Path, options: Options) -> tuple[
         if train_limit and writers["train"].num_tokens >= train_limit:
             break
     if splits["val"]["documents"] < options.val_docs or splits["train"]["documents"] == 0:
-        raise DataError("--val-docs", f"{splits['val']['documents']} documents in the list", f"more than {options.val_docs}",
-                        "lower --val-docs, or give the whole list")
+        raise DataError(
+            "--val-docs",
+            f"{splits['val']['documents']} documents in the list",
+            f"more than {options.val_docs}",
+            "lower --val-docs, or give the whole list",
+        )
     for name, writer in writers.items():
         files = [path.name for path in writer.close()]
         if name in splits:
@@ -209,7 +240,7 @@ def write_splits(folder: Path, tokenizer_path: Path, options: Options) -> tuple[
 
 
 class Overlap:
-    """Counts validation documents that come again in the training part, by the hash of their text."""
+    """Counts validation documents that are also in the training part, by the hash of their text."""
 
     def __init__(self, val_docs: int):
         self.count = 0
@@ -248,14 +279,18 @@ class Progress:
 # Workers: each has its own tokenizer; results come back in the order of the batches.
 
 
-def encode_in_order(batches: Iterator[Batch], tokenizer_path: Path, options: Options) -> Iterator[tuple[Batch, Encoded]]:
+def encode_in_order(
+    batches: Iterator[Batch], tokenizer_path: Path, options: Options
+) -> Iterator[tuple[Batch, Encoded]]:
     """Yield (batch, what it became) in order; at most BATCHES_AHEAD batches per worker are in memory."""
     if options.workers == 1:
         _start_worker(tokenizer_path, options)
         for batch in batches:
             yield batch, _encode(batch)
         return
-    pool = ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer_path, options))
+    pool = ProcessPoolExecutor(
+        options.workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer_path, options)
+    )
     waiting = deque()
     try:
         for batch in batches:
@@ -266,7 +301,9 @@ def encode_in_order(batches: Iterator[Batch], tokenizer_path: Path, options: Opt
         for batch, result in waiting:
             yield batch, result.result()
     except BrokenProcessPool as error:
-        raise DataError("--workers", "a worker process that died", "all alive", "memory may be short: use fewer workers") from error
+        raise DataError(
+            "--workers", "a worker process that died", "all alive", "memory may be short: use fewer workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

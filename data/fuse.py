@@ -4,8 +4,8 @@
         --out data/datasets/fineweb10B_sp8192_caseops_marker_pair_v3
 
 The space piece and the operator after it become one token (PR #2109), in one pass over the document stream: a pair that
-lies on both sides of a shard boundary is fused too, and the new shards are full again. The result equals
-`data/export.py --mp3` on the same documents.
+a shard boundary separates is fused too, and the new shards are full. The result equals `data/export.py --mp3` on the
+same documents.
 """
 
 import argparse
@@ -24,7 +24,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="CaseOps shards with their side-car")
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must be empty or missing")
     parser.add_argument("--tokenizer", type=Path, help="CaseOps model, when the folder does not name it")
-    parser.add_argument("--shard-tokens", type=int, default=shards.SHARD_TOKENS, help="tokens per shard (default 100,000,000)")
+    parser.add_argument(
+        "--shard-tokens", type=int, default=shards.SHARD_TOKENS, help="tokens per shard (default 100,000,000)"
+    )
     options = parser.parse_args()
     if options.shard_tokens < 1:
         raise shards.DataError("--shard-tokens", options.shard_tokens, "1 or more", "give a positive number")
@@ -35,7 +37,9 @@ def main() -> None:
     print(f"complete:{options.out}")
 
 
-def fuse_folder(folder: Path, out: Path, tokenizer_path: Path | None = None, shard_tokens: int = shards.SHARD_TOKENS) -> dict:
+def fuse_folder(
+    folder: Path, out: Path, tokenizer_path: Path | None = None, shard_tokens: int = shards.SHARD_TOKENS
+) -> dict:
     """Write the MP3 folder; returns its manifest. Raises DataError for bad input, and then leaves nothing behind."""
     shards.require_shards(folder, "val")  # before anything else: names a wrong path
     record = shards.read_record(folder)
@@ -49,7 +53,9 @@ def fuse_folder(folder: Path, out: Path, tokenizer_path: Path | None = None, sha
         splits = {"val": fuse_validation(folder, unfinished, pairs, shard_tokens)}
         splits["train"] = fuse_training(folder, unfinished, pairs, shard_tokens)
         manifest = {
-            "made_from": {key: record[key] for key in ("repository", "revision", "docs_sha256", "val_docs") if key in record},
+            "made_from": {
+                key: record[key] for key in ("repository", "revision", "docs_sha256", "val_docs") if key in record
+            },
             "tokenizer": TOKENIZER_FILE,
             "tokenizer_sha256": shards.file_sha256(tokenizer_path),
             "vocab_size": tokenizer.vocab_size(),
@@ -63,11 +69,15 @@ def fuse_folder(folder: Path, out: Path, tokenizer_path: Path | None = None, sha
 
 
 def fuse_validation(folder: Path, out: Path, pairs: caseops.MarkerPairs, shard_tokens: int) -> dict:
-    """Tokens and side-car together; no byte may get lost. Returns the numbers of the split."""
+    """Tokens and side-car together; the sum of bytes must not change. Returns the numbers of the split."""
     tokens, sidecar = shards.read_split(folder, "val"), shards.read_split(folder, "val_bytes")
     if len(tokens) != len(sidecar):
-        raise shards.DataError(f"{folder}: fineweb_val_bytes_*.bin", f"{len(sidecar)} entries",
-                               f"{len(tokens)}, one per validation token", "fetch or export the folder again")
+        raise shards.DataError(
+            f"{folder}: fineweb_val_bytes_*.bin",
+            f"{len(sidecar)} entries",
+            f"{len(tokens)}, one per validation token",
+            "fetch or export the folder again",
+        )
     fused, fused_sidecar = pairs.fuse(tokens, sidecar)
     assert fused_sidecar.sum(dtype=np.int64) == sidecar.sum(dtype=np.int64)
     for split, stream in (("val", fused), ("val_bytes", fused_sidecar)):

@@ -4,10 +4,10 @@
 
 reads every .txt and .jsonl file below FOLDER (.jsonl also as .xz, .gz or .zst; JSON lines with a key `text`), cuts long
 texts into documents, drops repeated ones, and writes ROOT/tokenizers/own_NAME_1024_bpe.model and
-ROOT/datasets/own_NAME_sp1024/, where NAME is that of the folder. About 2.3 % of the text becomes validation, but 20 to
-60 kB, so that it means something and is soon scored, and never more than a tenth; the tokenizer sees the rest only.
-`./run.sh --text FOLDER` does this and trains on it. Everything is held in memory: for gigabytes, and for the
-challenge's own list, there is data/export.py.
+ROOT/datasets/own_NAME_sp1024/, where NAME is the name of the folder. About 2.3 % of the text becomes validation: at
+least 20 kB, so that the score is meaningful, at most 60 kB, so that scoring is fast, and never more than a tenth. The
+tokenizer is trained on the rest. `./run.sh --text FOLDER` does this and trains on it. Everything is held in memory; use
+data/export.py for gigabytes of text and for the challenge's own list.
 """
 
 import argparse
@@ -22,17 +22,20 @@ from embedded import MAX_VAL_DOCUMENT_CHARS, VAL_FRACTION, describe, split_docum
 from shards import DataError
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.xz", ".jsonl.gz", ".jsonl.zst")
-LEAST_CHARS = 100_000  # of all documents: less teaches nothing, and does not make a tokenizer of 1,024 pieces
+LEAST_CHARS = 100_000  # of all documents: less does not support a tokenizer of 1,024 pieces
 LEAST_VAL_CHARS, MOST_VAL_CHARS = 20_000, 60_000
 MOST = MAX_VAL_DOCUMENT_CHARS  # characters of a document, so that each may be validation
-# All that is left, or up to the last blank line in the second half of that length, or up to a blank, or just so much.
+# The rest of the text if it is short enough; else up to the last blank line in the second half of that length, else up
+# to a blank, else exactly that length.
 DOCUMENT = re.compile(rf"(?s).{{1,{MOST}}}\Z|.{{{MOST // 2},{MOST - 2}}}\n[ \t\r]*\n|.{{1,{MOST - 1}}}\s|.{{{MOST}}}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Turn a folder of .txt and .jsonl files into shards for PRESET=tiny.")
     parser.add_argument("folder", type=Path, help="folder with the text")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder for tokenizers/ and datasets/ (default data)")
+    parser.add_argument(
+        "--root", type=Path, default=Path("data"), help="folder for tokenizers/ and datasets/ (default data)"
+    )
     parser.add_argument("--vocab-size", type=int, default=1024, help="pieces of the tokenizer (default 1024)")
     options = parser.parse_args()
     name = corpus_name(options.folder)
@@ -40,7 +43,7 @@ def main() -> None:
 
 
 def corpus_name(folder: Path) -> str:
-    """own_ and the folder's own name, without what a file name should not have."""
+    """own_ and the folder's name, without characters that do not belong in a file name."""
     return "own_" + (re.sub(r"[^\w-]+", "_", folder.resolve().name).strip("_") or "text")
 
 
@@ -52,8 +55,12 @@ def build(folder: Path, root: Path, vocab_size: int) -> tuple[dict, bool]:
     documents = collect_documents(folder)
     total = sum(map(len, documents))
     if total < LEAST_CHARS:
-        raise DataError(folder, f"{total:,} characters in {len(documents):,} documents, without repeated ones",
-                        f"at least {LEAST_CHARS:,}", "add more text")
+        raise DataError(
+            folder,
+            f"{total:,} characters in {len(documents):,} documents, without repeated ones",
+            f"at least {LEAST_CHARS:,}",
+            "add more text",
+        )
     return write_corpus(root, corpus_name(folder), vocab_size, *split_documents(documents, validation_fraction(total)))
 
 
@@ -68,7 +75,9 @@ def collect_documents(folder: Path) -> list[str]:
         raise DataError(folder, "no such folder", "a folder with .txt or .jsonl files", "check the path")
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.lower().endswith(SUFFIXES))
     if not paths:
-        raise DataError(folder, "no text file", f"files that end in {', '.join(SUFFIXES)}", "check the folder, or rename files")
+        raise DataError(
+            folder, "no text file", f"files that end in {', '.join(SUFFIXES)}", "check the folder, or rename files"
+        )
     documents = {document for path in paths for text in file_texts(path) for document in cut(text)}
     return sorted(documents, key=lambda document: hashlib.sha256(document.encode()).digest())
 
@@ -81,8 +90,12 @@ def file_texts(path: Path) -> Iterable[str]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(path, f"byte {data[error.start]:#04x} at {error.start:,}, which is not UTF-8", "UTF-8 text",
-                        "convert the file (for example with iconv), or take it out of the folder") from error
+        raise DataError(
+            path,
+            f"byte {data[error.start]:#04x} at {error.start:,}, which is not UTF-8",
+            "UTF-8 text",
+            "convert the file (for example with iconv), or take it out of the folder",
+        ) from error
     if "\0" in text:
         raise DataError(path, "a NUL character", "text", "this is a binary file: take it out of the folder")
     return [text]

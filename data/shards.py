@@ -5,7 +5,7 @@ uint16 ids. Names are fineweb_train_000000.bin, fineweb_val_000000.bin and, for 
 fineweb_val_bytes_000000.bin. A document is BOS followed by its pieces, without EOS; documents run on from one shard
 into the next of the same split.
 
-Nothing half-written is ever taken for complete: every file is written under a temporary name and renamed at the end.
+Every file is written under a temporary name and renamed at the end, so that a partial file is never used as complete.
 """
 
 import hashlib
@@ -72,17 +72,23 @@ def shard_path(folder: Path, split: str, index: int) -> Path:
 def list_shards(folder: Path, split: str) -> list[Path]:
     """The shards of one split in order, possibly none.
 
-    The side-car never passes for a token shard: a digit must follow `val_`.
+    The side-car is not listed as a token shard: a digit must follow `val_`.
     Raises DataError when the folder is missing or the numbers are not 0, 1, 2, ...
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(folder, "no such folder", "a folder with shards", "check the path, or make it with data/download.py")
+        raise DataError(
+            folder, "no such folder", "a folder with shards", "check the path, or make it with data/download.py"
+        )
     shards = sorted(path for path in folder.iterdir() if re.fullmatch(rf"fineweb_{split}_\d{{6}}\.bin", path.name))
     for index, path in enumerate(shards):
         if path != shard_path(folder, split, index):
-            raise DataError(folder, f"{path.name} in place {index}", shard_path(folder, split, index).name,
-                            "the numbering has a gap: fetch or export the folder again")
+            raise DataError(
+                folder,
+                f"{path.name} in place {index}",
+                shard_path(folder, split, index).name,
+                "the numbering has a gap: fetch or export the folder again",
+            )
     return shards
 
 
@@ -94,7 +100,8 @@ def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
     """Memory-map one shard after checking it.
 
     Returns the tokens, (n,) uint16, read-only. With vocab_size, every id is read once and checked against it.
-    Raises DataError for a missing, truncated or foreign file (an HTML page, a Git LFS pointer) and for ids out of range.
+    Raises DataError for a missing or truncated file, for one that is no shard (an HTML page, a Git LFS pointer) and for
+    ids out of range.
     """
     path = Path(path)
     num_tokens = check_header(path)
@@ -102,8 +109,12 @@ def read_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
         return np.zeros(0, np.uint16)
     tokens = np.memmap(path, np.dtype("<u2"), "r", HEADER_BYTES, (num_tokens,))
     if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
-        raise DataError(path, f"token id {largest}", f"ids below the vocabulary size {vocab_size}",
-                        "these shards belong to another tokenizer: use the one they were exported with")
+        raise DataError(
+            path,
+            f"token id {largest}",
+            f"ids below the vocabulary size {vocab_size}",
+            "these shards belong to another tokenizer: use the one they were exported with",
+        )
     return tokens
 
 
@@ -117,15 +128,23 @@ def check_header(path: Path) -> int:
     size = path.stat().st_size
     words = np.frombuffer(head[: len(head) // 4 * 4], "<i4")
     if len(words) < 3 or words[0] != MAGIC:
-        raise DataError(path, f"first bytes {head[:40]!r}{_what_it_is(head)}", f"a shard beginning with {MAGIC}",
-                        "delete the file and fetch it again")
+        raise DataError(
+            path,
+            f"first bytes {head[:40]!r}{_what_it_is(head)}",
+            f"a shard beginning with {MAGIC}",
+            "delete the file and fetch it again",
+        )
     if words[1] != VERSION:
         raise DataError(path, f"shard version {words[1]}", VERSION, "use shards of version 1")
     num_tokens = int(words[2])
     expected = HEADER_BYTES + 2 * num_tokens
     if num_tokens < 0 or size != expected:
-        raise DataError(path, f"{size:,} bytes", f"{expected:,} bytes for the {num_tokens:,} tokens of its header",
-                        "the file is damaged or cut short: delete it and fetch it again")
+        raise DataError(
+            path,
+            f"{size:,} bytes",
+            f"{expected:,} bytes for the {num_tokens:,} tokens of its header",
+            "the file is damaged or cut short: delete it and fetch it again",
+        )
     return num_tokens
 
 
@@ -161,7 +180,8 @@ def require_shards(folder: Path, split: str) -> list[Path]:
 class ShardWriter:
     """Writes one split as a sequence of shards, cutting the stream every `shard_tokens` tokens.
 
-    Memory does not grow with the stream. `close` finishes the last, short shard; a shard under way has a temporary name.
+    Memory does not grow with the stream. `close` finishes the last, short shard; an unfinished shard has a temporary
+    name.
     An empty split leaves no file.
     """
 
@@ -240,7 +260,9 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(Path(path).read_bytes())
     except (OSError, ValueError) as error:
-        raise DataError(path, f"{type(error).__name__}: {error}", "a JSON object", "delete the file and make it again") from error
+        raise DataError(
+            path, f"{type(error).__name__}: {error}", "a JSON object", "delete the file and make it again"
+        ) from error
     if not isinstance(value, dict):
         raise DataError(path, type(value).__name__, "a JSON object", "delete the file and make it again")
     return value
@@ -306,13 +328,19 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
     """The tokenizer; raises DataError when the file is missing, damaged, or does not have BOS at id 1."""
     path = Path(path)
     if not path.is_file():
-        raise DataError(path, "no such file", "a SentencePiece model", "check the path, or fetch it with data/download.py")
+        raise DataError(
+            path, "no such file", "a SentencePiece model", "check the path, or fetch it with data/download.py"
+        )
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise DataError(path, "not a SentencePiece model", "a .model file", "delete the file and fetch it again") from error
+        raise DataError(
+            path, "not a SentencePiece model", "a .model file", "delete the file and fetch it again"
+        ) from error
     if tokenizer.bos_id() != BOS_ID:
         raise DataError(path, f"BOS id {tokenizer.bos_id()}", f"BOS id {BOS_ID}", "use a tokenizer of the challenge")
     if tokenizer.vocab_size() > 1 << 16:
-        raise DataError(path, f"{tokenizer.vocab_size()} pieces", "at most 65,536 (ids are uint16)", "use a smaller vocabulary")
+        raise DataError(
+            path, f"{tokenizer.vocab_size()} pieces", "at most 65,536 (ids are uint16)", "use a smaller vocabulary"
+        )
     return tokenizer

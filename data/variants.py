@@ -7,9 +7,11 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
+from script import definitions
 from shards import DataError
 
-VAL_DOCUMENTS = 50_000  # the first 50,000 documents of the frozen list are the validation split
+# The validation split is this many documents at the head of the frozen list.
+VAL_DOCUMENTS: int = definitions("CHALLENGE_DOCUMENTS")["CHALLENGE_DOCUMENTS"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ VARIANTS = {
     "sp8192": Variant("kevclark/parameter-golf", "fineweb10B_sp8192", "fineweb_8192_bpe.model", 8192,
                       val_targets=40_540_160, val_bytes=151_078_222),
     # PR #1729; totals from the manifest quoted in #1953 and #2127.
-    "caseops": Variant("romeerp/parameter-golf-caseops-v1", "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved", _CASEOPS_MODEL,
-                       8192, val_targets=47_851_520, val_bytes=151_074_499, val_bytes_full=151_080_645,
+    "caseops": Variant("romeerp/parameter-golf-caseops-v1", "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved",
+                       _CASEOPS_MODEL, 8192, val_targets=47_851_520, val_bytes=151_074_499, val_bytes_full=151_080_645,
                        tokenizer_sha256=_CASEOPS_SHA256, caseops=True),
     # PR #2109.
     "mp3": Variant(None, "fineweb10B_sp8192_caseops_marker_pair_v3", _CASEOPS_MODEL,
@@ -51,8 +53,10 @@ VARIANTS = {
                    tokenizer_sha256=_CASEOPS_SHA256, caseops=True, mp3=True),
 }  # fmt: skip
 
-# Names that people use for the same thing.
-ALIASES = {"sp8192_lossless_caps_caseops_v1_reserved": "caseops"} | {variant.dataset: name for name, variant in VARIANTS.items()}
+# Other names of the same variants.
+ALIASES = {"sp8192_lossless_caps_caseops_v1_reserved": "caseops"} | {
+    variant.dataset: name for name, variant in VARIANTS.items()
+}
 
 
 def variant_of(config: Any) -> str:

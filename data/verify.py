@@ -1,14 +1,14 @@
-"""Prove that a folder of shards is what it says it is.
+"""Check a folder of shards against its records, the published figures, and the documents.
 
     python data/verify.py data/datasets/fineweb10B_sp8192 [--docs docs_selected.jsonl] [--train-docs 1000]
 
 Without --docs: headers, numbering, token ids, recorded hashes and counts, side-car alignment, no validation document in
 the training part, and the published totals where the folder is a published variant. With --docs also, for every
-validation document and the first --train-docs training documents: the case transform can be undone, the tokens decode to
-the tokenizer's normal form of the text (NFKC and folded white space are its own doing), and the side-car adds up to the
-UTF-8 bytes of the text less outer white space. Prints one line per check; the first failure ends with exit status 2.
+validation document and the first --train-docs training documents: the case transform can be undone, the tokens decode
+to the text in the tokenizer's normal form (NFKC, folded white space), and the side-car adds up to the UTF-8 bytes of
+the text less outer white space. Prints one line per check; the first failure ends with exit status 2.
 
-Byte counts here come from decoding, never from a table of bytes per token: they are what such a table is checked against.
+Byte counts come from decoding, never from a table of bytes per token, so that such a table can be checked against them.
 """
 
 import argparse
@@ -32,13 +32,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Prove that a folder of shards is what it says it is.")
     parser.add_argument("folder", type=Path, help="datasets/NAME")
     parser.add_argument("--docs", type=Path, nargs="+", help="the document list it was made from")
-    parser.add_argument("--train-docs", type=int, default=1000, help="training documents to compare with --docs (default 1000)")
+    parser.add_argument(
+        "--train-docs", type=int, default=1000, help="training documents to compare with --docs (default 1000)"
+    )
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model, when the folder does not name it")
     options = parser.parse_args()
     verify(options.folder, options.docs, options.train_docs, options.tokenizer)
 
 
-def verify(folder: Path, docs: list[Path] | None = None, train_docs: int = 1000, tokenizer_path: Path | None = None) -> None:
+def verify(
+    folder: Path, docs: list[Path] | None = None, train_docs: int = 1000, tokenizer_path: Path | None = None
+) -> None:
     """Run every check in turn; raises DataError at the first that fails."""
     folder = Path(folder)
     shards.require_shards(folder, "val")  # before anything else: names a wrong path
@@ -55,13 +59,15 @@ def verify(folder: Path, docs: list[Path] | None = None, train_docs: int = 1000,
     check_overlap(folder)
     check_published(folder, record, val, sidecar, tokenizer)
     if docs is None:
-        print("documents:not_given the case transform, the tokens' text and the bytes per document are not proven: add --docs")
+        print("documents:not_given the case transform, the text of tokens and the bytes are not proven: add --docs")
     else:
         check_documents(folder, docs, train_docs, val, sidecar, tokenizer, pairs)
     print(f"verified:{folder}")
 
 
-def mp3_pairs(folder: Path, record: dict, tokenizer: sentencepiece.SentencePieceProcessor) -> caseops.MarkerPairs | None:
+def mp3_pairs(
+    folder: Path, record: dict, tokenizer: sentencepiece.SentencePieceProcessor
+) -> caseops.MarkerPairs | None:
     is_mp3 = record.get("mp3", folder.name == variants.VARIANTS["mp3"].dataset)
     return caseops.MarkerPairs.of(tokenizer) if is_mp3 else None
 
@@ -70,20 +76,29 @@ def mp3_pairs(folder: Path, record: dict, tokenizer: sentencepiece.SentencePiece
 # The folder by itself
 
 
-def check_recorded(folder: Path, record: dict, tokenizer: sentencepiece.SentencePieceProcessor, tokenizer_path: Path) -> None:
+def check_recorded(
+    folder: Path, record: dict, tokenizer: sentencepiece.SentencePieceProcessor, tokenizer_path: Path
+) -> None:
     """Hashes and sizes that SOURCE.json or manifest.json state."""
     again = "fetch or export the folder again"
     if record.get("vocab_size", tokenizer.vocab_size()) != tokenizer.vocab_size():
-        raise DataError(tokenizer_path, f"{tokenizer.vocab_size()} pieces", record["vocab_size"], "use the tokenizer of this data")
+        raise DataError(
+            tokenizer_path, f"{tokenizer.vocab_size()} pieces", record["vocab_size"], "use the tokenizer of this data"
+        )
     digest = shards.file_sha256(tokenizer_path)
     if record.get("tokenizer_sha256", digest) != digest:
-        raise DataError(tokenizer_path, f"SHA-256 {digest}", record["tokenizer_sha256"], "use the tokenizer this data was made with")
+        raise DataError(
+            tokenizer_path, f"SHA-256 {digest}", record["tokenizer_sha256"], "use the tokenizer this data was made with"
+        )
     for name, facts in record.get("files", {}).items():
         if not (folder / name).is_file():
-            raise DataError(folder / name, "no such file", "a file that SOURCE.json lists", "run data/download.py again")
+            raise DataError(
+                folder / name, "no such file", "a file that SOURCE.json lists", "run data/download.py again"
+            )
         if facts["sha256"] and (found := shards.file_sha256(folder / name)) != facts["sha256"]:
             raise DataError(folder / name, f"SHA-256 {found}", facts["sha256"], again)
-    print(f"record:{'present' if record else 'none'} hashed_files:{len(record.get('files', {}))} tokenizer_sha256:{digest}")
+    present, files = "present" if record else "none", len(record.get("files", {}))
+    print(f"record:{present} hashed_files:{files} tokenizer_sha256:{digest}")
 
 
 def check_split(folder: Path, split: str, vocab_size: int) -> dict:
@@ -94,10 +109,16 @@ def check_split(folder: Path, split: str, vocab_size: int) -> dict:
         if len(tokens) == 0:
             raise DataError(path, "no tokens", "at least one", "fetch or export the folder again")
         if not lengths and tokens[0] != BOS_ID:
-            raise DataError(path, f"first token {tokens[0]}", f"BOS ({BOS_ID})", "export again, with BOS before every document")
+            raise DataError(
+                path, f"first token {tokens[0]}", f"BOS ({BOS_ID})", "export again, with BOS before every document"
+            )
         if lengths and len(tokens) > lengths[0] or len(lengths) > 1 and lengths[-1] != lengths[0]:
-            raise DataError(path, f"shard lengths {lengths + [len(tokens)]}", "equal ones, the last may be shorter",
-                            "fetch or export the folder again")
+            raise DataError(
+                path,
+                f"shard lengths {lengths + [len(tokens)]}",
+                "equal ones, the last may be shorter",
+                "fetch or export the folder again",
+            )
         lengths.append(len(tokens))
         documents += int(np.count_nonzero(tokens == BOS_ID))
     print(f"split:{split} shards:{len(lengths)} tokens:{sum(lengths)} documents:{documents} ids_below:{vocab_size}")
@@ -108,8 +129,12 @@ def check_counts(folder: Path, record: dict, numbers: dict) -> None:
     for split, expected in record.get("splits", {}).items():
         for key, found in numbers[split].items():
             if expected.get(key, found) != found:
-                raise DataError(f"{folder}: {split} {key}", found, expected[key],
-                                "files were added, lost or changed: export the folder again")
+                raise DataError(
+                    f"{folder}: {split} {key}",
+                    found,
+                    expected[key],
+                    "files were added, lost or changed: export the folder again",
+                )
 
 
 def check_sidecar(folder: Path, val: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor,
@@ -117,22 +142,27 @@ def check_sidecar(folder: Path, val: np.ndarray, tokenizer: sentencepiece.Senten
     """The side-car has an entry per validation token, and gives no bytes to BOS and to operators."""
     sidecar = shards.read_split(folder, "val_bytes")
     if len(sidecar) != len(val):
-        raise DataError(f"{folder}: fineweb_val_bytes_*.bin", f"{len(sidecar)} entries", f"{len(val)}, one per validation token",
-                        "fetch or export the folder again: this side-car belongs to other shards")
+        raise DataError(
+            f"{folder}: fineweb_val_bytes_*.bin",
+            f"{len(sidecar)} entries",
+            f"{len(val)}, one per validation token",
+            "fetch or export the folder again: this side-car belongs to other shards",
+        )
     escape = tokenizer.piece_to_id(caseops.ESCAPE)
-    after_escape = np.concatenate([[False], val[:-1] == escape])  # may be literal, then it has its 3 bytes
+    after_escape = np.concatenate([[False], val[:-1] == escape])  # may be literal text of 3 bytes
     operators = [tokenizer.piece_to_id(operator) for operator in caseops.OPERATORS]
     weightless = (val == BOS_ID) | np.isin(val, operators) & ~after_escape
     if (wrong := np.flatnonzero(weightless & (sidecar != 0))).size:
         raise DataError(f"{folder}: side-car entry {wrong[0]}", f"{sidecar[wrong[0]]} bytes for token {val[wrong[0]]}",
                         "0 for BOS and operators", "export the folder again")  # fmt: skip
     fused = 0 if pairs is None else np.count_nonzero(np.isin(val, pairs.aliases))
-    print(f"sidecar:aligned bytes:{sidecar.sum(dtype=np.int64)} operators:{np.isin(val, operators).sum()} fused_markers:{fused}")
+    found = f"operators:{np.isin(val, operators).sum()} fused_markers:{fused}"
+    print(f"sidecar:aligned bytes:{sidecar.sum(dtype=np.int64)} {found}")
     return sidecar
 
 
 def check_overlap(folder: Path) -> None:
-    """No validation document comes again in the training part, beyond a few natural duplicates."""
+    """No validation document is also in the training part, except for a few natural duplicates."""
     val = np.concatenate([hashes for hashes in document_hashes(folder, "val")])
     again = np.zeros(len(val), bool)
     for hashes in document_hashes(folder, "train"):
@@ -140,8 +170,12 @@ def check_overlap(folder: Path) -> None:
     allowed = int(MAX_OVERLAP_FRAC * len(val))
     print(f"overlap:{again.sum()} validation_documents_in_training allowed:{allowed}")
     if again.sum() > allowed:
-        raise DataError(folder, f"{again.sum()} of {len(val)} validation documents in the training shards", f"at most {allowed}",
-                        "the two splits were cut from the list at different places: export both again in one run")
+        raise DataError(
+            folder,
+            f"{again.sum()} of {len(val)} validation documents in the training shards",
+            f"at most {allowed}",
+            "the two splits were cut from the list at different places: export both again in one run",
+        )
 
 
 def document_hashes(folder: Path, split: str) -> Iterator[np.ndarray]:
@@ -178,7 +212,7 @@ def check_published(folder: Path, record: dict, val: np.ndarray, sidecar: np.nda
     if (documents, targets) != (variants.VAL_DOCUMENTS, variant.val_targets):
         raise DataError(folder, f"{documents:,} validation documents and {targets:,} targets",
                         f"{variants.VAL_DOCUMENTS:,} and {variant.val_targets:,} for {name}",
-                        "the split is cut short or is another one: fetch it again, or give the folder another name")  # fmt: skip
+                        "the split is cut or is another one: fetch it again, or rename the folder")  # fmt: skip
     if sidecar is None:
         num_bytes = sum(document_bytes(val[: targets + 1], tokenizer))
         tolerance = variant.val_bytes_tolerance + 3  # the cut may fall inside a character, which then decodes to U+FFFD
@@ -186,8 +220,12 @@ def check_published(folder: Path, record: dict, val: np.ndarray, sidecar: np.nda
         num_bytes, tolerance = int(sidecar[1 : targets + 1].sum(dtype=np.int64)), variant.val_bytes_tolerance
         full = int(sidecar.sum(dtype=np.int64))
         if abs(full - variant.val_bytes_full) > 2:
-            raise DataError(folder, f"{full:,} bytes of validation text", f"{variant.val_bytes_full:,} +- 2",
-                            "fetch the side-car again")
+            raise DataError(
+                folder,
+                f"{full:,} bytes of validation text",
+                f"{variant.val_bytes_full:,} +- 2",
+                "fetch the side-car again",
+            )
     if abs(num_bytes - variant.val_bytes) > tolerance:
         raise DataError(folder, f"{num_bytes:,} bytes in {targets:,} targets", f"{variant.val_bytes:,} +- {tolerance}",
                         "fetch the validation shards again")  # fmt: skip
@@ -203,8 +241,8 @@ def document_bytes(tokens: np.ndarray, tokenizer: sentencepiece.SentencePiecePro
 
 
 def decoded_texts(documents: list[np.ndarray], tokenizer: sentencepiece.SentencePieceProcessor) -> Iterator[str]:
-    """The text of each document, (n,) uint16 with its BOS. A tokenizer without a piece for a lone blank spells it as the
-    three bytes of its blank marker; the marker never means itself, so it is a blank here."""
+    """The text of each document, (n,) uint16 with its BOS. A tokenizer without a piece for a single blank encodes it as
+    the three bytes of its blank marker. Texts do not contain the marker, so it is decoded as a blank."""
     for begin in range(0, len(documents), DECODE_DOCUMENTS):
         ids = [document[1:].tolist() for document in documents[begin : begin + DECODE_DOCUMENTS]]
         yield from (text.replace("▁", " ") for text in tokenizer.decode(ids, num_threads=1))
@@ -214,8 +252,15 @@ def decoded_texts(documents: list[np.ndarray], tokenizer: sentencepiece.Sentence
 # Against the documents
 
 
-def check_documents(folder: Path, docs: list[Path], train_docs: int, val: np.ndarray, sidecar: np.ndarray | None,
-                    tokenizer: sentencepiece.SentencePieceProcessor, pairs: caseops.MarkerPairs | None) -> None:  # fmt: skip
+def check_documents(
+    folder: Path,
+    docs: list[Path],
+    train_docs: int,
+    val: np.ndarray,
+    sidecar: np.ndarray | None,
+    tokenizer: sentencepiece.SentencePieceProcessor,
+    pairs: caseops.MarkerPairs | None,
+) -> None:
     """Compare shards and list, document by document; raises DataError at the end when anything differs."""
     texts = read_texts(docs)
     val_documents = split_documents(val)
@@ -226,7 +271,9 @@ def check_documents(folder: Path, docs: list[Path], train_docs: int, val: np.nda
     for number, (text, decoded) in enumerate(compared):
         differences.compare(f"validation document {number}", text, decoded, tokenizer, with_caseops)
         if with_caseops:
-            differences.compare_bytes(f"validation document {number}", text, sidecar[starts[number] : starts[number + 1]], tokenizer)
+            differences.compare_bytes(
+                f"validation document {number}", text, sidecar[starts[number] : starts[number + 1]], tokenizer
+            )
         else:
             differences.text_bytes += len(text.encode())
             differences.scored_bytes += len(decoded.encode())
@@ -241,8 +288,12 @@ def texts_for(texts: Iterator[str], count: int) -> list[str]:
     """The next `count` documents of the list; raises DataError when it ends before."""
     chosen = list(islice(texts, count))
     if len(chosen) < count:
-        raise DataError("--docs", f"a list that ends {count - len(chosen)} documents too early", "the list the shards were made from",
-                        "give the whole list")
+        raise DataError(
+            "--docs",
+            f"a list that ends {count - len(chosen)} documents too early",
+            "the list the shards were made from",
+            "give the whole list",
+        )
     return chosen
 
 
@@ -277,7 +328,9 @@ class Differences:
         if decoded != normal:
             self._found("decoded_text", place, decoded, normal)
 
-    def compare_bytes(self, place: str, text: str, sidecar: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor) -> None:
+    def compare_bytes(
+        self, place: str, text: str, sidecar: np.ndarray, tokenizer: sentencepiece.SentencePieceProcessor
+    ) -> None:
         """The side-car counts every byte of the text but those of outer white space, as the tokenizer sees it."""
         found, stripped = int(sidecar.sum(dtype=np.int64)), strip_as_tokenizer(text, tokenizer)
         self.outer_characters += stripped != text.strip()
@@ -289,23 +342,31 @@ class Differences:
     def _found(self, kind: str, place: str, found: str, expected: str) -> None:
         self.counts[kind] += 1
         if self.counts[kind] <= SHOWN:
-            at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
+            at = next(
+                (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
+                min(len(found), len(expected)),
+            )
             print(f"difference:{kind} {place} character {at}: found {found[max(0, at - 20) : at + 20]!r} "
                   f"expected {expected[max(0, at - 20) : at + 20]!r}")  # fmt: skip
 
     def report(self, folder: Path, num_val: int, num_train: int) -> None:
-        print(f"documents:compared val:{num_val} train:{num_train} text_bytes:{self.text_bytes} scored_bytes:{self.scored_bytes} "
+        print(f"documents:compared val:{num_val} train:{num_train} "
+              f"text_bytes:{self.text_bytes} scored_bytes:{self.scored_bytes} "
               f"bytes_lost_frac:{1 - self.scored_bytes / max(self.text_bytes, 1):.6f} "
               + " ".join(f"{kind}_differences:{count}" for kind, count in self.counts.items())
               + f" outer_characters_that_only_the_tokenizer_strips:{self.outer_characters}")  # fmt: skip
         if any(self.counts.values()):
-            raise DataError(folder, f"differences {self.counts}", "none",
-                            "give the list the shards were made from, or export the folder again")
+            raise DataError(
+                folder,
+                f"differences {self.counts}",
+                "none",
+                "give the list the shards were made from, or export the folder again",
+            )
 
 
 def strip_as_tokenizer(text: str, tokenizer: sentencepiece.SentencePieceProcessor) -> str:
-    """The part of the text that its tokens cover: without the characters at its ends that the tokenizer's normalisation turns
-    into blanks or into nothing. Of the latter, those right after the last visible character belong to it."""
+    """The part of the text that its tokens cover: without the characters at its ends that the tokenizer's normalisation
+    turns into blanks or removes. Removed characters directly after the last visible one belong to that part."""
 
     def is_invisible(character: str) -> bool:
         return not tokenizer.normalize(character).strip("▁")

@@ -17,6 +17,7 @@ Nothing in a folder is executed or imported. Exit status: 0 nothing failed, 1 a 
 
 import argparse
 import ast
+import functools
 import json
 import math
 import re
@@ -33,6 +34,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
+from script import definitions
 from variants import VAL_DOCUMENTS, VARIANTS
 
 from records.claims import other_numbers, readme_tables, stated_in_logs
@@ -50,7 +52,7 @@ from records.folder import (
     read_folder,
 )
 from records.logs import RunLog, Score, logged_source
-from records.own import definitions, is_own, result_in_log, texts_from_logs
+from records.own import is_own, result_in_log, texts_from_logs
 from records.texts import RECORD_P
 
 # The limits of the challenge, from the script that every run has to keep them in.
@@ -153,7 +155,9 @@ def script_compiles(folder: Folder) -> Finding:
     if not problem:
         older = version(stated) < version(here) if stated else False
         message = compile_elsewhere(path, f"python{stated}") if older else ""
-        return fail(f"does not compile with Python {stated}: {message}") if message else ok(f"{len(folder.script)} bytes")
+        return (
+            fail(f"does not compile with Python {stated}: {message}") if message else ok(f"{len(folder.script)} bytes")
+        )
     if stated and version(stated) <= version(here):
         return fail(f"does not compile with Python {stated}, which a log states: {problem}")
     newer = stated or "3.12"
@@ -566,9 +570,15 @@ def same_source(folder: Folder) -> Finding:
 def same_program(a: bytes, b: bytes) -> bool:
     """Whether two scripts differ in comments, docstrings and layout only."""
     try:
-        return ast.dump(without_docstrings(ast.parse(a))) == ast.dump(without_docstrings(ast.parse(b)))
+        return program(a) == program(b)
     except UNPARSABLE:
         return False
+
+
+@functools.lru_cache(maxsize=4)  # logs of one folder hold the same script
+def program(script: bytes) -> str:
+    """The tree of a script without docstrings, as text. Raises one of UNPARSABLE."""
+    return ast.dump(without_docstrings(ast.parse(script)))
 
 
 def score_in_logs(folder: Folder) -> Finding:

@@ -24,8 +24,8 @@ class Figure(NamedTuple):
 
 
 class Quantity(NamedTuple):
-    """One kind of figure. `logged` gives what a log says of it, the first being what means are made of; the others are
-    what people also call by that name."""
+    """One kind of figure. `logged` gives the figures of a log that have this name: the first is the one that means are
+    computed from, the others are further ones that people call by it."""
 
     name: str
     logged: Callable[[RunLog], list[Figure]]
@@ -35,7 +35,7 @@ class Quantity(NamedTuple):
     largest: tuple[str, ...] = ()
     common: tuple[str, ...] = ()  # keys that hold the same number for all seeds, or that of one of them
     std: str = ""
-    slack: float = 0.0  # relative: clocks that start a little earlier or later
+    slack: float = 0.0  # relative tolerance, for clocks that do not start at the same moment
 
 
 def facts(log: RunLog, *names: str, unit: float = 0.0) -> list[Figure]:
@@ -284,7 +284,7 @@ def readme_tables(folder: Folder) -> Finding:
 
 
 def any_figures(quantity: Quantity, log: RunLog) -> list[Figure]:
-    """What a README may mean: any score of the log where a column is of bits, for its names are free."""
+    """The figures that a README column may mean: for scores, whose columns have many names, any score of the log."""
     found = quantity.logged(log)
     return found + bits(log.scores) if quantity.name.startswith("bpb") else found
 
@@ -295,7 +295,7 @@ def in_log(cell: Cell, known: list[Figure], quantity: Quantity) -> bool:
 
 
 def logged_as(cell: Cell, known: list[Figure], quantity: Quantity) -> str:
-    """What a message gives as the figure of the log: of scores, whose columns have any name, the nearest one."""
+    """The figure of the log that a message names: for scores, whose columns have many names, the nearest one."""
     near = min(known, key=lambda k: abs(k.value - cell.value))
     return show((near if quantity.name.startswith("bpb") else known[0]).value)
 
@@ -315,7 +315,7 @@ def seed_findings(folder: Folder, table: Table, index: int, quantity: Quantity |
 
 
 def value_findings(folder: Folder, column: str, quantity: Quantity | None, cell: Cell | None) -> list[Finding]:
-    """A row of a name and a value, which may be of any run or the mean of all."""
+    """A row of a name and a value. The value may be of any run, or the mean of all."""
     if not quantity or not cell:
         return []
     each = [figures for log in folder.logs if (figures := any_figures(quantity, log))]
@@ -441,7 +441,8 @@ def every_figure(logs: list[RunLog]) -> list[Figure]:
 
 
 def looked_up(figure: Figure, text: str, pool: list[Figure]) -> bool:
-    """Whether a number that is long enough is one of these, known as exactly, or a thousand times one: milliseconds."""
+    """Whether a number of enough digits is one of these, or a thousand times one (milliseconds). Known figures with
+    fewer decimals are left out."""
     if len(re.sub(r"\D", "", text).lstrip("0")) < FEWEST_DIGITS:
         return False
     both = figure, Figure(figure.value / 1000, figure.unit / 1000)

@@ -26,7 +26,7 @@ class FolderError(ValueError):
 
 @functools.lru_cache(maxsize=2)
 def parsed(script: bytes) -> ast.Module:
-    """The tree of a script, which nobody may change. Raises one of UNPARSABLE."""
+    """The tree of a script; shared, so it must not be changed. Raises one of UNPARSABLE."""
     return ast.parse(script)
 
 
@@ -65,8 +65,8 @@ class Folder:
 
     @functools.cached_property
     def spare_logs(self) -> list[RunLog]:
-        """Further logs of the folder, as of an evaluation apart or of a repetition; read only when a figure is in none
-        of `logs`."""
+        """Further logs of the folder, as of a separate evaluation or a repetition; read when a figure is in none of
+        `logs`."""
         known = {log.path for log in self.logs}
         return [log for file in log_files(self.path) if file not in known and (log := named_log(file)).scores]
 
@@ -140,8 +140,8 @@ def decimals(value: float) -> int:
 
 
 def agree(stated: float, exact: float, digits: int = 8) -> bool:
-    """Whether a stated number is the exact one, rounded or cut to the digits it is stated with, two decimals at least;
-    both are known to `digits` decimals at most."""
+    """Whether a stated number is the exact one, rounded or cut to the decimals of the stated one, at least two. Both
+    are known to at most `digits` decimals."""
     places = max(decimals(stated), 2)
     unit, gap = 10.0 ** -min(places, digits), abs(stated - exact)
     if places > digits:
@@ -245,7 +245,7 @@ def log_files(path: Path) -> list[Path]:
 
 
 def named_log(file: Path) -> RunLog:
-    """A log, with the seed of its name beside the one that it tells."""
+    """A log, with the seed in its file name beside the one in its text."""
     log, named = read_log(file), re.search(r"(?:seed|_s)[_-]?(\d+)", file.name)
     if named:
         log.facts.setdefault("seed", int(named[1]))
@@ -286,7 +286,7 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A Markdown table with a column of seeds, or one of names and values turned round to a single row."""
+    """A Markdown table with a column of seeds, or one of names and values, transposed to a single row."""
 
     columns: list[str]  # names in lower case, without marks
     rows: dict[str, list[Cell | None]]  # by seed, or "mean", "std", "value"

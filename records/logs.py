@@ -1,7 +1,7 @@
 """Reads training logs of Parameter Golf: those of this repository and those that other people's scripts print.
 
 One table, FACTS, says which line states which fact; another, SCORE, how a line states a score. Both work on the log
-alone: nothing of a record folder is ever executed. Three families are known (sections names as in the challenge):
+alone; nothing of a record folder is executed. Three families are known, named after when they were common:
 
     ours    `event key:value ...` lines, the source at the head, `result {json}` at the end
     march   `step:100/20000 train_loss:...`, source and a row of `=` at the head of some
@@ -163,8 +163,8 @@ class RunLog:
 
     @property
     def timed(self) -> list[tuple[str, float]]:
-        """Label and seconds of each evaluation behind training, in the order of the log; one that two lines report, the
-        second with more digits, counted once."""
+        """Label and seconds of each evaluation after training, in the order of the log. An evaluation that two lines
+        report, the second with more digits, is counted once."""
         found: list[tuple[str, float]] = []
         for score in self.scores:
             last_seconds = found[-1][1] if found else -math.inf
@@ -174,7 +174,7 @@ class RunLog:
 
     @property
     def passes(self) -> list[tuple[str, float]]:
-        """Those over the compressed model that are no mere diagnostics."""
+        """Evaluations of the compressed model, without diagnostic ones."""
         kinds = {score.label: score.kind for score in self.scores}
         return [(n, s) for n, s in self.timed if kinds[n] in ("quantized", "final") and "diagnostic" not in n]
 
@@ -239,7 +239,7 @@ def parse_log(text: str, path: Path = Path("log")) -> RunLog:
 
 
 def split_script(chunk: str) -> tuple[str, str]:
-    """The script at the head of a stretch of a log, which ends with its main guard if it has one, and what follows."""
+    """The script at the head of a part of a log, up to its main guard if it has one, and the rest of that part."""
     if not re.search(r"^import torch$", chunk, re.M) or not re.search(r"^def \w+\(", chunk, re.M):
         return "", chunk
     guard = re.search(r"^if __name__ == .*\n(?:[ \t]+.*\n|\n)*", chunk + "\n", re.M)

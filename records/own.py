@@ -1,10 +1,10 @@
-"""A folder that records/pack.py made, against itself: its logs, line by line, and its texts, made again from them.
+"""Consistency of a folder that records/pack.py made: its logs line by line, and its texts, made again from the logs.
 
-A log of ours ends with a `result` line from which everything in the folder comes. `result_in_log` holds that line
-against the lines that stages wrote when they were done, and `texts_from_logs` the texts against the `result` lines.
+A log of this repository's script ends with a `result` line, from which everything in the folder is made.
+`result_in_log` compares that line with the lines that the stages wrote, `texts_from_logs` the texts with the `result`
+lines.
 """
 
-import ast
 import json
 import math
 import re
@@ -16,8 +16,8 @@ from records import texts
 from records.finding import Finding, fail, ok, unknown, warn, worst
 from records.folder import Comparison, Folder
 from records.logs import RunLog, logged_source
+from records.texts import ARTIFACT_LIMIT_BYTES
 
-SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
 LN2 = math.log(2)
 MALFORMED = (
     LookupError,
@@ -54,7 +54,7 @@ JUDGED = {
     "weights_from_artifact": "scored_sha256",
     "hardware": "hardware",
 }
-# Of these, found has to be the limit.
+# Rules in which `found` must equal the limit.
 EQUAL = ("scored_targets", "single_pass", "scored_bytes", "score_before_update", "weights_from_artifact")
 # label of the table at the end of a log -> keys of the result whose values stand in that row
 TABLE = {
@@ -71,19 +71,6 @@ TABLE = {
 
 def is_own(folder: Folder) -> bool:
     return bool(folder.logs) and all(log.style == "ours" for log in folder.logs)
-
-
-def definitions(*names: str) -> dict[str, Any]:
-    """Functions and constants of this repository's train_gpt.py, by name, without loading all that it imports."""
-
-    def defined(node: ast.stmt) -> set[str]:
-        targets = node.targets if isinstance(node, ast.Assign) else [node]
-        return {getattr(target, "id", getattr(target, "name", "")) for target in targets}
-
-    tree, scope = ast.parse(SCRIPT.read_text()), {"ast": ast}
-    tree.body = [node for node in tree.body if defined(node) & set(names)]
-    exec(compile(tree, SCRIPT.name, "exec"), scope)
-    return {name: scope[name] for name in names}
 
 
 def shown(key: str, value: Any) -> str:
@@ -198,7 +185,7 @@ def problems_with_lines(log: RunLog, result: dict[str, Any]) -> Iterator[str]:
 
 
 def problems_with_sums(log: RunLog, result: dict[str, Any]) -> Iterator[str]:
-    """What the result states twice, or what follows from other parts of it."""
+    """Values that the result states twice, or that follow from other parts of it."""
     r, settings = result, log.settings[-1]
     submitted = r["submitted"]
     per_byte = r["val_targets"] / r["val_bytes"] / LN2
@@ -317,9 +304,9 @@ def problems_with_table(log: RunLog, result: dict[str, Any]) -> Iterator[str]:
 
 
 def displays(text: str, value: float | None) -> bool:
-    """Whether a number of the table is this value with so many decimals; None stands for a constant."""
+    """Whether a number of the table is this value with so many decimals; None stands for the limit."""
     places = len(text.split(".")[1]) if "." in text else 0
-    return text.replace(",", "") == ("16000000" if value is None else f"{value:.{places}f}")
+    return text.replace(",", "") == (str(ARTIFACT_LIMIT_BYTES) if value is None else f"{value:.{places}f}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -327,7 +314,7 @@ def displays(text: str, value: float | None) -> bool:
 # ------------------------------------------------------------------------------------------------------------
 
 COMPARED = ("comparison_baseline", "delta_vs_leaderboard_bpb", "delta_vs_leaderboard_nats", "p_value")
-FREE = "\0"  # stands where a text has words that no run says
+FREE = "\0"  # in place of words of the author
 
 
 def texts_from_logs(folder: Folder, comparison: Comparison | None = None) -> Finding:
@@ -371,7 +358,7 @@ def words_of(folder: Folder, runs: list[texts.SeedRun]) -> texts.Words:
 
 def submission_finding(folder: Folder, expected: dict[str, Any], comparison: Comparison | None) -> Finding:
     stated = json.loads(json.dumps(folder.submission))
-    if not comparison:  # it takes the other folder to compute these
+    if not comparison:  # computed from the other folder, which is not given
         expected |= {key: stated[key] for key in COMPARED if key in stated}
     expected = json.loads(json.dumps(expected))
     odd = [key for key in expected.keys() | stated.keys() if expected.get(key, FREE) != stated.get(key, FREE)]
@@ -380,7 +367,7 @@ def submission_finding(folder: Folder, expected: dict[str, Any], comparison: Com
 
 
 def readme_finding(readme: str, expected: str) -> Finding:
-    """The README is the expected text, where FREE stands for any words, also none with the heading before it."""
+    """Whether the README is the expected text. FREE stands for any words; without words, its heading is left out."""
     head, middle, _ = expected.split(FREE)
     middle = middle.removesuffix("\n\n## Credits\n\n").strip("\n")
     free = re.escape("No reference was given.")

@@ -10,8 +10,8 @@ bits per byte by position and by document, times, rules and settings. A comparis
 pairs the runs, by seed and by document (records/paired.py). Any run folder will do, of any preset and tokenizer;
 what a run has not written (a stage that did not run, an older script) is left out.
 
-A figure of the page that stands in result.json carries its key and its full value (data-key, data-value). The text of
-documents is shown where the run's tokenizer and validation shards are still where its settings say.
+A figure from result.json carries its key and its full value as attributes (data-key, data-value). The text of documents
+is shown if the run's tokenizer and validation shards are still where its settings say.
 
 Exit status: 0 written, 2 a mistake in the arguments or files.
 """
@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +36,8 @@ import jinja2
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from script import definitions, settings_of
+from variants import VARIANTS, variant_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -57,7 +60,7 @@ from records.paired import (
 )
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-LIMIT_BYTES = 16_000_000  # where a result does not say
+LIMIT_BYTES: int = definitions("ARTIFACT_LIMIT_BYTES")["ARTIFACT_LIMIT_BYTES"]
 # file -> a key of result.json without which it is of an earlier run in this folder; in the order of RunFiles
 TABLES = {"steps.csv": "steps", "tensors.csv": "artifact_bytes", SCORES_FILE: "submitted", "positions.csv": "submitted"}
 # kind of score -> what the page calls it, and the step that leads to it; in the order in which they follow each other
@@ -73,10 +76,9 @@ MOST_PAIRS = 4  # scatter plots in a comparison
 EXTREMES, EXCERPT_CHARS = 10, 360  # documents in the lists, and characters of each
 FEWEST_BYTES = 100  # of a document in the lists: single bits decide about shorter ones
 MOST_POINTS, MOST_CIRCLES = 1200, 1500  # of a curve; of a scatter plot before it becomes an image
-# Settings that name a place or a run, or say how to look at it: no difference between two systems.
-NOT_COMPARED = set(
-    "run_id runs_dir stages seed report checkpoint_seconds data_dir train_log_every val_loss_every compile".split()
-)
+# Settings that no result depends on are not compared, except those that change the speed.
+SPEED = {"attn_backend", "compile", "kernels", "row_tokens", "val_batch_tokens"}
+NOT_COMPARED = settings_of("RUN", "DATA") - SPEED | {"seed"}
 # Okabe and Ito's colours, which stay apart for colour-blind readers; grey for what is only reference.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 COLOURS, GREY, INK = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY), "#8a93a0", "#1f2933"
@@ -215,14 +217,18 @@ def text_reader(run: RunFiles) -> Callable[[int], str]:
     if not values or "val_targets" not in run.result:
         return lambda number: ""
     size, data = values["vocab_size"], Path(values["data_dir"])
-    folder = Path(values["data_path"] or data / "datasets" / f"fineweb10B_sp{size}")
-    model = Path(values["tokenizer_path"] or data / "tokenizers" / f"fineweb_{size}_bpe.model")
+    kinds = {name: values.get(name) == "True" for name in ("caseops_enabled", "marker_pair_mode")}
+    variant = VARIANTS.get(variant_of(SimpleNamespace(vocab_size=size, **kinds)))
+    if not variant and not (values["data_path"] and values["tokenizer_path"]):
+        return lambda number: ""
+    folder = Path(values["data_path"] or data / "datasets" / variant.dataset)
+    model = Path(values["tokenizer_path"] or data / "tokenizers" / variant.tokenizer)
     try:
         import caseops
         import shards
 
         tokens, tokenizer = shards.read_split(folder, "val"), shards.load_tokenizer(model)
-        pairs = caseops.MarkerPairs.of(tokenizer) if values.get("marker_pair_mode") == "True" else None
+        pairs = caseops.MarkerPairs.of(tokenizer) if kinds["marker_pair_mode"] else None
     except (ValueError, OSError):
         return lambda number: ""
     if len(tokens) != run.result["val_targets"] + 1:
@@ -304,8 +310,8 @@ def by_layer(tensors: dict[str, np.ndarray], value: str) -> tuple[np.ndarray, li
 
 
 def matrix_errors(tensors: dict[str, np.ndarray]) -> tuple[np.ndarray, bool]:
-    """(layers, kinds) of relative errors, and whether they are those of outputs: so where all quantised matrices have
-    one. What stays in half precision counts as exact."""
+    """(layers, kinds) of relative errors, and whether they are errors of outputs, which is so if all quantised matrices
+    have one. Matrices in half precision count as exact."""
     weight, output = (by_layer(tensors, f"{of}_error")[0] for of in ("weight", "output"))
     exact = np.isnan(weight)
     weighted = not np.isnan(output[~exact]).any()
@@ -644,11 +650,10 @@ class Group(NamedTuple):
 def difference_label(run: RunFiles, runs: Sequence[RunFiles]) -> str:
     """PRESET+KEY=VALUE+...: what was set for this run, but not for all."""
     given = {name: value for name, (value, origin) in run.origins.items() if origin.startswith("environment")}
-    places = {"data_path", "tokenizer_path"}
     parts = []
     for name, value in sorted(given.items()):
         same = all(other.settings.get(name.lower()) == run.settings.get(name.lower()) for other in runs)
-        if name.lower() in run.settings and not same and name.lower() not in NOT_COMPARED | places:
+        if name.lower() in run.settings and not same and name.lower() not in NOT_COMPARED:
             parts.append(f"{name.upper()}={value}")
     return "+".join([run.result["preset"], *parts])
 

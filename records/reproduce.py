@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Runs the system of a record folder, and sets the measured figures beside those of its authors.
+"""Runs the system of a record folder, and prints the measured figures beside those of its authors.
 
     ./run.sh records/2026-04-29_MLPGateOut 42                       seed 42; without a seed, the first published one
     PRESET=fork5_twin ./run.sh records/2026-03-20_11L_MLP3x_int6    another preset of the same folder
     ITERATIONS=4826 MAX_WALLCLOCK_SECONDS=0 ./run.sh records/2026-04-29_MLPGateOut    other hardware, same schedule
 
 The folder holds settings.env (what the run sets; variables of the caller win) and published.json (what the authors
-wrote). The job itself is started by ./run.sh without words. Its figures and the published ones are printed as a table
-and written to runs/<RUN_ID>/comparison.json. Where a folder has no published.json, as for a system of our own, the job
-runs all the same and there is nothing to compare.
+wrote). The job itself is started by ./run.sh without arguments. Its figures and the published ones are printed as a
+table and written to runs/<RUN_ID>/comparison.json. A folder without published.json, such as one of our own, is run
+without a comparison.
 
-Exit status: that of the run, or 2 for a mistake in the words, the folder, the settings or the data.
+Exit status: that of the run, or 2 for a mistake in the arguments, the folder, the settings or the data.
 """
 
 import argparse
@@ -27,11 +27,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
+from script import settings_of
 from variants import VAL_DOCUMENTS, VARIANTS, find_variant, variant_of
 
 from train_gpt import FIELDS, Config, TokenStream, UserError, load_config, load_validation
 
-COMMAND = ["./run.sh"]  # without words: it chooses between torchrun and one process
+COMMAND = ["./run.sh"]  # without arguments: it chooses between torchrun and one process
 FIGURES = {  # keys of result.json that are compared, and how they are shown
     "prequant_val_bpb": ".5f",  # averaged weights, before quantisation
     "quantized_val_bpb": ".5f",  # the artifact, windows side by side
@@ -43,9 +44,8 @@ FIGURES = {  # keys of result.json that are compared, and how they are shown
     "eval_seconds": ",.1f",
 }
 FEWER_STEPS = 0.98  # of the published mean: seeds of one system differ by 0.3 %
-# Settings that say where, what, or how often something is logged. Data is judged by its counts instead.
-NEUTRAL = "seed run_id runs_dir stages data_dir data_path tokenizer_path compile attn_backend checkpoint_seconds"
-NEUTRAL = {*NEUTRAL.split(), "train_log_every", "val_loss_every"}
+# Settings that no result depends on. The data are judged by their counts; training depends on ROW_TOKENS a little.
+NEUTRAL = settings_of("RUN", "DATA") - {"row_tokens"} | {"seed"}
 
 
 def read_settings(path: Path) -> dict[str, str]:
@@ -126,7 +126,7 @@ def how_to_get(name: str, root: Path) -> str:
 def launch(command: list[str], env: Mapping[str, str]) -> int:
     """Runs the job to its end and returns its exit status, 128 + n when signal n ended it."""
     job = subprocess.Popen(command, cwd=ROOT, env=env)
-    # The job saves its state when it is stopped. A terminal's Ctrl-C reaches it without us, a scheduler's SIGTERM not.
+    # The job saves its state when it is stopped. It gets a terminal's Ctrl-C by itself, but not a scheduler's SIGTERM.
     before = {signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None)}
     before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda number, frame: job.send_signal(number))
     try:
@@ -153,7 +153,7 @@ def differences(result: dict[str, Any], table: dict[str, Any], plain: Config, co
 def compare(table: dict[str, Any], result: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     """Figure -> published for the run's seed and as a mean, measured, and measured minus the mean (None: not known).
 
-    The mean is what a run is held against: the same seed does not give the same initial weights in two scripts.
+    A run is compared with the mean, because the same seed does not give the same initial weights in two scripts.
     """
     of_seed, rows = table["seeds"].get(str(result["seed"]), {}), {}
     for figure in FIGURES:

@@ -14,10 +14,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from script import definitions
+
 from records.folder import Comparison, parsed
 from records.logs import RunLog
 
 ROOT = Path(__file__).resolve().parent.parent
+ARTIFACT_LIMIT_BYTES = definitions("ARTIFACT_LIMIT_BYTES")["ARTIFACT_LIMIT_BYTES"]
 RECORD_P = 0.01  # of the written test (README)
 # Environment settings that name a place or a run; all others are recorded in settings.env as they were.
 PLACES = ("data_dir", "data_path", "tokenizer_path")
@@ -262,8 +265,8 @@ def readme(runs: list[SeedRun], words: Words, comparison: Comparison | None, tok
     set_by_hand = [f"`{name.upper()}={value}`" for name, value in by_hand if name not in NOT_RECORDED]
     sections = [
         f"# {title}: {words.name} — val_bpb {mean(runs, 'val_bpb'):.4f} ({len(runs)}-seed mean)",
-        f"{headline}; at most {largest:,} of 16,000,000 bytes, of which {one.result['code_bytes']:,} are code;"
-        f" {one.result['hardware']}.",
+        f"{headline}; at most {largest:,} of {ARTIFACT_LIMIT_BYTES:,} bytes, of which"
+        f" {one.result['code_bytes']:,} are code; {one.result['hardware']}.",
         words.blurb,
         "## Results",
         results_table(runs),

@@ -17,7 +17,9 @@ import variants  # isort: skip
 
 T, A, N, E = caseops.OPERATORS
 # Arbitrary Unicode, and texts in which the interesting characters are frequent.
-TEXTS = st.text() | st.text(alphabet="abCDé 1'\n\ue001\ue002\ue003\ue004Ａİſ") | st.text(alphabet=[T, A, N, E, "a", "B"])
+TEXTS = (
+    st.text() | st.text(alphabet="abCDé 1'\n\ue001\ue002\ue003\ue004Ａİſ") | st.text(alphabet=[T, A, N, E, "a", "B"])
+)
 EXAMPLES = [("Red cat", f"{T}red cat"), ("USA", f"{A}usa"), ("I", f"{T}i"), ("X-ray", f"{T}x-ray"), ("eBook", f"e{N}book"),
             ("DeLuxe", f"{T}de{N}luxe"), ("PhDs", f"{T}ph{N}ds"), ("Ünder", "Ünder"), ("ÉCOLE", f"É{A}cole"), ("", ""),
             ("B2B", f"{T}b2{T}b"), ("don'T", f"don'{T}t"), (A, E + A), ("ABc", f"{T}a{N}bc"), ("aBC", f"a{N}b{N}c"),
@@ -79,7 +81,22 @@ def test_documents_do_not_influence_each_other(texts):
     assert caseops.encode_documents(raw) == [caseops.encode_bytes(text) for text in raw]
 
 
-BAD = [T, A, N, E, f"{T}1", f"{A} a", f"{N}é", f"a{T}b", f"a{A}b", f"{T}{T}a", f"{N}{T}a", f"{N}{N}a", f"{T}{A}a", f"ab{A}"]
+BAD = [
+    T,
+    A,
+    N,
+    E,
+    f"{T}1",
+    f"{A} a",
+    f"{N}é",
+    f"a{T}b",
+    f"a{A}b",
+    f"{T}{T}a",
+    f"{N}{T}a",
+    f"{N}{N}a",
+    f"{T}{A}a",
+    f"ab{A}",
+]
 
 
 @pytest.mark.parametrize("bad", BAD)

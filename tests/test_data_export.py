@@ -35,7 +35,9 @@ def place(tmp_path_factory):
 def run(place, out, model="plain.model", **options):
     folder, _ = place
     tokenizer = {} if "train_tokenizer" in options else {"tokenizer": folder / model}
-    return export.export(export.Options(**({"docs": [folder / "docs.jsonl"], "out": out, "val_docs": VAL_DOCS} | tokenizer | options)))
+    return export.export(
+        export.Options(**({"docs": [folder / "docs.jsonl"], "out": out, "val_docs": VAL_DOCS} | tokenizer | options))
+    )
 
 
 def contents(folder):
@@ -61,7 +63,9 @@ def test_tokens_are_bos_and_pieces_of_every_document_in_order(place, tmp_path):
     assert sorted(contents(tmp_path / "out")) == names
 
 
-@pytest.mark.parametrize("options", [{}, {"caseops": True, "mp3": True, "model": "caseops.model"}], ids=["plain", "mp3"])
+@pytest.mark.parametrize(
+    "options", [{}, {"caseops": True, "mp3": True, "model": "caseops.model"}], ids=["plain", "mp3"]
+)
 def test_two_processes_write_the_same_bytes_as_one(place, tmp_path, options, monkeypatch):
     monkeypatch.setattr(documents, "BATCH_DOCUMENTS", 37)  # many batches; the parent alone makes them
     for workers in (1, 2):
@@ -76,7 +80,9 @@ def test_stopping_early_is_exact_for_any_number_of_processes(place, tmp_path, mo
     for workers in (1, 2):
         manifest = run(place, tmp_path / str(workers), workers=workers, shard_tokens=3000, max_train_shards=2)
         assert manifest["splits"]["train"]["tokens"] == 6000
-        assert manifest["splits"]["train"]["documents"] == np.count_nonzero(all_tokens(tmp_path / "whole", "train")[:6000] == 1)
+        assert manifest["splits"]["train"]["documents"] == np.count_nonzero(
+            all_tokens(tmp_path / "whole", "train")[:6000] == 1
+        )
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     assert whole["splits"]["train"]["tokens"] > 6000
 
@@ -87,15 +93,22 @@ def test_caseops_and_mp3_agree_with_their_parts(place, tmp_path):
     fused = run(place, tmp_path / "mp3", "caseops.model", caseops=True, mp3=True)
     tokenizer = load(toy_model(with_operators=True))
     val = all_tokens(tmp_path / "caseops", "val")
-    assert val.tolist() == [token for text in texts[:VAL_DOCS] for token in (1, *tokenizer.encode(caseops.encode(text)))]
+    assert val.tolist() == [
+        token for text in texts[:VAL_DOCS] for token in (1, *tokenizer.encode(caseops.encode(text)))
+    ]
     pairs = caseops.MarkerPairs.of(tokenizer)
     for split in ("val", "train"):
-        assert np.array_equal(pairs.expand(all_tokens(tmp_path / "mp3", split)), all_tokens(tmp_path / "caseops", split))
+        assert np.array_equal(
+            pairs.expand(all_tokens(tmp_path / "mp3", split)), all_tokens(tmp_path / "caseops", split)
+        )
     sidecar = all_tokens(tmp_path / "caseops", "val_bytes")
     assert np.array_equal(pairs.fuse(val, sidecar)[1], all_tokens(tmp_path / "mp3", "val_bytes"))
     assert not sidecar[val == 1].any() and sidecar.sum() == plain["sidecar_bytes"] == fused["sidecar_bytes"]
     assert json.loads((tmp_path / "mp3/alias_map.json").read_text()) == pairs.alias_map()
-    assert shards.list_shards(tmp_path / "caseops", "val_bytes") and not (tmp_path / "caseops/fineweb_train_bytes_000000.bin").exists()
+    assert (
+        shards.list_shards(tmp_path / "caseops", "val_bytes")
+        and not (tmp_path / "caseops/fineweb_train_bytes_000000.bin").exists()
+    )
     assert fused["splits"]["train"]["tokens"] < plain["splits"]["train"]["tokens"]
 
 
@@ -238,7 +251,11 @@ def test_command_line(place, tmp_path):
     assert result.returncode == 0 and "warning:val_docs:40" in result.stdout and "bytes_per_token:" in result.stdout
     result = subprocess.run([*command, "--val-docs", "40"], capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    for bad in (["--val-docs", "0"], ["--val-docs", "40", "--workers", "0"], ["--val-docs", "40", "--shard-tokens", "-5"]):
+    for bad in (
+        ["--val-docs", "0"],
+        ["--val-docs", "40", "--workers", "0"],
+        ["--val-docs", "40", "--shard-tokens", "-5"],
+    ):
         with pytest.raises(shards.DataError, match="1 or more"):
             export.parse_options([*map(str, command[2:]), *bad])
 
@@ -254,7 +271,10 @@ def test_fusing_shards_equals_exporting_fused_documents(place, tmp_path):
         assert {name: found[name] for name in found if name != "manifest.json"} == {
             name: expected[name] for name in expected if name != "manifest.json"}  # fmt: skip
         for split, numbers in json.loads(expected["manifest.json"])["splits"].items():
-            assert manifest["splits"][split].items() >= {key: numbers[key] for key in ("tokens", "documents", "shards")}.items()
+            assert (
+                manifest["splits"][split].items()
+                >= {key: numbers[key] for key in ("tokens", "documents", "shards")}.items()
+            )
 
 
 def test_fusing_refuses_what_is_not_caseops(place, tmp_path):

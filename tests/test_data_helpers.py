@@ -54,7 +54,9 @@ def without_space_piece(model: bytes) -> bytes:
 @cache
 def many_space_model() -> bytes:
     """A tokenizer that keeps runs of blanks and has pieces that begin with several of them."""
-    texts = [f"{' ' * (1 + i % 4)}return {'    ' if i % 2 else '  '}value {i % 7}" for i in range(400)] + list(sample_texts()[:300])
+    texts = [f"{' ' * (1 + i % 4)}return {'    ' if i % 2 else '  '}value {i % 7}" for i in range(400)] + list(
+        sample_texts()[:300]
+    )
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_writer=model, vocab_size=700, model_type="bpe", byte_fallback=True, pad_id=0,

@@ -21,7 +21,6 @@ import own_text  # isort: skip
 import shards  # isort: skip
 
 
-
 @functools.cache
 def some_texts():
     """A hundred chapters of the language reference."""
@@ -92,7 +91,10 @@ def test_shards_are_what_train_gpt_reads(built):
     env = dict(PRESET="tiny", VOCAB_SIZE="512", DATA_PATH=str(folder), TOKENIZER_PATH=str(tokenizer))
     config = tg.load_config(env)[0]
     validation, numbers = tg.load_validation(config), manifest["splits"]
-    assert int(validation.bytes.sum()) == numbers["val"]["bytes"] and len(validation.documents) == numbers["val"]["documents"]
+    assert (
+        int(validation.bytes.sum()) == numbers["val"]["bytes"]
+        and len(validation.documents) == numbers["val"]["documents"]
+    )
     assert len(tg.TokenStream(folder, "train", 512)) == numbers["train"]["tokens"]
     assert 0.05 < numbers["val"]["bytes"] / (numbers["val"]["bytes"] + numbers["train"]["bytes"]) < 0.12
     decode = shards.load_tokenizer(tokenizer).decode
@@ -151,6 +153,9 @@ def test_run_sh_passes_the_folder_on(tmp_path):
     (tmp_path / "venv" / "bin" / "python").chmod(0o755)
     (tmp_path / "venv" / "installed-requirements.txt").write_bytes((ROOT / "requirements.txt").read_bytes())
     (tmp_path / "empty").mkdir()
-    for options, said in ((["--text", "empty"], f"{tmp_path}/empty: found no text file"), (["--text"], "needs a folder")):
+    for options, said in (
+        (["--text", "empty"], f"{tmp_path}/empty: found no text file"),
+        (["--text"], "needs a folder"),
+    ):
         done = subprocess.run([ROOT / "run.sh", *options], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -69,7 +69,9 @@ def test_sidecar_is_never_a_token_shard(tmp_path):
 def test_a_gap_in_the_numbers_is_refused(tmp_path):
     for index in (0, 2):
         shards.write_shard(shards.shard_path(tmp_path, "train", index), tokens_of(5))
-    with pytest.raises(shards.DataError, match="fineweb_train_000002.bin in place 1; expected fineweb_train_000001.bin"):
+    with pytest.raises(
+        shards.DataError, match="fineweb_train_000002.bin in place 1; expected fineweb_train_000001.bin"
+    ):
         shards.list_shards(tmp_path, "train")
     with pytest.raises(shards.DataError, match="no such folder"):
         shards.list_shards(tmp_path / "nowhere", "train")
@@ -137,8 +139,15 @@ def test_tokenizer_training_is_deterministic_and_has_the_settings_of_the_challen
     assert [tokenizer.pad_id(), tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.unk_id()] == [0, 1, 2, 3]
     assert tokenizer.vocab_size() == 600
     assert [tokenizer.id_to_piece(token) for token in (4, 5, 6)] == ["\ue001", "\ue002", "<0x00>"]
-    assert tokenizer.decode(tokenizer.encode("  2024 漢字\n\nﬁ ")) == "2024 漢字 fi"  # byte fallback, NFKC, folded white space
-    assert [piece for piece in tokenizer.encode("a 2024", out_type=str) if any(map(str.isdigit, piece))] == ["2", "0", "2", "4"]
+    assert (
+        tokenizer.decode(tokenizer.encode("  2024 漢字\n\nﬁ ")) == "2024 漢字 fi"
+    )  # byte fallback, NFKC, folded white space
+    assert [piece for piece in tokenizer.encode("a 2024", out_type=str) if any(map(str.isdigit, piece))] == [
+        "2",
+        "0",
+        "2",
+        "4",
+    ]
     assert tokenizer.encode("the", out_type=str)[0][0] != "▁"  # no blank in front
 
 

@@ -734,7 +734,9 @@ MISTAKES: list[tuple[str, str, dict[str, Any], Callable[[Path], None], str, str]
         "april",
         {},
         lambda folder: [
-            (folder / f"run{i}.txt").write_text((folder / f"train_seed{i}.log").read_text().replace("seed: 3", "seed: 2"))
+            (folder / f"run{i}.txt").write_text(
+                (folder / f"train_seed{i}.log").read_text().replace("seed: 3", "seed: 2")
+            )
             and (folder / f"train_seed{i}.log").unlink()
             for i in SEEDS
         ],

@@ -227,6 +227,26 @@ def test_text_of_case_transformed_data_is_the_original(tmp_path: Path, mp3: bool
                 assert shown and " ".join(text.split()).startswith(" ".join(shown.split()))
 
 
+@pytest.mark.parametrize("env", [{}, {"CASEOPS_ENABLED": "1"}, {"CASEOPS_ENABLED": "1", "MARKER_PAIR_MODE": "1"}])
+def test_texts_are_read_from_the_data_that_a_run_without_paths_reads(
+    tmp_path: Path, env: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shards
+
+    config, asked = tg.load_config({"DATA_DIR": str(tmp_path), **env})[0], []
+
+    def read_split(folder: Path, split: str) -> np.ndarray:
+        asked.append(folder)
+        return np.zeros(10, np.int64)
+
+    monkeypatch.setattr(shards, "read_split", read_split)
+    monkeypatch.setattr(shards, "load_tokenizer", asked.append)
+    monkeypatch.setattr("caseops.MarkerPairs.of", lambda tokenizer: None)
+    settings = {name: str(getattr(config, name)) for name in tg.FIELDS}
+    report.text_reader(report.RunFiles(tmp_path, {"val_targets": 0}, settings, {}, {}, None, None, {}, None))
+    assert asked == [config.dataset_dir, config.tokenizer_file]
+
+
 def test_short_documents_do_not_fill_the_lists_where_there_are_others(runs: list[Path]) -> None:
     run = report.read_run(runs[0])
     sizes = np.where(np.arange(26) < 22, report.FEWEST_BYTES, 3.0)
