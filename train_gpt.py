@@ -420,7 +420,8 @@ PRESETS["pr2135"] = PRESETS["pr1855"] | dict(
 # new ones.
 PRESETS["frontier"] = PRESETS["pr2135"] | dict(
     marker_pair_mode=True, muon_per_head=True, attn_clip_sigmas=11.5, mlp_clip_sigmas=12.25, embed_clip_sigmas=25.0,
-    embed_bits=8, embed_damping=0.04, embed_freq_power=0.25, lqer_left_bits=4, compressor="rans", fit_artifact="fill",
+    embed_bits=8, embed_damping=0.04, embed_freq_power=0.25, lqer_left_bits=4, trellis_states=8,
+    compressor="rans", fit_artifact="fill",
     ttt_chunk_steps="256:12,1024:24,2048:32", ttt_lora_lr=1e-4, token_threshold=0.5,
     token_document_orders="16,8,6,4,3,2",
 )  # fmt: skip
@@ -3786,13 +3787,13 @@ def context_of(kind: int, scale: np.ndarray, prediction: np.ndarray, trellis: Tr
 
 
 def histograms_of(counts: np.ndarray, contexts: np.ndarray, trellis: Trellis) -> Histograms:
-    """Histograms of the contexts from counts (all contexts, symbols).
+    """Histograms of the contexts from counts (all contexts, symbols), whose last row is the sum of all.
 
     Weights: 4 for own counts, 1 for those at the two neighbouring scales, 1 for those of the other grid in the same
     context at the two points half a step away, and a small share of the smoothed sum of all.
     """
     symbols, total, next_scale = counts.shape[1], 1 << RANS_BITS, trellis.predictions
-    sums, width = np.append(0, (2 * counts.sum(0) + 1).cumsum()), symbols // 16
+    sums, width = np.append(0, (2 * counts[-1] + 1).cumsum()), symbols // 16
     smooth = sums[np.minimum(np.arange(symbols) + width + 1, symbols)] - sums[np.maximum(np.arange(symbols) - width, 0)]
     weights = 4 * counts[contexts] + counts[contexts - next_scale] + counts[contexts + next_scale]
     if trellis.grids == 2:
@@ -3902,7 +3903,9 @@ def code_group(
             if shift:
                 here = slice(a % cols, a % cols + b - a)
                 state[here] = trellis.following[2 * state[here] + (values[a:b] >> 1 & 1)]
-        counts[both] += np.bincount(np.concatenate(coded), minlength=counts[both].size).reshape(len(both), -1)
+        new = np.bincount(np.concatenate(coded), minlength=counts[both].size).reshape(len(both), -1)
+        counts[both] += new
+        counts[-1] += new.sum(0)
         begin = end
 
 
@@ -3953,7 +3956,7 @@ def symbol_range(matrices: Sequence[np.ndarray], trellis: Trellis) -> tuple[int,
 def code_stream(coder: RansWriter | RansReader, matrices: list[np.ndarray], trellis: Trellis) -> None:
     """Codes matrices that are not empty, those of equal shape side by side; a reader fills them in."""
     top, largest = code_numbers(coder, np.array(symbol_range(matrices, trellis)), 7).tolist()
-    counts = np.zeros((trellis.grids * trellis.contexts, 2 * top + 1), np.int64)
+    counts = np.zeros((trellis.grids * trellis.contexts + 1, 2 * top + 1), np.int64)
     for shape in dict.fromkeys(m.shape for m in matrices):
         members = [m for m in matrices if m.shape == shape]
         grid = np.concatenate(members, 1).astype(np.int16, order="C")

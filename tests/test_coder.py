@@ -172,6 +172,7 @@ def test_frequencies_are_positive_and_complete(top: int, seed: int, largest: int
     generator = np.random.default_rng(seed)
     counts = generator.integers(0, largest + 1, (5 * tg.PREDICTIONS, 2 * top + 1))
     counts *= generator.random(counts.shape) < 0.3
+    counts[-1] = counts[:-1].sum(0)
     histograms = tg.histograms_of(counts, np.arange(tg.PREDICTIONS, 4 * tg.PREDICTIONS), PLAIN)
     freq, start = histograms.freq, histograms.start
     assert freq.min() >= 1 and (freq.sum(1) == 1 << tg.RANS_BITS).all()
