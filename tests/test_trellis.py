@@ -472,6 +472,6 @@ def test_frontier_runs_on_the_trellis_from_training_to_score(toy_data: ToyData, 
     assert {parts["codes"].dtype for owner, parts in stored.items() if "attn.q" in owner} == {np.dtype(np.int16)}
     log = (tmp_path / "f" / "log.txt").read_text()
     assert "trellis_of_8_states" in log
-    again = tg.main(tg.load_config(env | dict(STAGES="quantize,evaluate"))[0], tg.Run())
-    assert again["artifact_sha256"] == result["artifact_sha256"] and again["val_bpb"] == result["val_bpb"]
+    again = tg.main(tg.load_config(env | dict(STAGES="quantize"))[0], tg.Run())
+    assert again["artifact_sha256"] == result["artifact_sha256"]
     tg.check(dataclasses.replace(config, stages="evaluate"), tg.Run(), QUIET)
