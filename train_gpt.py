@@ -229,7 +229,7 @@ class Config:
     embed_clip_sigmas: float = setting(QUANTIZE, 15.0, 1)
     embed_damping: float = setting(QUANTIZE, 0.0, 0, 1)  # added to the embedding's Hessian, in means of its diagonal
     embed_freq_power: float = setting(QUANTIZE, 0.0, 0, 1)  # finer rows for frequent tokens: step ~ frequency^-this
-    trellis_states: int = setting(QUANTIZE, 0, 0, 16)  # 4, 8 or 16: trellis-coded quantisation; 0: each code rounded alone
+    trellis_states: int = setting(QUANTIZE, 0, 0, 16)  # trellis-coded quantisation with 4, 8 or 16 states; 0: none
     gptq_calibration_batches: int = setting(TRAIN, 16, 1, 100_000)  # training rows behind the Hessians, over all ranks
     mag_prune_frac: float = setting(QUANTIZE, 0.0, 0, 0.99)  # share of each matrix, the smallest weights, set to 0
     fp16_keep_name_patterns: str = setting(LAYOUT, "")  # comma list; matrices with one of these in their name stay fp16
@@ -1850,8 +1850,8 @@ def symmetric(a: Tensor, base: Tensor | None, alpha: float, beta: float) -> Tens
     return out
 
 
-# Trellis-coded quantisation (section CODER): the Viterbi algorithm down the columns of matrices. Plain and fused add and
-# compare the same float32 numbers in the same order, so that they decide alike.
+# Trellis-coded quantisation (section CODER): the Viterbi algorithm down the columns of matrices. Plain and fused add
+# and compare the same float32 numbers in the same order, so they choose the same path.
 
 UNREACHABLE = 1e30  # cost of the states in which no column begins
 
@@ -1866,13 +1866,13 @@ def plain_trellis(costs: Tensor, branches: Tensor) -> Tensor:
     costs = costs.permute(1, 2, 0)[:, classes].contiguous()  # (L, 2 states, N)
     best = costs.new_full((len(before) // 2, costs.size(-1)), UNREACHABLE)
     best[0] = 0
-    second, sums = torch.empty(len(costs), *best.shape, dtype=torch.bool, device=costs.device), torch.empty_like(costs[0])
-    first_branch, second_branch = sums.chunk(2)
+    second = torch.empty(len(costs), *best.shape, dtype=torch.bool, device=costs.device)  # the better branch
+    first_branch, second_branch = (sums := torch.empty_like(costs[0])).chunk(2)
     for cost, chosen in zip(costs.unbind(0), second.unbind(0)):
         torch.index_select(best, 0, before, out=sums).add_(cost)
         torch.lt(second_branch, first_branch, out=chosen)
         torch.minimum(first_branch, second_branch, out=best)
-    branch = torch.arange(len(best), device=costs.device).unsqueeze(1) + len(best) * second  # place in before and classes
+    branch = torch.arange(len(best), device=costs.device).unsqueeze(1) + len(best) * second  # index of `before`
     states = [best.argmin(0, keepdim=True)]  # behind the last row, behind the row before, ...
     for previous in reversed(before[branch].unbind(0)):
         states.append(previous.gather(0, states[-1]))
@@ -1880,7 +1880,7 @@ def plain_trellis(costs: Tensor, branches: Tensor) -> Tensor:
 
 
 def trellis_kernel(costs, branches, decisions, path, L, STATES: tl.constexpr):
-    """One column: forward, keeping a bit per state and row for the better branch; then back from the best last state."""
+    """One column: forward, keeping a bit per row and state for the better branch; back from the best last state."""
     column, branch = tl.program_id(0).to(tl.int64) * L, tl.arange(0, 2 * STATES)
     before, classes = tl.load(branches + branch), tl.load(branches + 2 * STATES + branch)
     states = tl.arange(0, STATES)
@@ -3593,9 +3593,10 @@ def plot_history(history: list[list[float]], path: Path) -> None:
 # file holds none. Interleaved rANS (arXiv:1311.2540, 1402.3392) turns frequencies and codes into bytes. Writer and
 # reader run the same model in integer arithmetic, so the bytes are the same on every machine.
 #
-# With a trellis (trellis-coded quantisation, Marcellin and Fischer 1990; dependent quantisation in VVC) codes lie on two
-# grids of the same step, one shifted by half a step. The codes above a code in its column say which grid it uses, so
-# nothing is sent, and the error at equal bytes falls by about 1 dB. Without a trellis there is one grid; the coder is the same.
+# With a trellis (trellis-coded quantisation, Marcellin and Fischer 1990; dependent quantisation in VVC) codes lie on
+# two grids of the same step, one shifted by half a step. Which grid a code uses follows from the codes above it in its
+# column, so the file does not hold it; the error at equal bytes falls by about 1 dB. Without a trellis the same coder
+# codes one grid.
 # ------------------------------------------------------------------------------------------------------------
 
 RANS_BITS = 14  # the frequencies of a histogram sum to 2^14
@@ -3610,8 +3611,9 @@ LEAST_GAIN = 44  # least cosine^2 * columns of a reference: it saves 32 bits, tw
 ALIKE = ((1, 4), (4, 5))  # least cosine^2 of kinds 2 and 3
 FIRST_BLOCK, BLOCK_SHARE = 64, 8  # contexts and histograms are renewed when an eighth more codes are known
 TRELLIS_SEGMENT = 256  # rows between two starts in state 0, which cost 0.01 dB at this length (at 64: 0.09)
-# States -> what is added (XOR) to the next state when q is 1, and when k is odd: classical rate-1/2 codes, octal 5/2,
-# 13/4 and 23/4. Row t has q[t] = q[t-2] ^ p[t-1], q[t-1] ^ q[t-3] ^ p[t-2] or q[t-1] ^ q[t-4] ^ p[t-2] with p = k mod 2.
+# States -> what is added (XOR) to the next state when q is 1, and when k is odd. These are classical rate-1/2 codes,
+# octal 5/2, 13/4 and 23/4: row t has q[t] = q[t-2] ^ p[t-1], q[t-1] ^ q[t-3] ^ p[t-2], or q[t-1] ^ q[t-4] ^ p[t-2],
+# where p = k mod 2. 0 states: one grid.
 TRELLIS_RULES = {0: (0, 0), 4: (0, 1), 8: (1, 2), 16: (1, 2)}
 
 
@@ -3690,7 +3692,7 @@ class ColumnModel(NamedTuple):
 
 
 class RansWriter:
-    """Collects the frequencies of all codes; `finish` encodes them in reverse, as rANS needs it."""
+    """Collects the frequencies of all codes; `finish` encodes them from the last to the first, as rANS requires."""
 
     def __init__(self) -> None:
         self.runs: list[tuple[np.ndarray, np.ndarray]] = []
@@ -3715,8 +3717,10 @@ class RansWriter:
 
 
 class RansReader:
+    """Decodes symbols in the order of writing. Raises ValueError for data that end too early or too late."""
+
     def __init__(self, data: bytes, states: int) -> None:
-        # frombuffer raises ValueError for too few bytes. A state out of range is harmless: `finish` notices it.
+        # frombuffer raises ValueError for too few bytes. `finish` notices states that were out of range.
         self.x = np.frombuffer(data, "<u4", states).astype(np.uint64)
         self.words, self.used = np.frombuffer(data, "<u2", offset=4 * states).astype(np.uint64), 0
 
@@ -3753,7 +3757,7 @@ def flat_histogram(bits: int) -> Histograms:
 
 
 def code_numbers(coder: RansWriter | RansReader, numbers: np.ndarray, bits: int) -> np.ndarray:
-    """Codes numbers below 2^bits, all equally likely, in parts of 7 bits. Returns them; a reader ignores `numbers`."""
+    """Codes numbers below 2^bits with equal frequencies, 7 bits at a time. Returns them; a reader ignores `numbers`."""
     total = np.zeros(len(numbers), np.int64)
     for shift in range(0, bits, 7):
         flat = flat_histogram(min(7, bits - shift))
@@ -3807,8 +3811,11 @@ def histograms_of(counts: np.ndarray, contexts: np.ndarray, trellis: Trellis) ->
 
 
 def half_step_away(counts: np.ndarray, shift: int) -> np.ndarray:
-    """Counts (contexts, symbols) of the other grid at the two points half a step from each point: k of the second grid lies
-    between k and k + 1 of the first (shift 1 for the first grid, -1 for the second)."""
+    """Counts (contexts, symbols) of the other grid at the two points half a step from each point.
+
+    The point k of the second grid lies between k and k + 1 of the first. Shift 1 is for the first grid, -1 for the
+    second.
+    """
     moved = np.roll(counts, shift, 1)
     moved[:, 0 if shift > 0 else -1] = 0
     return counts + moved
@@ -3853,6 +3860,15 @@ def code_values(
     return found, symbols
 
 
+def block_contexts(model: ColumnModel, scale: np.ndarray, mean: np.ndarray, trellis: Trellis) -> np.ndarray:
+    """The contexts that codes of a block can have on the first grid, ascending."""
+    used = [context_of(0, scale, mean, trellis)]
+    if model.kinds.any():
+        near = np.unique(scale)[:, None], np.arange(trellis.predictions)
+        used += [context_of(kind, *near, trellis) for kind in range(1, KINDS)]
+    return np.unique(np.concatenate(used, axis=None))
+
+
 def code_group(
     coder: RansWriter | RansReader,
     counts: np.ndarray,
@@ -3861,16 +3877,19 @@ def code_group(
     largest: int,
     trellis: Trellis,
 ) -> None:
-    """Codes `grid` (rows, cols) int16 row by row, in growing blocks; a reader fills it in. Updates `counts`.
+    """Codes `grid` (rows, cols) int16 row by row; a reader fills it in. Updates `counts`.
+
+    Scales, means and histograms are renewed at the beginning of a block; blocks grow with what is known. Within one, a
+    row is coded in one step, or with one grid and no references the whole block: then all rows are coded alike.
 
     A negative prediction flips the sign of the code, so that both signs share a histogram. Example with one grid: the
-    codes of a column have been -1.5 on average, so the prediction is -3; the code -2 is coded as +2, with the histogram of
-    the context (kind 0, scale of the column, prediction 3). With two grids what is flipped is n, which keeps its q.
-    Histograms are renewed at the beginning of a block.
+    codes of a column have been -1.5 on average, so the prediction is -3; the code -2 is coded as +2, with the histogram
+    of the context (kind 0, scale of the column, prediction 3). With two grids the sign of n is flipped, which keeps q:
+    n = -5 lies on grid 1 (k = -3); flipped, n = 5 is k = 2, so symbol top + 2 is coded with a histogram of grid 1.
     """
     cols, values, shift = grid.shape[1], grid.reshape(-1), trellis.grids - 1
     sizes, sums, known = *np.zeros((2, cols), np.int64), 0
-    state = np.zeros(cols, np.int64)
+    state = np.zeros(cols, np.int64)  # of the trellis, by column
     spread = lambda by_column, a, b: np.resize(np.roll(by_column, -(a % cols)), b - a)  # for the codes a to b
     begin = 0
     while begin < len(values):
@@ -3878,29 +3897,24 @@ def code_group(
         fresh, known = grid[known : begin // cols], begin // cols  # whole rows only
         sizes, sums = sizes + np.abs(fresh).sum(0), sums + fresh.sum(0)
         scale, mean = column_statistics(sizes, sums, known, model, trellis)
-        used, cuts = [context_of(0, scale, mean, trellis)], [begin, end]
-        if model.kinds.any() or trellis.grids == 2:  # each row has its own prediction or grids
-            cuts[1:1] = range((begin // cols + 1) * cols, end, cols)
-        if model.kinds.any():
-            near = np.unique(scale)[:, None], np.arange(trellis.predictions)
-            used += [context_of(kind, *near, trellis) for kind in range(1, KINDS)]
-        used = np.unique(np.concatenate(used, axis=None))
-        place = lambda kind, prediction: np.searchsorted(used, context_of(kind, scale, prediction, trellis))
+        used = block_contexts(model, scale, mean, trellis)
         both = np.concatenate([used + q * trellis.contexts for q in range(trellis.grids)])
-        histograms, coded, by_mean = histograms_of(counts, both, trellis), [], place(0, mean)
+        histograms, coded, cuts = histograms_of(counts, both, trellis), [], [begin, end]
+        if model.kinds.any() or trellis.grids == 2:
+            cuts[1:1] = range((begin // cols + 1) * cols, end, cols)
+        place = lambda kind, prediction: np.searchsorted(used, context_of(kind, scale, prediction, trellis))
+        by_mean = place(0, mean)
         for a, b in itertools.pairwise(cuts):
-            kind, reference = model.kinds[a // cols], model.references[a // cols]
-            prediction = grid[reference] if kind else mean
             if a % (TRELLIS_SEGMENT * cols) == 0:
                 state[:] = 0
-            q = (state & 1).astype(np.int16)
+            kind, reference = model.kinds[a // cols], model.references[a // cols]
+            prediction, q = grid[reference] if kind else mean, state & 1
             rows = spread((place(kind, prediction) if kind else by_mean) + q * len(used), a, b)
-            sign = spread(np.where(prediction < 0, -1, 1).astype(np.int16), a, b)
-            q = spread(q, a, b)
+            sign, q = (spread(x.astype(np.int16), a, b) for x in (np.where(prediction < 0, -1, 1), q))
             found, symbols = code_values(coder, sign * values[a:b] - q >> shift, rows, histograms, largest, q)
             values[a:b] = sign * ((found << shift) + q)
             coded.append(rows * counts.shape[1] + symbols)
-            if shift:
+            if trellis.grids == 2:
                 here = slice(a % cols, a % cols + b - a)
                 state[here] = trellis.following[2 * state[here] + (values[a:b] >> 1 & 1)]
         new = np.bincount(np.concatenate(coded), minlength=counts[both].size).reshape(len(both), -1)
@@ -3971,8 +3985,8 @@ def code_stream(coder: RansWriter | RansReader, matrices: list[np.ndarray], trel
 def rans_encode(matrices: Sequence[np.ndarray], states: int = 0) -> bytes:
     """Matrices of codes (rows, cols) -> a checksum of 4 bytes, states of rANS, words; b"" for no codes.
 
-    The codes are int8 within +-127, with a trellis int16 within +-254. Raises ValueError for other arrays, and for codes that
-    are not on the grids that the trellis gives them.
+    The codes are int8 within +-127, with a trellis int16 within +-254. Raises ValueError for other arrays, and for
+    codes that break the rule of the trellis.
     """
     trellis = trellis_of(states)
     for m in matrices:
@@ -4036,8 +4050,8 @@ def gptq(
     Columns are rounded in order of falling H_jj; each rounding error is spread over the columns still to come,
     in proportion to the upper factor U of H^-1 = U^T U.
 
-    With a `column_rounding` (`on_trellis`) whole columns are rounded together, to half steps: the codes are then int16, in
-    half steps.
+    With a `column_rounding` (`on_trellis`) the weights of a column are rounded together, to points of two grids: the
+    codes are then int16, in half steps.
     """
     n, rows, cols = W.shape
     top = 2 ** (bits - 1) - 1
@@ -4073,9 +4087,9 @@ def gptq(
 def on_trellis(states: int, rows: Sequence[int], path: Callable, step: Tensor, top: int) -> Callable[[Tensor], Tensor]:
     """The rounding of a column for `gptq`: x (n, rows) in steps -> points of both grids within +-top, in steps.
 
-    The rows of stacked matrices, whose numbers are in `rows`, are cut into segments, which `path` (`plain_trellis`)
-    decides as a whole: the points have the least sum of squared errors, in units of the weights, that the trellis allows.
-    In each of the four classes of points only the one nearest to x is a candidate.
+    `rows` are the heights of the stacked matrices. Each is cut into segments, for which `path` (`plain_trellis`) finds
+    the points that the trellis allows with the least sum of squared errors; a row counts by the square of its `step`
+    (n, rows). Points n form four classes n mod 4; of each class only the point nearest to x is a candidate.
     """
     begins = np.cumsum([0, *rows])
     cuts = [range(begin, end, TRELLIS_SEGMENT) for begin, end in itertools.pairwise(begins)]
@@ -4820,7 +4834,7 @@ def corrected_names(names: Any, config: Config) -> tuple[str, ...]:
 
 
 def trellis_states(meta: Mapping[str, Any], codec: str) -> int:
-    """The states of the trellis of an artifact with this header; 0: none. Raises ValueError for others than there are."""
+    """The number of states of the trellis that a header names; 0: none. Raises ValueError for an impossible one."""
     states = meta.get("trellis", 0)
     if type(states) is not int or states not in TRELLIS_RULES or (states and codec != "rans"):
         raise ValueError(f"trellis {str(states)[:20]} with codec {codec[:20]}")
@@ -5496,7 +5510,8 @@ def check_quantizer(config: Config, run: Run) -> str:
     for role in ("attn", "mlp", "embed"):
         clip, bits, floor = precision(role, config)
         codes, scale = quantizer_of(config, config.quant_scheme, [24], run.device)(W, X.mT @ X, clip, bits, floor)
-        rest = W[0].cpu() - torch.from_numpy(restore({"codes": codes[0].cpu().numpy(), "scale": scale[0].cpu().numpy()}))
+        parts = {"codes": codes[0].cpu().numpy(), "scale": scale[0].cpu().numpy()}
+        rest = W[0].cpu() - torch.from_numpy(restore(parts))
         if config.lqer_rank:
             lqer_factors(rest, config.lqer_rank, config.lqer_asym_group, config.lqer_left_bits)
         need(bool(rest.isfinite().all()), f"QUANT_SCHEME={config.quant_scheme}: {role} at {bits} bits is not finite")
@@ -5731,40 +5746,46 @@ def make_artifact(config: Config, device: torch.device, log: Log) -> dict[str, A
     With FIT_ARTIFACT, an artifact over the limit is quantised again with wider clips (coarser steps, fewer bits) until
     it fits; the first one is kept as oversize.bin, to measure the cost in bpb. With FIT_ARTIFACT=fill, one far below
     the limit is quantised again with narrower clips, to use every byte. The last artifact that fits is kept.
+
+    Example with fill, bytes with the code: 16,900,000 at clips x 1; 15,800,000 at x 1.22; 16,001,000 at x 1.17;
+    15,997,000 at x 1.171. The fourth is within FILL_SLACK_BYTES of the limit: it is kept, the first is oversize.bin.
     """
-    folder, (code_bytes, packed) = config.run_dir, counted_code_bytes()
-    target, oversize, arrays = folder / "artifact.bin", folder / "oversize.bin", load_trained(config)
+    target, oversize, arrays = config.run_dir / "artifact.bin", config.run_dir / "oversize.bin", load_trained(config)
+    attempts: list[tuple[dict[str, Any], bytes]] = []
+    factor: float | None = 1.0
+    while factor is not None and len(attempts) < FIT_TRIES:
+        sizes = write_attempt(target, arrays, config, factor, device, log)
+        attempts.append((sizes, target.read_bytes()))
+        factor = next_clip_factor(factor, sizes["total_bytes"] - ARTIFACT_LIMIT_BYTES, config)
+    fitting = [attempt for attempt in attempts if attempt[0]["total_bytes"] <= ARTIFACT_LIMIT_BYTES]
+    sizes, data = (fitting or attempts)[-1]
+    write_file(target, data)
     oversize.unlink(missing_ok=True)
-    factor, fitting = 1.0, None
-    for number in range(1, FIT_TRIES + 1):
-        start = time.monotonic()
-        stored = quantize(arrays, scaled_clips(config, factor), device)
-        middle = time.monotonic()
-        size = save_artifact(target, stored, config)
-        seconds = middle - start, time.monotonic() - middle
-        log("artifact", bytes=size, clip_factor=factor, gptq_s=seconds[0], compress_s=seconds[1])
-        attempt = {
-            "artifact_bytes": size,
-            "code_bytes": code_bytes,
-            "code_is_packed": packed,
-            "total_bytes": size + code_bytes,
-            "clip_factor": factor,
-            "gptq_seconds": seconds[0],
-            "compress_seconds": seconds[1],
-        }
-        excess = size + code_bytes - ARTIFACT_LIMIT_BYTES
-        if excess <= 0:
-            fitting = attempt, target.read_bytes()
-        factor = next_clip_factor(factor, excess, config)
-        if factor is None or number == FIT_TRIES:
-            break
-        if number == 1 and excess > 0:
-            write_file(oversize, target.read_bytes())
-    if excess > 0 and fitting:  # the last attempt went too far
-        attempt, data = fitting
-        write_file(target, data)
-    write_tensors(folder / "tensors.csv", target, arrays, config)
-    return attempt | {"artifact_sha256": hashlib.sha256(target.read_bytes()).hexdigest()}
+    if len(attempts) > 1 and attempts[0] not in fitting:
+        write_file(oversize, attempts[0][1])
+    write_tensors(config.run_dir / "tensors.csv", target, arrays, config)
+    return sizes | {"artifact_sha256": hashlib.sha256(data).hexdigest()}
+
+
+def write_attempt(
+    path: Path, arrays: Mapping[str, np.ndarray], config: Config, factor: float, device: torch.device, log: Log
+) -> dict[str, Any]:
+    """Quantises with all clips multiplied by a factor, writes the artifact and returns its sizes and times."""
+    (code_bytes, packed), start = counted_code_bytes(), time.monotonic()
+    stored = quantize(arrays, scaled_clips(config, factor), device)
+    middle = time.monotonic()
+    size = save_artifact(path, stored, config)
+    seconds = middle - start, time.monotonic() - middle
+    log("artifact", bytes=size, clip_factor=factor, gptq_s=seconds[0], compress_s=seconds[1])
+    return {
+        "artifact_bytes": size,
+        "code_bytes": code_bytes,
+        "code_is_packed": packed,
+        "total_bytes": size + code_bytes,
+        "clip_factor": factor,
+        "gptq_seconds": seconds[0],
+        "compress_seconds": seconds[1],
+    }
 
 
 def next_clip_factor(factor: float, excess: int, config: Config) -> float | None:

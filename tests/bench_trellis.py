@@ -1,16 +1,16 @@
-"""Trellis-coded quantisation against rounding each code alone, on a trained model: prints two tables of key:value lines.
+"""Trellis-coded quantisation against rounding each code alone, on a trained model; prints key:value lines.
 
     PRESET=tiny RUN_ID=my-run python tests/bench_trellis.py [--states 8] [--clips 1,2] [--shifts .96,1,1.04] [--tokens N]
 
-The settings are those of the run, whose trained.bin is read; its clips are multiplied by each of --clips, and by each of
+The settings are those of the run, whose trained.bin is read. Its clips are multiplied by each of --clips, and by each of
 --shifts to have several roundings of the same weights, since a single one is half luck. What is compared:
 
 class: tr(E H E^T) of each class, with the recorded Hessians of the training calibration, in dB at equal bytes: actual
 bytes of the code streams on both sides; what they differ by counts 6.02 dB per bit of a code.
-model: KL divergence from the unquantised model (nats per token) and bits per byte on the validation documents. The clips
-of the trellis are scaled together so that the bytes are equal; the rest of the KL counts in the same way.
+model: KL divergence from the unquantised model (nats per token), and bits per byte, on the validation documents. The
+clips of the trellis are scaled together to equal bytes; the KL of what they still differ by counts in the same way.
 
-Errors are standard errors over the shifts, which are not independent samples: a rough measure.
+Errors are standard errors over the shifts. These are not independent samples, so it is a rough measure.
 """
 
 import argparse
@@ -50,7 +50,9 @@ def rounded(arrays: dict[str, np.ndarray], config: tg.Config, factor: float, los
     """The weights quantised with all clips multiplied."""
     stored = tg.quantize(arrays, tg.scaled_clips(config, factor), CPU)
     sizes, loss = {}, {}
-    hessians = {name: f"hessian.{g.hessian}.{i}" for g in tg.quant_groups(config) for i, s in enumerate(g.names) for name in s}
+    hessians = {
+        name: f"hessian.{g.hessian}.{i}" for g in tg.quant_groups(config) for i, s in enumerate(g.names) for name in s
+    }
     for name, entries in class_entries(config).items():
         codes = [stored[entry.owner]["codes"] for entry in entries]
         sizes[name] = len(tg.rans_encode(codes, config.trellis_states))
@@ -118,7 +120,9 @@ def main() -> None:
     count = sum(entry.size for part in entries.values() for entry in part)
     if text:
         reference = text.compare({name: arrays[name] for name in tg.parameter_shapes(alone)})[1]
-        print(f"codes:{count} tokens:{text.tokens} bytes_of_text:{text.bytes} unquantised_bpb:{reference:.5f}", flush=True)
+        print(
+            f"codes:{count} tokens:{text.tokens} bytes_of_text:{text.bytes} unquantised_bpb:{reference:.5f}", flush=True
+        )
     for clip in map(float, options.clips.split(",")):
         gains: dict[str, list[float]] = {name: [] for name in entries}
         used: dict[str, list[float]] = {name: [] for name in entries}

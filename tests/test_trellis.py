@@ -156,7 +156,7 @@ def round_on_trellis(x: torch.Tensor, states: int, rows: list[int], top: int, st
 @pytest.mark.parametrize("states", STATES)
 @pytest.mark.parametrize("rows", [[1], [5, 3], [256], [257, 40, 600]])
 def test_columns_obey_the_rule_in_every_matrix_of_a_stack(states: int, rows: list[int]) -> None:
-    """Each matrix begins in state 0, and so does each segment; a short last segment is none the worse for its padding."""
+    """Each matrix begins in state 0, and so does each segment; a short last one is not harmed by its padding."""
     x = 3 * gaussian(2, sum(rows), seed=len(rows))
     n = (2 * round_on_trellis(x, states, rows, 31)).numpy()
     assert np.array_equal(n, np.round(n)) and np.abs(n / 2 - x.numpy()).max() < 2
@@ -175,7 +175,10 @@ def test_no_point_lies_beyond_the_range(top: int) -> None:
         assert np.abs(n).max() <= 2 * top
         if x.isfinite().all() and len(n) == 2000:
             k, q = np.divmod(n, 2)
-            assert [(k[q == 0].min(), k[q == 0].max()), (k[q == 1].min(), k[q == 1].max())] == [(-top, top), (-top, top - 1)]
+            assert [(k[q == 0].min(), k[q == 0].max()), (k[q == 1].min(), k[q == 1].max())] == [
+                (-top, top),
+                (-top, top - 1),
+            ]
 
 
 def test_rows_count_by_the_square_of_their_step() -> None:
@@ -424,7 +427,11 @@ def test_artifacts_are_read_as_they_were_quantised(name: str, tmp_path: Path) ->
     tg.save_artifact(tmp_path / "a.bin", stored, config)
     assert tg.read_container(tmp_path / "a.bin")[0]["trellis"] == 8
     expected = tg.dequantize(stored, config)
-    for reader in (config, dataclasses.replace(config, trellis_states=0), dataclasses.replace(config, trellis_states=16)):
+    for reader in (
+        config,
+        dataclasses.replace(config, trellis_states=0),
+        dataclasses.replace(config, trellis_states=16),
+    ):
         loaded = tg.load_artifact(tmp_path / "a.bin", reader)
         assert expected.keys() == loaded.keys() and all(np.array_equal(loaded[key], expected[key]) for key in expected)
     tg.write_tensors(tmp_path / "tensors.csv", tmp_path / "a.bin", arrays, config)
