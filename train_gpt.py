@@ -1860,23 +1860,28 @@ def plain_trellis(costs: Tensor, branches: Tensor) -> Tensor:
     """The cheapest paths through a trellis: costs (N, L, 4) float32 of the classes in each row -> classes (N, L) int64.
 
     All N columns begin in state 0 and may end in any. branches (2, 2, states) int64: the two states before each state,
-    and the classes of the steps from there. Of equal sums the first branch wins, and the lowest last state.
+    and the classes of the steps from there. Of equal sums the first branch wins, and the lowest last state. In NumPy on
+    the CPU, because the operations are so small that calling PyTorch would take twice as long.
     """
-    before, classes = branches.flatten(1)  # (2 states,) each
-    costs = costs.permute(1, 2, 0)[:, classes].contiguous()  # (L, 2 states, N)
-    best = costs.new_full((len(before) // 2, costs.size(-1)), UNREACHABLE)
+    (N, L), (before, classes) = costs.shape[:2], branches.flatten(1).cpu().numpy()  # (2 states,) each
+    steps = np.ascontiguousarray(costs.cpu().numpy().transpose(1, 2, 0)[:, classes])  # (L, 2 states, N)
+    states = len(before) // 2
+    best = np.full((states, N), UNREACHABLE, np.float32)
     best[0] = 0
-    second = torch.empty(len(costs), *best.shape, dtype=torch.bool, device=costs.device)  # the better branch
-    first_branch, second_branch = (sums := torch.empty_like(costs[0])).chunk(2)
-    for cost, chosen in zip(costs.unbind(0), second.unbind(0)):
-        torch.index_select(best, 0, before, out=sums).add_(cost)
-        torch.lt(second_branch, first_branch, out=chosen)
-        torch.minimum(first_branch, second_branch, out=best)
-    branch = torch.arange(len(best), device=costs.device).unsqueeze(1) + len(best) * second  # index of `before`
-    states = [best.argmin(0, keepdim=True)]  # behind the last row, behind the row before, ...
-    for previous in reversed(before[branch].unbind(0)):
-        states.append(previous.gather(0, states[-1]))
-    return classes[branch.gather(1, torch.stack(states[-2::-1]))[:, 0]].T
+    second, sums = np.empty((L, states, N), bool), np.empty_like(steps[0])  # whether the second branch is better
+    for step, better in zip(steps, second):
+        np.take(best, before, 0, out=sums, mode="clip")
+        sums += step
+        np.less(sums[states:], sums[:states], out=better)
+        np.minimum(sums[:states], sums[states:], out=best)
+    branch = (np.arange(states)[:, None] + states * second).reshape(L, -1)  # index of `before`
+    previous = before[branch] * N + np.tile(np.arange(N), states)  # index of (state, column) one row up
+    place = best.argmin(0) * N + np.arange(N)
+    places = np.empty((L, N), np.int64)
+    for row in reversed(range(L)):
+        places[row] = place
+        place = previous[row].take(place)
+    return torch.from_numpy(classes[np.take_along_axis(branch, places, 1)].T.copy()).to(costs.device)
 
 
 def trellis_kernel(costs, branches, decisions, path, L, STATES: tl.constexpr):

@@ -1,9 +1,9 @@
 """Trellis-coded quantisation against rounding each code alone, on a trained model; prints key:value lines.
 
-    PRESET=tiny RUN_ID=my-run python tests/bench_trellis.py [--states 8] [--clips 1,2] [--shifts .96,1,1.04] [--tokens N]
+    PRESET=tiny RUN_ID=a python tests/bench_trellis.py [--states 8] [--clips 1,2] [--shifts .96,1,1.04] [--tokens N]
 
-The settings are those of the run, whose trained.bin is read. Its clips are multiplied by each of --clips, and by each of
---shifts to have several roundings of the same weights, since a single one is half luck. What is compared:
+The settings are those of the run, whose trained.bin is read. Its clips are multiplied by each of --clips, and by each
+of --shifts to have several roundings of the same weights, since a single one is half luck. What is compared:
 
 class: tr(E H E^T) of each class, with the recorded Hessians of the training calibration, in dB at equal bytes: actual
 bytes of the code streams on both sides; what they differ by counts 6.02 dB per bit of a code.
