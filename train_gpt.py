@@ -4029,7 +4029,7 @@ def rans_states(matrices: Sequence[np.ndarray]) -> int:
 # Averaged weights and Hessians become one artifact file, from which alone the model is scored: parameters by name ->
 # matrices by layer and kind -> parts (codes, scales, ...) -> streams of parts of one kind -> bytes, and back. Matrices
 # go through a quantiser, attention gates are rounded to int8 rows, everything else is stored as fp16. Codes are not
-# packed: an int6 code takes a byte here and about 3.4 bits in the file, by the codec of its stream.
+# packed: an int6 code takes a byte here, on the trellis two, and about 3.4 bits in the file, by the codec of its stream.
 # ------------------------------------------------------------------------------------------------------------
 
 ENTROPY_BITS_AT_ONE_SIGMA = 2.047  # log2 sqrt(2 pi e): entropy of a Gaussian row whose step is one std, in bits
@@ -4107,6 +4107,7 @@ def on_trellis(states: int, rows: Sequence[int], path: Callable, step: Tensor, t
     lowest, highest = -((2 * top + z) // 4), (2 * top - z) // 4
 
     def nearest(x: Tensor) -> Tensor:
+        # Bounded, so that sums stay finite: how far x lies beyond the last point decides nothing.
         x = F.pad((2 * x).clamp_(-8 * top, 8 * top), (0, 1))[:, places].flatten(0, 1).unsqueeze(-1)  # (N, L, 1)
         points = 4 * ((x - z) / 4).round_().clamp_(lowest, highest) + z  # (N, L, 4)
         classes = path((x - points).square_() * weights, branches)
