@@ -2039,7 +2039,7 @@ def disagreement(fused: Kernels, device: torch.device, dtype: torch.dtype = torc
         for function in (getattr(fused, name), getattr(PLAIN, name)):
             result = function(*tensors, *rest)
             results = result if isinstance(result, tuple) else (result,)
-            upstream = upstream or [torch.randn(r.shape, generator=random).to(device).to(r.dtype) for r in results]
+            upstream = upstream or [torch.randn(r.shape, generator=random).to(device, r.dtype) for r in results]
             gradients = torch.autograd.grad(results, tensors, upstream) if tensors else ()
             values.append([value.detach().double() for value in (*results, *gradients)])
         errors = torch.stack([(a - b).norm() / b.norm() for a, b in zip(*values)])
@@ -4029,7 +4029,8 @@ def rans_states(matrices: Sequence[np.ndarray]) -> int:
 # Averaged weights and Hessians become one artifact file, from which alone the model is scored: parameters by name ->
 # matrices by layer and kind -> parts (codes, scales, ...) -> streams of parts of one kind -> bytes, and back. Matrices
 # go through a quantiser, attention gates are rounded to int8 rows, everything else is stored as fp16. Codes are not
-# packed: an int6 code takes a byte here, on the trellis two, and about 3.4 bits in the file, by the codec of its stream.
+# packed: an int6 code takes a byte here (on the trellis two) and about 3.4 bits in the file, by the codec of its
+# stream.
 # ------------------------------------------------------------------------------------------------------------
 
 ENTROPY_BITS_AT_ONE_SIGMA = 2.047  # log2 sqrt(2 pi e): entropy of a Gaussian row whose step is one std, in bits

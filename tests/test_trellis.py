@@ -139,6 +139,12 @@ def test_the_kernel_decides_like_the_plain_function(states: int) -> None:
             assert torch.equal(tg.trellis(costs, branches), tg.plain_trellis(costs, branches))
 
 
+def test_the_choice_of_kernels_notices_a_wrong_path() -> None:
+    """The check at start-up, which compares the fused functions with the plain ones."""
+    wrong = tg.PLAIN._replace(trellis=lambda costs, branches: tg.plain_trellis(-costs, branches))
+    assert tg.disagreement(tg.PLAIN, CPU) == 0 and tg.disagreement(wrong, CPU) > 0.1
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The quantiser
 # ---------------------------------------------------------------------------------------------------------------
