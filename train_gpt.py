@@ -234,6 +234,7 @@ class Config:
     embed_clip_sigmas: float = setting(QUANTIZE, 15.0, 1)
     embed_damping: float = setting(QUANTIZE, 0.0, 0, 1)  # added to the embedding's Hessian, in means of its diagonal
     embed_freq_power: float = setting(QUANTIZE, 0.0, 0, 1)  # finer rows for frequent tokens: step ~ frequency^-this
+    trellis_states: int = setting(QUANTIZE, 0, 0, 16)  # trellis-coded quantisation with 4, 8 or 16 states; 0: none
     gptq_calibration_batches: int = setting(TRAIN, 16, 1, 100_000)  # training rows behind the Hessians, over all ranks
     mag_prune_frac: float = setting(QUANTIZE, 0.0, 0, 0.99)  # share of each matrix, the smallest weights, set to 0
     fp16_keep_name_patterns: str = setting(LAYOUT, "")  # comma list; matrices with one of these in their name stay fp16
@@ -424,7 +425,8 @@ PRESETS["pr2135"] = PRESETS["pr1855"] | dict(
 # new ones.
 PRESETS["frontier"] = PRESETS["pr2135"] | dict(
     marker_pair_mode=True, muon_per_head=True, attn_clip_sigmas=11.5, mlp_clip_sigmas=12.25, embed_clip_sigmas=25.0,
-    embed_bits=8, embed_damping=0.04, embed_freq_power=0.25, lqer_left_bits=4, compressor="rans", fit_artifact="fill",
+    embed_bits=8, embed_damping=0.04, embed_freq_power=0.25, lqer_left_bits=4, trellis_states=8,
+    compressor="rans", fit_artifact="fill",
     ttt_chunk_steps="256:12,1024:24,2048:32", ttt_lora_lr=1e-4, token_threshold=0.5,
     token_document_orders="16,8,6,4,3,2",
 )  # fmt: skip
@@ -682,6 +684,10 @@ def stage_rules(c: Config) -> Iterator[Rule]:
     yield not (c.swa_enabled and c.ema_decay), "swa_enabled ema_decay", message
     holds = not c.max_wallclock_seconds or c.gptq_reserve_seconds < c.max_wallclock_seconds
     yield holds, "gptq_reserve_seconds max_wallclock_seconds", "the reserve must be less than the budget; lower it"
+    yield c.trellis_states in TRELLIS_RULES, "trellis_states", f"choose one of {', '.join(map(str, TRELLIS_RULES))}"
+    holds = not c.trellis_states or (c.quant_scheme == "gptq" and c.compressor == "rans")
+    message = "the trellis is part of gptq and of the coder rans; set them, or TRELLIS_STATES=0"
+    yield holds, "trellis_states quant_scheme compressor", message
     yield c.mlp_bits != 1, "mlp_bits", "one bit has no levels; give 2 to 8, or 0 for MATRIX_BITS"
     order, picked = ["train", "quantize", "evaluate"], c.stage_list
     alone = picked in (["describe"], ["check"])
@@ -1849,6 +1855,67 @@ def symmetric(a: Tensor, base: Tensor | None, alpha: float, beta: float) -> Tens
     return out
 
 
+# Trellis-coded quantisation (section CODER): the Viterbi algorithm down the columns of matrices. Plain and fused add
+# and compare the same float32 numbers in the same order, so they choose the same path.
+
+UNREACHABLE = 1e30  # cost of the states in which no column begins
+
+
+def plain_trellis(costs: Tensor, branches: Tensor) -> Tensor:
+    """The cheapest paths through a trellis: costs (N, L, 4) float32 of the classes in each row -> classes (N, L) int64.
+
+    All N columns begin in state 0 and may end in any. branches (2, 2, states) int64: the two states before each state,
+    and the classes of the steps from there. Of equal sums the first branch wins, and the lowest last state. In NumPy on
+    the CPU, because the operations are so small that calling PyTorch would take twice as long.
+    """
+    (N, L), (before, classes) = costs.shape[:2], branches.flatten(1).cpu().numpy()  # (2 states,) each
+    steps = np.ascontiguousarray(costs.cpu().numpy().transpose(1, 2, 0)[:, classes])  # (L, 2 states, N)
+    states = len(before) // 2
+    best = np.full((states, N), UNREACHABLE, np.float32)
+    best[0] = 0
+    second, sums = np.empty((L, states, N), bool), np.empty_like(steps[0])  # whether the second branch is better
+    for step, better in zip(steps, second):
+        np.take(best, before, 0, out=sums, mode="clip")
+        sums += step
+        np.less(sums[states:], sums[:states], out=better)
+        np.minimum(sums[:states], sums[states:], out=best)
+    branch = (np.arange(states)[:, None] + states * second).reshape(L, -1)  # index of `before`
+    previous = before[branch] * N + np.tile(np.arange(N), states)  # index of (state, column) one row up
+    place = best.argmin(0) * N + np.arange(N)
+    places = np.empty((L, N), np.int64)
+    for row in reversed(range(L)):
+        places[row] = place
+        place = previous[row].take(place)
+    return torch.from_numpy(classes[np.take_along_axis(branch, places, 1)].T.copy()).to(costs.device)
+
+
+def trellis_kernel(costs, branches, decisions, path, L, STATES: tl.constexpr):
+    """One column: forward, keeping a bit per row and state for the better branch; back from the best last state."""
+    column, branch = tl.program_id(0).to(tl.int64) * L, tl.arange(0, 2 * STATES)
+    before, classes = tl.load(branches + branch), tl.load(branches + 2 * STATES + branch)
+    states = tl.arange(0, STATES)
+    best = tl.where(states == 0, 0.0, 1e30)  # UNREACHABLE
+    for row in range(L):
+        sums = tl.gather(best, before, 0) + tl.load(costs + 4 * (column + row) + classes)
+        sums = tl.reshape(sums, (2, STATES))
+        tl.store(decisions + column + row, tl.sum(tl.argmin(sums, 0) << states, 0))
+        best = tl.min(sums, 0)
+    tl.debug_barrier()  # what one thread has stored is read by all
+    state = tl.argmin(best, 0)
+    for row in range(L - 1, -1, -1):
+        chosen = (tl.load(decisions + column + row) >> state & 1) * STATES + state
+        tl.store(path + column + row, tl.load(branches + 2 * STATES + chosen))
+        state = tl.load(branches + chosen)
+
+
+def trellis(costs: Tensor, branches: Tensor) -> Tensor:
+    """The classes of the cheapest paths."""
+    (N, L), costs, branches = costs.shape[:2], costs.contiguous(), branches.to(torch.int32).contiguous()
+    decisions, path = (torch.empty(N, L, dtype=torch.int32, device=costs.device) for _ in range(2))
+    launch(trellis_kernel, (N,), costs, branches, decisions, path, L, STATES=branches.size(-1), num_warps=1)
+    return path.long()
+
+
 def stored(x: Tensor) -> Tensor:
     """x itself, which torch.compile now has to keep in memory. Otherwise it makes x anew wherever it is read, here
     from a float32 tensor of twice the size."""
@@ -1885,11 +1952,13 @@ class Kernels(NamedTuple):
     exclusive_gate: Callable
     symmetric: Callable
     stored: Callable
+    trellis: Callable
 
 
 PLAIN = Kernels(
-    plain_mlp, plain_nll, plain_joint_linear, plain_heads, plain_exclusive_gate, plain_symmetric, lambda x: x
-)
+    plain_mlp, plain_nll, plain_joint_linear, plain_heads, plain_exclusive_gate, plain_symmetric, lambda x: x,
+    plain_trellis,
+)  # fmt: skip
 
 
 @functools.cache
@@ -1945,6 +2014,7 @@ def fused_kernels() -> Kernels:
         ops.exclusive_gate,
         lambda a, base=None, alpha=1.0, beta=0.0: ops.symmetric(a, base, alpha, beta),
         ops.stored,
+        trellis,
     )
 
 
@@ -1967,6 +2037,7 @@ def disagreement(fused: Kernels, device: torch.device, dtype: torch.dtype = torc
         ("exclusive_gate", (draw(150, 8, 64), draw(150, 4, 64), draw(150, 8)), ()),
         ("symmetric", (draw(3, 150, 72),), ()),
         ("symmetric", (draw(64, 150, 24),), ()),  # enough for the large tiles
+        ("trellis", (), (torch.rand(5, 150, 4, generator=random).to(device), trellis_of(8).branches.to(device))),
     ]
     for name, tensors, rest in cases:
         values, upstream = [], None
@@ -1974,7 +2045,7 @@ def disagreement(fused: Kernels, device: torch.device, dtype: torch.dtype = torc
             result = function(*tensors, *rest)
             results = result if isinstance(result, tuple) else (result,)
             upstream = upstream or [torch.randn(r.shape, generator=random).to(device, r.dtype) for r in results]
-            gradients = torch.autograd.grad(results, tensors, upstream)
+            gradients = torch.autograd.grad(results, tensors, upstream) if tensors else ()
             values.append([value.detach().double() for value in (*results, *gradients)])
         errors = torch.stack([(a - b).norm() / b.norm() for a, b in zip(*values)])
         worst = max(worst, float(errors.nan_to_num(math.inf).max()))
@@ -3531,6 +3602,11 @@ def plot_history(history: list[list[float]], path: Path) -> None:
 # the scale and mean of its column so far, or a similar earlier row. Histograms count the codes already coded, so the
 # file holds none. Interleaved rANS (arXiv:1311.2540, 1402.3392) turns frequencies and codes into bytes. Writer and
 # reader run the same model in integer arithmetic, so the bytes are the same on every machine.
+#
+# With a trellis (trellis-coded quantisation, Marcellin and Fischer 1990; dependent quantisation in VVC) codes lie on
+# two grids of the same step, one shifted by half a step. Which grid a code uses follows from the codes above it in its
+# column, so the file does not hold it; the error at equal bytes falls by about 1 dB. Without a trellis the same coder
+# codes one grid.
 # ------------------------------------------------------------------------------------------------------------
 
 RANS_BITS = 14  # the frequencies of a histogram sum to 2^14
@@ -3539,11 +3615,63 @@ RANS_RUN = 1 << 15  # codes per state: a state takes about 3 bytes of the file, 
 COLUMN_STEPS = 16  # buckets of a column's scale per factor of two
 SCALE_ONE = 64  # a mean |code| of 1 in fixed point
 SCALES = 13 * COLUMN_STEPS + 3  # all buckets, with an unused one at either end
-PREDICTIONS = 16  # buckets of the predicted |code|
+PREDICTIONS = 16  # buckets of the predicted |code|, for each grid
 KINDS = 4  # 0: the prediction is twice the column's mean; 1 to 3: it is an earlier row, 3 for the most similar rows
 LEAST_GAIN = 44  # least cosine^2 * columns of a reference: it saves 32 bits, twice the cost of its row number
 ALIKE = ((1, 4), (4, 5))  # least cosine^2 of kinds 2 and 3
 FIRST_BLOCK, BLOCK_SHARE = 64, 8  # contexts and histograms are renewed when an eighth more codes are known
+TRELLIS_SEGMENT = 256  # rows between two starts in state 0, which cost 0.01 dB at this length (at 64: 0.09)
+# States -> what is added (XOR) to the next state when q is 1, and when k is odd. These are classical rate-1/2 codes,
+# octal 5/2, 13/4 and 23/4: row t has q[t] = q[t-2] ^ p[t-1], q[t-1] ^ q[t-3] ^ p[t-2], or q[t-1] ^ q[t-4] ^ p[t-2],
+# where p = k mod 2. 0 states: one grid.
+TRELLIS_RULES = {0: (0, 0), 4: (0, 1), 8: (1, 2), 16: (1, 2)}
+
+
+class Trellis(NamedTuple):
+    """The grids of codes, and the rule that says which of them the next code of a column uses.
+
+    With two grids a code is stored as n = 2 k + q: the point k of grid q, in half steps. A column has a state, 0 at the
+    first of every TRELLIS_SEGMENT rows of a matrix. The state gives q = state mod 2 and goes on with the parity of k.
+    With one grid n is k in whole steps, q is always 0, and so is the state.
+    """
+
+    grids: int  # and units of n in a step
+    following: np.ndarray  # (2 states,) int64: the next state, by 2 * state + parity of k
+
+    @property
+    def dtype(self) -> type:
+        return np.int16 if self.grids == 2 else np.int8
+
+    @property
+    def largest(self) -> int:
+        """The largest |n|."""
+        return 127 * self.grids
+
+    @property
+    def contexts(self) -> int:
+        """Contexts of one grid."""
+        return KINDS * SCALES * self.predictions
+
+    @property
+    def predictions(self) -> int:
+        """Buckets of the predicted |n|."""
+        return PREDICTIONS * self.grids
+
+    @property
+    def branches(self) -> Tensor:
+        """For `plain_trellis`: the two states before each state (ascending), and n mod 4 of the code between them."""
+        order = np.argsort(self.following, kind="stable").reshape(-1, 2).T  # 2 * state + parity, by the next state
+        return torch.from_numpy(np.stack([order // 2, order % 2 * 2 + order // 2 % 2]))
+
+
+@functools.cache
+def trellis_of(states: int) -> Trellis:
+    """The trellis of this many states, a key of TRELLIS_RULES."""
+    if not states:
+        return Trellis(1, np.zeros(2, np.int64))
+    (if_q, if_odd), state, odd = TRELLIS_RULES[states], *np.divmod(np.arange(2 * states), 2)
+    q = state & 1
+    return Trellis(2, (state >> 1 | q * states // 2) ^ q * if_q ^ odd * if_odd)
 
 
 class Histograms:
@@ -3574,7 +3702,7 @@ class ColumnModel(NamedTuple):
 
 
 class RansWriter:
-    """Collects the frequencies of all codes; `finish` encodes them in reverse, as rANS needs it."""
+    """Collects the frequencies of all codes; `finish` encodes them from the last to the first, as rANS requires."""
 
     def __init__(self) -> None:
         self.runs: list[tuple[np.ndarray, np.ndarray]] = []
@@ -3599,8 +3727,10 @@ class RansWriter:
 
 
 class RansReader:
+    """Decodes symbols in the order of writing. Raises ValueError for data that end too early or too late."""
+
     def __init__(self, data: bytes, states: int) -> None:
-        # frombuffer raises ValueError for too few bytes. A state out of range is harmless: `finish` notices it.
+        # frombuffer raises ValueError for too few bytes. `finish` notices states that were out of range.
         self.x = np.frombuffer(data, "<u4", states).astype(np.uint64)
         self.words, self.used = np.frombuffer(data, "<u2", offset=4 * states).astype(np.uint64), 0
 
@@ -3637,7 +3767,7 @@ def flat_histogram(bits: int) -> Histograms:
 
 
 def code_numbers(coder: RansWriter | RansReader, numbers: np.ndarray, bits: int) -> np.ndarray:
-    """Codes numbers below 2^bits, all equally likely, in parts of 7 bits. Returns them; a reader ignores `numbers`."""
+    """Codes numbers below 2^bits with equal frequencies, 7 bits at a time. Returns them; a reader ignores `numbers`."""
     total = np.zeros(len(numbers), np.int64)
     for shift in range(0, bits, 7):
         flat = flat_histogram(min(7, bits - shift))
@@ -3663,90 +3793,143 @@ def scale_buckets() -> np.ndarray:
     return np.array([((v + 1) ** COLUMN_STEPS).bit_length() for v in range(127 * SCALE_ONE + 1)])
 
 
-def context_of(kind: int, scale: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """Number of the histogram. With an earlier row as prediction the scale is divided into fewer buckets."""
+def context_of(kind: int, scale: np.ndarray, prediction: np.ndarray, trellis: Trellis) -> np.ndarray:
+    """Number of the histogram on the first grid; `trellis.contexts` more on the second. With an earlier row as
+    prediction the scale is divided into fewer buckets."""
     row = kind * SCALES + (scale // COLUMN_STEPS if kind else scale)
-    return row * PREDICTIONS + np.minimum(np.abs(prediction), PREDICTIONS - 1)
+    return row * trellis.predictions + np.minimum(np.abs(prediction), trellis.predictions - 1)
 
 
-def histograms_of(counts: np.ndarray, contexts: np.ndarray) -> Histograms:
-    """Histograms of the contexts from counts (all contexts, symbols).
+def histograms_of(counts: np.ndarray, contexts: np.ndarray, trellis: Trellis) -> Histograms:
+    """Histograms of the contexts from counts (all contexts, symbols), whose last row is the sum of all.
 
-    Weights: 4 for own counts, 1 for those at the two neighbouring scales, and a small share of the smoothed sum of all.
+    Weights: 4 for own counts, 1 for those at the two neighbouring scales, 1 for those of the other grid in the same
+    context at the two points half a step away, and a small share of the smoothed sum of all.
     """
-    symbols, total = counts.shape[1], 1 << RANS_BITS
-    sums, width = np.append(0, (2 * counts.sum(0) + 1).cumsum()), symbols // 16
+    symbols, total, next_scale = counts.shape[1], 1 << RANS_BITS, trellis.predictions
+    sums, width = np.append(0, (2 * counts[-1] + 1).cumsum()), symbols // 16
     smooth = sums[np.minimum(np.arange(symbols) + width + 1, symbols)] - sums[np.maximum(np.arange(symbols) - width, 0)]
-    weights = 4 * counts[contexts] + counts[contexts - PREDICTIONS] + counts[contexts + PREDICTIONS]
+    weights = 4 * counts[contexts] + counts[contexts - next_scale] + counts[contexts + next_scale]
+    if trellis.grids == 2:
+        first, second = contexts < trellis.contexts, contexts >= trellis.contexts
+        weights[first] += half_step_away(counts[contexts[first] + trellis.contexts], 1)
+        weights[second] += half_step_away(counts[contexts[second] - trellis.contexts], -1)
     weights = (weights << 8) + (symbols * smooth << 10) // smooth.sum()
     freq = 1 + weights * (total - symbols) // weights.sum(1, keepdims=True)
     freq[np.arange(len(freq)), freq.argmax(1)] += total - freq.sum(1)
     return Histograms(freq)
 
 
+def half_step_away(counts: np.ndarray, shift: int) -> np.ndarray:
+    """Counts (contexts, symbols) of the other grid at the two points half a step from each point.
+
+    The point k of the second grid lies between k and k + 1 of the first. Shift 1 is for the first grid, -1 for the
+    second.
+    """
+    moved = np.roll(counts, shift, 1)
+    moved[:, 0 if shift > 0 else -1] = 0
+    return counts + moved
+
+
 def column_statistics(
-    sizes: np.ndarray, sums: np.ndarray, rows: int, model: ColumnModel
+    sizes: np.ndarray, sums: np.ndarray, rows: int, model: ColumnModel, trellis: Trellis
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of |code| and of the code over the known rows, by column -> buckets of their scales, twice their means."""
-    prior = model.scale_inertia * (SCALE_ONE * int(sizes.sum()) // max(rows * len(sizes), 1))
-    scale = scale_buckets()[(SCALE_ONE * sizes + prior) // (rows + model.scale_inertia)]
-    return scale, np.sign(sums) * (2 * np.abs(sums) // (rows + model.mean_inertia))
+    """Sums of |n| and of n over the known rows, by column -> buckets of their scales, and their means in half steps."""
+    halves = 2 // trellis.grids
+    prior = model.scale_inertia * (SCALE_ONE * int(sizes.sum()) // (trellis.grids * max(rows * len(sizes), 1)))
+    scale = scale_buckets()[(SCALE_ONE * sizes // trellis.grids + prior) // (rows + model.scale_inertia)]
+    return scale, np.sign(sums) * (halves * np.abs(sums) // (rows + model.mean_inertia))
 
 
 def code_values(
-    coder: RansWriter | RansReader, values: np.ndarray, rows: np.ndarray, histograms: Histograms, largest: int
+    coder: RansWriter | RansReader,
+    values: np.ndarray,
+    rows: np.ndarray,
+    histograms: Histograms,
+    largest: int,
+    q: np.ndarray | int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Codes values within +-largest, each by the histogram of its row. Returns them as int16, and their symbols.
+    """Codes values k, each by the histogram of its row. Returns them as int16, and their symbols.
 
-    With 2 top + 1 symbols, symbol top + v stands for the value v. The first and last symbol also stand for all values
-    beyond, if there are any: then |v| - top follows in 7 bits. Example for top = 2: -1 is symbol 1; 2 is symbol 4 and
-    then 0; 5 is symbol 4 and then 3.
+    They are within +-largest, on grid q = 1 below `largest`. With 2 top + 1 symbols, symbol top + k stands for k. The
+    symbols of -top and top - q also stand for all values beyond, if there are any: then their distance from there
+    follows in 7 bits. Example for top = 2, q = 0: -1 is symbol 1; 2 is symbol 4 and then 0; 5 is symbol 4 and then 3.
     """
     top = histograms.freq.shape[1] // 2
-    symbols = coder.code(values.clip(-top, top) + top, rows, histograms)
+    symbols = coder.code(values.clip(-top, top - q) + top, rows, histograms)
     found = symbols.astype(np.int16) - top
+    valid = (found <= top - q).all()
     if top < largest:
-        outer = np.flatnonzero(np.abs(found) == top)
-        beyond = code_numbers(coder, np.abs(values[outer]) - top, 7)
-        if (beyond > largest - top).any():
-            raise ValueError("a code is out of range")
-        found[outer] += np.sign(found[outer]) * beyond.astype(np.int16)
+        outer = np.flatnonzero((found == -top) | (found == top - q))
+        negative = found[outer] < 0
+        beyond = code_numbers(coder, np.where(negative, -top - values[outer], (values - top + q)[outer]), 7)
+        valid = valid and (beyond <= largest - top).all()
+        found[outer] += np.where(negative, -1, 1).astype(np.int16) * beyond.astype(np.int16)
+    if not valid:
+        raise ValueError("a code is out of range")
     return found, symbols
 
 
-def code_group(
-    coder: RansWriter | RansReader, counts: np.ndarray, grid: np.ndarray, model: ColumnModel, largest: int
-) -> None:
-    """Codes `grid` (rows, cols) int16 row by row, in growing blocks; a reader fills it in. Updates `counts`.
+def block_contexts(model: ColumnModel, scale: np.ndarray, mean: np.ndarray, trellis: Trellis) -> np.ndarray:
+    """The contexts that codes of a block can have on the first grid, ascending."""
+    used = [context_of(0, scale, mean, trellis)]
+    if model.kinds.any():
+        near = np.unique(scale)[:, None], np.arange(trellis.predictions)
+        used += [context_of(kind, *near, trellis) for kind in range(1, KINDS)]
+    return np.unique(np.concatenate(used, axis=None))
 
-    A negative prediction flips the sign of the code, so that both signs share a histogram. Example: the codes of a
-    column have been -1.5 on average, so the prediction is -3; the code -2 is coded as +2, with the histogram of the
-    context (kind 0, scale of the column, prediction 3). Histograms are renewed at the beginning of a block.
+
+def code_group(
+    coder: RansWriter | RansReader,
+    counts: np.ndarray,
+    grid: np.ndarray,
+    model: ColumnModel,
+    largest: int,
+    trellis: Trellis,
+) -> None:
+    """Codes `grid` (rows, cols) int16 row by row; a reader fills it in. Updates `counts`.
+
+    Scales, means and histograms are renewed at the beginning of a block; blocks grow with what is known. Within one, a
+    row is coded in one step, or with one grid and no references the whole block: then all rows are coded alike.
+
+    A negative prediction flips the sign of the code, so that both signs share a histogram. Example with one grid: the
+    codes of a column have been -1.5 on average, so the prediction is -3; the code -2 is coded as +2, with the histogram
+    of the context (kind 0, scale of the column, prediction 3). With two grids the sign of n is flipped, which keeps q:
+    n = -5 lies on grid 1 (k = -3); flipped, n = 5 is k = 2, so symbol top + 2 is coded with a histogram of grid 1.
     """
-    cols, values = grid.shape[1], grid.reshape(-1)
+    cols, values, shift = grid.shape[1], grid.reshape(-1), trellis.grids - 1
     sizes, sums, known = *np.zeros((2, cols), np.int64), 0
+    state = np.zeros(cols, np.int64)  # of the trellis, by column
     spread = lambda by_column, a, b: np.resize(np.roll(by_column, -(a % cols)), b - a)  # for the codes a to b
     begin = 0
     while begin < len(values):
         end = min(len(values), begin + max(FIRST_BLOCK, begin // BLOCK_SHARE))
         fresh, known = grid[known : begin // cols], begin // cols  # whole rows only
         sizes, sums = sizes + np.abs(fresh).sum(0), sums + fresh.sum(0)
-        scale, mean = column_statistics(sizes, sums, known, model)
-        used, cuts = [context_of(0, scale, mean)], [begin, end]
-        if model.kinds.any():  # each row has its own prediction
+        scale, mean = column_statistics(sizes, sums, known, model, trellis)
+        used = block_contexts(model, scale, mean, trellis)
+        both = np.concatenate([used + q * trellis.contexts for q in range(trellis.grids)])
+        histograms, coded, cuts = histograms_of(counts, both, trellis), [], [begin, end]
+        if model.kinds.any() or trellis.grids == 2:
             cuts[1:1] = range((begin // cols + 1) * cols, end, cols)
-            used += [context_of(kind, np.unique(scale)[:, None], np.arange(PREDICTIONS)) for kind in range(1, KINDS)]
-        used = np.unique(np.concatenate(used, axis=None))
-        histograms, coded = histograms_of(counts, used), []
+        place = lambda kind, prediction: np.searchsorted(used, context_of(kind, scale, prediction, trellis))
+        by_mean = place(0, mean)
         for a, b in itertools.pairwise(cuts):
+            if a % (TRELLIS_SEGMENT * cols) == 0:
+                state[:] = 0
             kind, reference = model.kinds[a // cols], model.references[a // cols]
-            prediction = grid[reference] if kind else mean
-            rows = spread(np.searchsorted(used, context_of(kind, scale, prediction)), a, b)
-            sign = spread(np.where(prediction < 0, -1, 1).astype(np.int16), a, b)
-            found, symbols = code_values(coder, sign * values[a:b], rows, histograms, largest)
-            values[a:b] = sign * found
+            prediction, q = grid[reference] if kind else mean, state & 1
+            rows = spread((place(kind, prediction) if kind else by_mean) + q * len(used), a, b)
+            sign, q = (spread(x.astype(np.int16), a, b) for x in (np.where(prediction < 0, -1, 1), q))
+            found, symbols = code_values(coder, sign * values[a:b] - q >> shift, rows, histograms, largest, q)
+            values[a:b] = sign * ((found << shift) + q)
             coded.append(rows * counts.shape[1] + symbols)
-        counts[used] += np.bincount(np.concatenate(coded), minlength=counts[used].size).reshape(len(used), -1)
+            if trellis.grids == 2:
+                here = slice(a % cols, a % cols + b - a)
+                state[here] = trellis.following[2 * state[here] + (values[a:b] >> 1 & 1)]
+        new = np.bincount(np.concatenate(coded), minlength=counts[both].size).reshape(len(both), -1)
+        counts[both] += new
+        counts[-1] += new.sum(0)
         begin = end
 
 
@@ -3783,9 +3966,10 @@ def fit_column_model(grid: np.ndarray, search: bool) -> ColumnModel:
     return ColumnModel(*inertias, *(similar_rows(grid) if search else np.zeros((2, rows), np.int64)))
 
 
-def symbol_range(matrices: Sequence[np.ndarray]) -> tuple[int, int]:
-    """(top, largest): the largest |code|, and the `top` of code_values that costs least."""
-    tail = sum(np.bincount(np.abs(m).ravel(), minlength=128) for m in matrices)[::-1].cumsum()[::-1]
+def symbol_range(matrices: Sequence[np.ndarray], trellis: Trellis) -> tuple[int, int]:
+    """(top, largest): the largest |k|, and the `top` of code_values that costs least."""
+    sizes = [-(-np.abs(m).ravel() // trellis.grids) for m in matrices]
+    tail = sum(np.bincount(size, minlength=128) for size in sizes)[::-1].cumsum()[::-1]
     largest = int((tail > 0).sum()) - 1
     # In bits << RANS_BITS: codes from `top` on take 7 bits more. One step of `top` adds two symbols, whose frequencies
     # of at least 1 cost each code about 3 / 2^RANS_BITS bits.
@@ -3793,45 +3977,50 @@ def symbol_range(matrices: Sequence[np.ndarray]) -> tuple[int, int]:
     return (int(cost[1 : largest + 1].argmin()) + 1 if largest else 0), largest
 
 
-def code_stream(coder: RansWriter | RansReader, matrices: list[np.ndarray]) -> None:
+def code_stream(coder: RansWriter | RansReader, matrices: list[np.ndarray], trellis: Trellis) -> None:
     """Codes matrices that are not empty, those of equal shape side by side; a reader fills them in."""
-    top, largest = code_numbers(coder, np.array(symbol_range(matrices)), 7).tolist()
-    counts = np.zeros((KINDS * SCALES * PREDICTIONS, 2 * top + 1), np.int64)
+    top, largest = code_numbers(coder, np.array(symbol_range(matrices, trellis)), 7).tolist()
+    counts = np.zeros((trellis.grids * trellis.contexts + 1, 2 * top + 1), np.int64)
     for shape in dict.fromkeys(m.shape for m in matrices):
         members = [m for m in matrices if m.shape == shape]
-        grid = np.concatenate(members, 1).astype(np.int16)
+        grid = np.concatenate(members, 1).astype(np.int16, order="C")
         # Similar rows occur in embeddings (rare tokens are hardly trained), which are alone in their streams.
         unknown = ColumnModel(1, 1, *np.zeros((2, len(grid)), np.int64))
         model = fit_column_model(grid, len(members) == 1) if isinstance(coder, RansWriter) else unknown
-        code_group(coder, counts, grid, code_column_model(coder, model), largest)
+        code_group(coder, counts, grid, code_column_model(coder, model), largest, trellis)
         for member, part in zip(members, np.split(grid, len(members), 1)):
             member[:] = part
 
 
-def rans_encode(matrices: Sequence[np.ndarray]) -> bytes:
-    """Int8 matrices (rows, cols) of codes within +-127 -> a checksum of 4 bytes, states, words; b"" for no codes.
+def rans_encode(matrices: Sequence[np.ndarray], states: int = 0) -> bytes:
+    """Matrices of codes (rows, cols) -> a checksum of 4 bytes, states of rANS, words; b"" for no codes.
 
-    Raises ValueError for other arrays.
+    The codes are int8 within +-127, with a trellis int16 within +-254. Raises ValueError for other arrays, and for
+    codes that break the rule of the trellis.
     """
-    if any(m.ndim != 2 or m.dtype != np.int8 or (m.size and m.min() == -128) for m in matrices):
-        raise ValueError("codes are int8 matrices within +-127")
+    trellis = trellis_of(states)
+    for m in matrices:
+        if m.ndim != 2 or m.dtype != trellis.dtype or (m.size and max(m.max(), -int(m.min())) > trellis.largest):
+            raise ValueError(f"codes are {np.dtype(trellis.dtype)} matrices within +-{trellis.largest}")
     filled = [m.copy() for m in matrices if m.size]
     if not filled:
         return b""
     writer = RansWriter()
-    code_stream(writer, filled)
+    code_stream(writer, filled, trellis)
+    if not all(np.array_equal(coded, m) for coded, m in zip(filled, (m for m in matrices if m.size))):
+        raise ValueError("codes break the rule of the trellis")
     data = writer.finish(rans_states(filled))
     return zlib.crc32(data).to_bytes(4, "little") + data
 
 
-def rans_decode(data: bytes, matrices: Sequence[np.ndarray]) -> None:
+def rans_decode(data: bytes, matrices: Sequence[np.ndarray], states: int = 0) -> None:
     """The inverse of rans_encode: fills in the zero matrices. Raises ValueError for damaged data or other shapes."""
     filled = [m for m in matrices if m.size]
     if zlib.crc32(data[4:]) != int.from_bytes(data[:4], "little") or bool(filled) != bool(data):
         raise ValueError("wrong checksum")
     if filled:
         reader = RansReader(data[4:], rans_states(filled))
-        code_stream(reader, filled)
+        code_stream(reader, filled, trellis_of(states))
         reader.finish()
 
 
@@ -3845,7 +4034,8 @@ def rans_states(matrices: Sequence[np.ndarray]) -> int:
 # Averaged weights and Hessians become one artifact file, from which alone the model is scored: parameters by name ->
 # matrices by layer and kind -> parts (codes, scales, ...) -> streams of parts of one kind -> bytes, and back. Matrices
 # go through a quantiser, attention gates are rounded to int8 rows, everything else is stored as fp16. Codes are not
-# packed: an int6 code takes a byte here and about 3.4 bits in the file, by the codec of its stream.
+# packed: an int6 code takes a byte here (on the trellis two) and about 3.4 bits in the file, by the codec of its
+# stream.
 # ------------------------------------------------------------------------------------------------------------
 
 ENTROPY_BITS_AT_ONE_SIGMA = 2.047  # log2 sqrt(2 pi e): entropy of a Gaussian row whose step is one std, in bits
@@ -3855,7 +4045,13 @@ FILL_SLACK_BYTES, FILL_SMALLEST_FACTOR = 12_000, 0.5  # full enough; below half 
 
 
 def gptq(
-    W: Tensor, H: Tensor, clip_sigmas: float | Tensor, bits: int, floor: float = 0.0, block: int = 128
+    W: Tensor,
+    H: Tensor,
+    clip_sigmas: float | Tensor,
+    bits: int,
+    floor: float = 0.0,
+    block: int = 128,
+    column_rounding: Callable[[Tensor, int], Callable[[Tensor], Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rounds matrices so that their outputs on the calibration inputs change little (GPTQ, arXiv:2210.17323).
 
@@ -3864,6 +4060,9 @@ def gptq(
     clip_sigmas is one number or one for each row (n, rows).
     Columns are rounded in order of falling H_jj; each rounding error is spread over the columns still to come,
     in proportion to the upper factor U of H^-1 = U^T U.
+
+    With a `column_rounding` (`on_trellis`) the weights of a column are rounded together, to points of two grids: the
+    codes are then int16, in half steps.
     """
     n, rows, cols = W.shape
     top = 2 ** (bits - 1) - 1
@@ -3878,13 +4077,14 @@ def gptq(
     columns = W.mT.masked_fill(dead.unsqueeze(-1), 0)  # (n, cols, rows): a column is contiguous
     columns = columns.gather(1, order.unsqueeze(-1).expand(-1, -1, rows)).contiguous()
     step = scale.float()
+    nearest = column_rounding(step, top) if column_rounding else lambda x: x.round_().clamp_(-top, top)
     Q = torch.empty_like(columns)
     for begin in range(0, cols, block):
         end = min(begin + block, cols)
         part, errors = columns[:, begin:end].contiguous(), []
         for j in range(end - begin):
             u = U[:, begin + j, begin + j : end]
-            q = (part[:, j] / step).round_().clamp_(-top, top)
+            q = nearest(part[:, j] / step)
             error = (part[:, j] - q * step) / u[:, :1]
             Q[:, begin + j] = q
             errors.append(error)
@@ -3892,7 +4092,36 @@ def gptq(
         if end < cols:
             columns[:, end:] -= torch.bmm(U[:, begin:end, end:].mT, torch.stack(errors, 1))
     Q = torch.empty_like(Q).scatter_(1, order.unsqueeze(-1).expand(-1, -1, rows), Q)
-    return Q.mT.to(torch.int8), scale
+    return (2 * Q.mT).to(torch.int16) if column_rounding else Q.mT.to(torch.int8), scale
+
+
+def on_trellis(states: int, rows: Sequence[int], path: Callable, step: Tensor, top: int) -> Callable[[Tensor], Tensor]:
+    """The rounding of a column for `gptq`: x (n, rows) in steps -> points of both grids within +-top, in steps.
+
+    `rows` are the heights of the stacked matrices. Each is cut into segments, for which `path` (`plain_trellis`) finds
+    the points that the trellis allows with the least sum of squared errors; a row counts by the square of its `step`
+    (n, rows). Points n form four classes n mod 4; of each class only the point nearest to x is a candidate.
+    """
+    begins = np.cumsum([0, *rows])
+    cuts = [range(begin, end, TRELLIS_SEGMENT) for begin, end in itertools.pairwise(begins)]
+    starts = torch.tensor([start for part in cuts for start in part], device=step.device)
+    ends = torch.tensor([min(start + part.step, part.stop) for part in cuts for start in part], device=step.device)
+    places = starts.unsqueeze(1) + torch.arange(int((ends - starts).max()), device=step.device)  # (segments, L)
+    places = places.where(places < ends.unsqueeze(1), begins[-1])  # short segments end with a row of weight 0
+    weights = F.pad((step / step.mean(-1, keepdim=True)).square(), (0, 1))[:, places].flatten(0, 1).unsqueeze(-1)
+    branches, z = trellis_of(states).branches.to(step.device), torch.arange(4, device=step.device)
+    lowest, highest = -((2 * top + z) // 4), (2 * top - z) // 4
+
+    def nearest(x: Tensor) -> Tensor:
+        # Bounded, so that sums stay finite: how far x lies beyond the last point decides nothing.
+        x = F.pad((2 * x).clamp_(-8 * top, 8 * top), (0, 1))[:, places].flatten(0, 1).unsqueeze(-1)  # (N, L, 1)
+        points = 4 * ((x - z) / 4).round_().clamp_(lowest, highest) + z  # (N, L, 4)
+        classes = path((x - points).square_() * weights, branches)
+        found = step.new_empty(len(step), step.size(1) + 1)
+        found[:, places] = points.gather(-1, classes.unsqueeze(-1)).view(len(step), *places.shape)
+        return found[:, :-1] / 2
+
+    return nearest
 
 
 def inverse_factor(H: Tensor, mean: Tensor) -> Tensor:
@@ -4059,7 +4288,8 @@ class Entry(NamedTuple):
     """One array of the artifact."""
 
     owner: str  # a matrix, for example blocks.3.attn.k, or another parameter of GPT
-    part: str  # half: its values as fp16; or codes, scale and, for some, order and the parts of `lqer_shapes`
+    part: str  # half: its values as fp16; or codes (whole steps, or int16: half steps), scale and, for some, order and
+    # the parts of `lqer_shapes`
     stream: str  # arrays of one stream are compressed together
     shape: tuple[int, ...]
     dtype: str  # the same for all arrays of a stream
@@ -4121,9 +4351,13 @@ def bank_rows(config: Config) -> dict[str, BankRow]:
     return {f"blocks.{i}.{kind}": BankRow(kind, bank, half * config.num_layers + i) for kind, bank, i, half in places}
 
 
+TRELLIS_STREAMS = (*MATRICES, "embedding")  # whose codes lie on the grids of the trellis, where there is one
+
+
 @functools.cache
-def artifact_table(config: Config, corrected: tuple[str, ...] = ()) -> tuple[Entry, ...]:
-    """The arrays of an artifact in file order; `corrected` are the matrices with a low-rank correction (LQER).
+def artifact_table(config: Config, corrected: tuple[str, ...] = (), states: int = 0) -> tuple[Entry, ...]:
+    """The arrays of an artifact in file order; `corrected` are the matrices with a low-rank correction (LQER), `states`
+    those of the trellis.
 
     The configuration determines everything else, so the file does not hold the table.
     """
@@ -4137,7 +4371,8 @@ def artifact_table(config: Config, corrected: tuple[str, ...] = ()) -> tuple[Ent
         if not stream or (not config.gated_attn_quant_gate if gate else stays_half(name, config)):
             table.append(Entry(name, "half", "halves", shape, "<f2"))
             continue
-        table.append(Entry(name, "codes", stream, shape, "i1"))
+        on_grids = states and stream in TRELLIS_STREAMS
+        table.append(Entry(name, "codes", stream, shape, "<i2" if on_grids else "i1"))
         table.append(Entry(name, "scale", "halves", shape[:1], "<f2"))
         if config.compressor == "pergroup" and stream in SORTED_STREAMS:
             table.append(Entry(name, "order", "orders", shape[:1], "<u2"))
@@ -4194,10 +4429,19 @@ def frequency_steps(counts: Tensor, power: float) -> Tensor:
     return torch.exp(steps - steps.mean())
 
 
+def quantizer_of(config: Config, scheme: str, rows: Sequence[int], device: torch.device) -> Callable:
+    """The function of QUANTIZERS for a scheme, with TRELLIS_STATES on the trellis; `rows` of the stacked matrices."""
+    if not (config.trellis_states and scheme == "gptq"):
+        return QUANTIZERS[scheme]
+    path = choose_kernels(config.kernels, device)[1].trellis
+    return functools.partial(gptq, column_rounding=functools.partial(on_trellis, config.trellis_states, rows, path))
+
+
 def quantize_group(
     group: QuantGroup, arrays: Mapping[str, np.ndarray], config: Config, device: torch.device
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """Yields each matrix: name, weights (rows, cols) as quantised, codes (rows, cols) int8, scale (rows,) float16."""
+    """Yields each matrix: name, weights (rows, cols) as quantised, codes (rows, cols) int8, or int16 on the trellis,
+    scale (rows,) float16."""
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.copy()).to(device)
@@ -4220,8 +4464,8 @@ def quantize_group(
         diagonal.add_(config.embed_damping * diagonal.mean(-1, keepdim=True))
         if config.embed_freq_power:
             clip = clip * frequency_steps(tensor(arrays["token_counts"]), config.embed_freq_power)[None]
-    codes, scale = QUANTIZERS[scheme](W, H, clip, bits, floor)
     rows = [len(matrix) for matrix in stacks[0]]
+    codes, scale = quantizer_of(config, scheme, rows, device)(W, H, clip, bits, floor)
     for i, names in enumerate(group.names):
         yield from zip(names, *(x[i].split(rows) for x in (W, codes, scale)))
 
@@ -4238,7 +4482,7 @@ def quantize(arrays: Mapping[str, np.ndarray], config: Config, device: torch.dev
                 continue
             stored[name] = {"codes": codes.cpu().numpy(), "scale": scale.cpu().numpy()}
             if config.lqer_rank:
-                residuals[name] = W - codes * scale.float().unsqueeze(-1)
+                residuals[name] = W - torch.from_numpy(restore(stored[name])).to(device)
     by_error = sorted(residuals, key=lambda name: -float(residuals[name].norm()))
     for name in by_error[: config.lqer_top_k]:
         stored[name] |= lqer_factors(residuals[name], config.lqer_rank, config.lqer_asym_group, config.lqer_left_bits)
@@ -4258,7 +4502,8 @@ def restore(parts: Parts) -> np.ndarray:
     if "half" in parts:
         return parts["half"].astype(np.float32)
     codes = parts["codes"] if "order" not in parts else unsort_rows(parts["codes"], parts["order"])
-    values = codes.astype(np.float32) * parts["scale"].astype(np.float32)[:, None]
+    step = parts["scale"].astype(np.float32) / (2 if codes.dtype == np.int16 else 1)
+    values = codes.astype(np.float32) * step[:, None]
     return values + lqer_product(parts) if "lqer_a" in parts else values
 
 
@@ -4442,6 +4687,10 @@ def codec_of_bytes(pack: Callable[[bytes], bytes], unpack: Callable[[bytes, int]
     )
 
 
+def trellis_codec(states: int) -> Codec:
+    return Codec(functools.partial(rans_encode, states=states), functools.partial(rans_decode, states=states))
+
+
 CODECS = {
     "brotli": codec_of_bytes(pack_brotli, unpack_brotli),
     "rans": Codec(rans_encode, rans_decode),
@@ -4465,13 +4714,14 @@ class Stream(NamedTuple):
         return [stored[entry.owner][entry.part] for entry in self.entries]
 
 
-def artifact_streams(config: Config, codec: str, corrected: tuple[str, ...]) -> dict[str, Stream]:
+def artifact_streams(config: Config, codec: str, corrected: tuple[str, ...], states: int = 0) -> dict[str, Stream]:
     """The streams of an artifact in file order, by name. `codec` is the name in its header; with rans, what is not
-    integer codes is left to brotli."""
+    integer codes is left to brotli, and codes in half steps know the trellis."""
     streams: dict[str, Stream] = {}
-    for entry in artifact_table(config, corrected):
-        name = "brotli" if codec == "rans" and entry.dtype != "i1" else codec
-        streams.setdefault(entry.stream, Stream(CODECS[name], [])).entries.append(entry)
+    codecs = {"i1": CODECS["rans"], "<i2": trellis_codec(states)} if codec == "rans" else {}
+    for entry in artifact_table(config, corrected, states):
+        used = codecs.get(entry.dtype, CODECS["brotli" if codec == "rans" else codec])
+        streams.setdefault(entry.stream, Stream(used, [])).entries.append(entry)
     return streams
 
 
@@ -4484,12 +4734,13 @@ def chosen_codec(config: Config) -> str:
 def save_artifact(path: Path, stored: Mapping[str, Parts], config: Config) -> int:
     """Compresses the streams side by side and writes the artifact. Returns its size in bytes."""
     corrected, codec = corrected_matrices(stored), chosen_codec(config)
-    streams = artifact_streams(config, codec, corrected)
+    streams = artifact_streams(config, codec, corrected, config.trellis_states)
     longest_first = sorted(streams, key=lambda name: -streams[name].nbytes)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         blobs = pool.map(lambda name: streams[name].codec.encode(streams[name].arrays(stored)), longest_first)
         packed = dict(zip(longest_first, blobs))
     meta = {"model": artifact_settings(config), "codec": codec, "corrected": corrected}
+    meta |= {"trellis": config.trellis_states} if config.trellis_states else {}
     return write_container(path, meta, [packed[name] for name in streams])
 
 
@@ -4518,10 +4769,11 @@ def read_artifact(path: Path, config: Config) -> tuple[dict[str, Parts], dict[st
         corrected, codec = corrected_names(meta.get("corrected"), config), str(meta.get("codec"))
         if codec not in CODECS:
             raise ValueError(f"codec {codec[:20]}")
-        streams = artifact_streams(config, codec, corrected)
+        states = trellis_states(meta, codec)
+        streams = artifact_streams(config, codec, corrected, states)
         if len(packed) != len(streams):
             raise ValueError(f"{len(packed)} streams, expected {len(streams)}")
-        for entry in artifact_table(config, corrected):
+        for entry in artifact_table(config, corrected, states):
             stored.setdefault(entry.owner, {})[entry.part] = np.zeros(entry.shape, entry.dtype)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             decode = lambda stream, data: stream.codec.decode(bytes(data), stream.arrays(stored))
@@ -4533,11 +4785,11 @@ def read_artifact(path: Path, config: Config) -> tuple[dict[str, Parts], dict[st
 
 def array_bytes(stored: Mapping[str, Parts], table: Sequence[Entry], packed: Mapping[str, int]) -> dict[Entry, float]:
     """Bytes of the file that each array takes. Arrays of one stream are compressed together: codes share its bytes in
-    proportion to their entropy, counted for each array alone, two-byte numbers to their number."""
+    proportion to their entropy, counted for each array alone, fp16 numbers to their number."""
 
     def weight(entry: Entry) -> float:
         array = stored[entry.owner][entry.part]
-        if entry.dtype != "i1":
+        if entry.dtype not in ("i1", "<i2"):
             return float(array.nbytes)
         shares = np.unique(array, return_counts=True)[1] / array.size
         return float(array.size * (1e-3 - (shares * np.log2(shares)).sum()))  # an array of one value is not free
@@ -4568,7 +4820,7 @@ def write_tensors(path: Path, artifact: Path, arrays: Mapping[str, np.ndarray], 
     """A line for each array of the artifact: its numbers, the bytes of the file that it takes (`array_bytes`; the last
     line is the container's header), and for codes the errors of the matrix (`quantisation_errors`)."""
     stored, restored, packed = read_artifact(artifact, config)
-    table, rows = artifact_table(config, corrected_matrices(stored)), []
+    table, rows = artifact_table(config, corrected_matrices(stored), config.trellis_states), []
     for entry, size in array_bytes(stored, table, packed).items():
         name = entry.owner if entry.part == "half" else f"{entry.owner}.{entry.part}"
         errors = quantisation_errors(entry.owner, arrays, restored, config) if entry.part == "codes" else (None, None)
@@ -4591,6 +4843,14 @@ def corrected_names(names: Any, config: Config) -> tuple[str, ...]:
     if not known.issuperset(names) or len(set(names)) != len(names) or (names and not config.lqer_rank):
         raise ValueError(f"corrected matrices {str(names)[:80]}")
     return tuple(names)
+
+
+def trellis_states(meta: Mapping[str, Any], codec: str) -> int:
+    """The number of states of the trellis that a header names; 0: none. Raises ValueError for an impossible one."""
+    states = meta.get("trellis", 0)
+    if type(states) is not int or states not in TRELLIS_RULES or (states and codec != "rans"):
+        raise ValueError(f"trellis {str(states)[:20]} with codec {codec[:20]}")
+    return states
 
 
 def use_artifact(model: GPT, path: Path, config: Config, run: Run) -> None:
@@ -5261,20 +5521,25 @@ def check_quantizer(config: Config, run: Run) -> str:
     X, W = (torch.randn(1, rows, 16, generator=random).to(run.device) for rows in (64, 24))
     for role in ("attn", "mlp", "embed"):
         clip, bits, floor = precision(role, config)
-        codes, scale = QUANTIZERS[config.quant_scheme](W, X.mT @ X, clip, bits, floor)
-        rest = W - codes * scale.float().unsqueeze(-1)
+        codes, scale = quantizer_of(config, config.quant_scheme, [24], run.device)(W, X.mT @ X, clip, bits, floor)
+        parts = {"codes": codes[0].cpu().numpy(), "scale": scale[0].cpu().numpy()}
+        rest = W[0].cpu() - torch.from_numpy(restore(parts))
         if config.lqer_rank:
-            lqer_factors(rest[0], config.lqer_rank, config.lqer_asym_group, config.lqer_left_bits)
+            lqer_factors(rest, config.lqer_rank, config.lqer_asym_group, config.lqer_left_bits)
         need(bool(rest.isfinite().all()), f"QUANT_SCHEME={config.quant_scheme}: {role} at {bits} bits is not finite")
         found.append(f"{role} {bits} bits")
-    return f"{config.quant_scheme}, {', '.join(found)}"
+    trellis = f", trellis of {config.trellis_states} states" if config.trellis_states else ""
+    return f"{config.quant_scheme}, {', '.join(found)}{trellis}"
 
 
 def check_artifact(config: Config, run: Run) -> str:
     """The codec that will be used, on a few bytes, and the forecast of the size."""
-    codec, sample = chosen_codec(config), np.arange(-128, 128, dtype=np.int8).reshape(16, 16).clip(-127)
+    codec, states = chosen_codec(config), config.trellis_states
     try:
-        for used in {stream.codec for stream in artifact_streams(config, codec, ()).values()}:
+        streams = artifact_streams(config, codec, (), states).values()
+        for used, dtype in {stream.codec: stream.entries[0].dtype for stream in streams}.items():
+            # On the trellis these are codes of its first state, which keep it there.
+            sample = (4 * np.arange(-60, 60) if dtype == "<i2" else np.arange(-127, 127)).astype(dtype).reshape(2, -1)
             found = np.zeros_like(sample)
             used.decode(used.encode([sample]), [found])
             need(np.array_equal(found, sample), f"COMPRESSOR={config.compressor}: gives back other codes; set another")
@@ -5493,40 +5758,46 @@ def make_artifact(config: Config, device: torch.device, log: Log) -> dict[str, A
     With FIT_ARTIFACT, an artifact over the limit is quantised again with wider clips (coarser steps, fewer bits) until
     it fits; the first one is kept as oversize.bin, to measure the cost in bpb. With FIT_ARTIFACT=fill, one far below
     the limit is quantised again with narrower clips, to use every byte. The last artifact that fits is kept.
+
+    Example with fill, bytes with the code: 16,900,000 at clips x 1; 15,800,000 at x 1.22; 16,001,000 at x 1.17;
+    15,997,000 at x 1.171. The fourth is within FILL_SLACK_BYTES of the limit: it is kept, the first is oversize.bin.
     """
-    folder, (code_bytes, packed) = config.run_dir, counted_code_bytes()
-    target, oversize, arrays = folder / "artifact.bin", folder / "oversize.bin", load_trained(config)
+    target, oversize, arrays = config.run_dir / "artifact.bin", config.run_dir / "oversize.bin", load_trained(config)
+    attempts: list[tuple[dict[str, Any], bytes]] = []
+    factor: float | None = 1.0
+    while factor is not None and len(attempts) < FIT_TRIES:
+        sizes = write_attempt(target, arrays, config, factor, device, log)
+        attempts.append((sizes, target.read_bytes()))
+        factor = next_clip_factor(factor, sizes["total_bytes"] - ARTIFACT_LIMIT_BYTES, config)
+    fitting = [attempt for attempt in attempts if attempt[0]["total_bytes"] <= ARTIFACT_LIMIT_BYTES]
+    sizes, data = (fitting or attempts)[-1]
+    write_file(target, data)
     oversize.unlink(missing_ok=True)
-    factor, fitting = 1.0, None
-    for number in range(1, FIT_TRIES + 1):
-        start = time.monotonic()
-        stored = quantize(arrays, scaled_clips(config, factor), device)
-        middle = time.monotonic()
-        size = save_artifact(target, stored, config)
-        seconds = middle - start, time.monotonic() - middle
-        log("artifact", bytes=size, clip_factor=factor, gptq_s=seconds[0], compress_s=seconds[1])
-        attempt = {
-            "artifact_bytes": size,
-            "code_bytes": code_bytes,
-            "code_is_packed": packed,
-            "total_bytes": size + code_bytes,
-            "clip_factor": factor,
-            "gptq_seconds": seconds[0],
-            "compress_seconds": seconds[1],
-        }
-        excess = size + code_bytes - ARTIFACT_LIMIT_BYTES
-        if excess <= 0:
-            fitting = attempt, target.read_bytes()
-        factor = next_clip_factor(factor, excess, config)
-        if factor is None or number == FIT_TRIES:
-            break
-        if number == 1 and excess > 0:
-            write_file(oversize, target.read_bytes())
-    if excess > 0 and fitting:  # the last attempt went too far
-        attempt, data = fitting
-        write_file(target, data)
-    write_tensors(folder / "tensors.csv", target, arrays, config)
-    return attempt | {"artifact_sha256": hashlib.sha256(target.read_bytes()).hexdigest()}
+    if len(attempts) > 1 and attempts[0] not in fitting:
+        write_file(oversize, attempts[0][1])
+    write_tensors(config.run_dir / "tensors.csv", target, arrays, config)
+    return sizes | {"artifact_sha256": hashlib.sha256(data).hexdigest()}
+
+
+def write_attempt(
+    path: Path, arrays: Mapping[str, np.ndarray], config: Config, factor: float, device: torch.device, log: Log
+) -> dict[str, Any]:
+    """Quantises with all clips multiplied by a factor, writes the artifact and returns its sizes and times."""
+    (code_bytes, packed), start = counted_code_bytes(), time.monotonic()
+    stored = quantize(arrays, scaled_clips(config, factor), device)
+    middle = time.monotonic()
+    size = save_artifact(path, stored, config)
+    seconds = middle - start, time.monotonic() - middle
+    log("artifact", bytes=size, clip_factor=factor, gptq_s=seconds[0], compress_s=seconds[1])
+    return {
+        "artifact_bytes": size,
+        "code_bytes": code_bytes,
+        "code_is_packed": packed,
+        "total_bytes": size + code_bytes,
+        "clip_factor": factor,
+        "gptq_seconds": seconds[0],
+        "compress_seconds": seconds[1],
+    }
 
 
 def next_clip_factor(factor: float, excess: int, config: Config) -> float | None:

@@ -31,7 +31,8 @@ def synthetic_training(config: train_gpt.Config) -> dict[str, np.ndarray]:
     for kind, matrix in train_gpt.MATRICES.items():
         for layer in range(config.num_layers if matrix.hessian == kind else 0):
             arrays[f"hessian.{kind}.{layer}"] = hessian(getattr(model, matrix.bank).size(-1), random)
-    return arrays | {"hessian.head.0": hessian(config.model_dim, random)}
+    counts = 2e6 / torch.arange(1, config.vocab_size + 1)  # of tokens: Zipf's law
+    return arrays | {"hessian.head.0": hessian(config.model_dim, random), "token_counts": counts.floor().numpy()}
 
 
 def hessian(width: int, random: torch.Generator) -> np.ndarray:
@@ -44,18 +45,18 @@ def hessian(width: int, random: torch.Generator) -> np.ndarray:
 def main() -> None:
     config, _ = train_gpt.load_config(os.environ)
     arrays = synthetic_training(config)
-    parameters = sum(array.size for name, array in arrays.items() if not name.startswith("hessian."))
+    parameters = sum(array.size for name, array in arrays.items() if not name.startswith(("hessian.", "token_counts")))
     print(f"parameters:{parameters} threads:{torch.get_num_threads()}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         stored = train_gpt.quantize(arrays, config, torch.device("cpu"))
         middle = time.perf_counter()
         size = train_gpt.save_artifact(Path(folder) / "artifact.bin", stored, config)
-        end = time.perf_counter()
+        end, processor = time.perf_counter(), time.process_time() - processor
         train_gpt.load_artifact(Path(folder) / "artifact.bin", config)
         loaded = time.perf_counter()
     print(
-        f"gptq_s:{middle - start:.1f} compress_s:{end - middle:.1f} sum_s:{end - start:.1f} load_s:{loaded - end:.1f}"
+        f"gptq_s:{middle - start:.1f} compress_s:{end - middle:.1f} sum_s:{end - start:.1f} processor_s:{processor:.1f} load_s:{loaded - end:.1f}"
     )
     forecast = train_gpt.predicted_artifact_bytes(config)["artifact_bytes"]
     print(f"artifact_bytes:{size} forecast_bytes:{forecast} forecast_error:{forecast / size - 1:+.4f}")

@@ -42,6 +42,7 @@ LAYOUTS = [  # of an artifact, beside the default one
     dict(compressor="pergroup", lqer_rank=2, lqer_top_k=3, lqer_asym_group=8),
     dict(fp16_keep_name_patterns="blocks.{last}.attn.k,tok_emb", gated_attn_quant_gate=False),
     dict(compressor="rans"),
+    dict(compressor="rans", trellis_states=8),
 ]
 
 

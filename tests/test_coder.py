@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import train_gpt as tg
 
 Matrices = list[np.ndarray]
+PLAIN = tg.trellis_of(0)
 
 
 def gaussian_codes(rows: int, cols: int, count: int = 1, step: float = 12 / 31, spread: float = 0.0) -> Matrices:
@@ -66,7 +67,7 @@ def order_zero_bytes(matrices: Matrices) -> float:
 def model_bytes(matrices: Matrices) -> tuple[float, int]:
     """Code length that the histograms imply, in bytes, and the number of states."""
     writer = tg.RansWriter()
-    tg.code_stream(writer, [m.copy() for m in matrices])
+    tg.code_stream(writer, [m.copy() for m in matrices], PLAIN)
     freq = np.concatenate([freq for freq, _ in writer.runs]).astype(float)
     return float((tg.RANS_BITS - np.log2(freq)).sum() / 8), -(-sum(m.size for m in matrices) // tg.RANS_RUN)
 
@@ -171,7 +172,8 @@ def test_frequencies_are_positive_and_complete(top: int, seed: int, largest: int
     generator = np.random.default_rng(seed)
     counts = generator.integers(0, largest + 1, (5 * tg.PREDICTIONS, 2 * top + 1))
     counts *= generator.random(counts.shape) < 0.3
-    histograms = tg.histograms_of(counts, np.arange(tg.PREDICTIONS, 4 * tg.PREDICTIONS))
+    counts[-1] = counts[:-1].sum(0)
+    histograms = tg.histograms_of(counts, np.arange(tg.PREDICTIONS, 4 * tg.PREDICTIONS), PLAIN)
     freq, start = histograms.freq, histograms.start
     assert freq.min() >= 1 and (freq.sum(1) == 1 << tg.RANS_BITS).all()
     assert (start[:, 1:] == freq.cumsum(1)[:, :-1]).all() and not start[:, 0].any()
@@ -206,7 +208,7 @@ class Recorder:
 def test_outermost_symbols_are_followed_by_the_distance(largest: int, symbols: list[list[int]]) -> None:
     """The example of code_values: five symbols, values up to 7; without values beyond nothing follows."""
     recorder, values = Recorder(), np.int16([-1, 2, 5, -7]).clip(-largest, largest)
-    histograms = tg.histograms_of(np.zeros((3 * tg.PREDICTIONS, 5), np.int64), np.array([tg.PREDICTIONS]))
+    histograms = tg.histograms_of(np.zeros((3 * tg.PREDICTIONS, 5), np.int64), np.array([tg.PREDICTIONS]), PLAIN)
     found, first = tg.code_values(recorder, values, np.zeros(4, np.int64), histograms, largest)
     assert np.array_equal(found, values) and first.tolist() == symbols[0]
     assert recorder.symbols == symbols
@@ -297,7 +299,7 @@ def test_codes_out_of_range_are_refused(top: int, largest: int) -> None:
     tg.code_numbers(writer, np.array([1, 1]), 14)
     tg.code_numbers(writer, np.array([0]), 1)
     counts = np.zeros((tg.KINDS * tg.SCALES * tg.PREDICTIONS, 2 * top + 1), np.int64)
-    histograms = tg.histograms_of(counts, np.array([tg.PREDICTIONS]))
+    histograms = tg.histograms_of(counts, np.array([tg.PREDICTIONS]), PLAIN)
     writer.code(np.array([2 * top]), np.array([0]), histograms)
     tg.code_numbers(writer, np.array([127]), 7)
     with pytest.raises(ValueError, match="range|end"):

@@ -19,10 +19,11 @@ OTHER_TEXTS = dict(
     stages="train", data_dir="other", data_path="other", tokenizer_path="other",
     fp16_keep_name_patterns="attn.k", ttt_chunk_steps="8:4", token_document_orders="4,2",
 )  # fmt: skip
-# Of two settings that exclude each other, the one that makes room.
+# Of settings that exclude or need each other, the one that makes room.
 BESIDE = dict(
     swa_enabled=dict(ema_decay=0.0), warmdown_iters=dict(warmdown_frac=0.0),
     parallel_residual_start=dict(parallel_start_layer=0), max_wallclock_seconds=dict(gptq_reserve_seconds=0.5),
+    trellis_states=dict(compressor="rans"),
 )  # fmt: skip
 
 
@@ -36,8 +37,8 @@ def other_values(name: str, value: Any) -> Iterator[Any]:
     elif field.type is bool:
         yield not value
     else:
-        others = (field.type(other) for other in (value + 1, value + 2, value * 2, value + 0.5, value / 2, value - 1))
-        yield from (other for other in others if other != value)
+        others = (value + 1, value + 2, value * 2, value + 0.5, value / 2, value - 1, value + 4)
+        yield from (field.type(other) for other in others if field.type(other) != value)
 
 
 def changed(config: tg.Config, name: str) -> tg.Config:
