@@ -286,7 +286,8 @@ def test_every_setting_in_the_documents_exists(name: str) -> None:
     """Each KEY=value that a reader could copy is a setting, another published name of one, or the launcher's own."""
     launcher = {"NPROC", "VENV", "PYTHON", "RANK", "WORLD_SIZE", "LOCAL_RANK"}
     libraries = ("OMP_", "GOMP_", "NCCL_", "CUDA_", "TORCH", "MASTER_", "PIP_", "PYTHON")
-    pairs = re.findall(r"\b([A-Z][A-Z0-9_]{2,})=([\w.,/+-]*)", (ROOT / name).read_text(encoding="utf-8"))
+    text = re.sub(r"^error: .*\n", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.M)  # the next test's
+    pairs = re.findall(r"\b([A-Z][A-Z0-9_]{2,})=([\w.,/+-]*)", text)
     assert pairs
     for key, value in pairs:
         if key in launcher or key.startswith(libraries):
@@ -296,6 +297,14 @@ def test_every_setting_in_the_documents_exists(name: str) -> None:
             tg.parse_value(key, value)
         if key == "PRESET" and value:
             assert value in tg.PRESETS
+
+
+def test_the_error_in_the_readme_is_what_such_a_setting_gives() -> None:
+    lines = re.findall(r"^error: ((\w+)=(\S+): .*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert lines
+    for message, key, value in lines:
+        with pytest.raises(tg.UserError, match=f"^{re.escape(message)}$"):
+            tg.load_config({key: value})
 
 
 def test_messages_of_a_bad_number_give_an_allowed_example() -> None:
