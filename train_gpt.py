@@ -3302,7 +3302,7 @@ class Trainer:
                     text = f"loss {loss}, gradient {norm} at step {self.step}; lower MATRIX_LR or TIED_EMBED_LR"
                     raise TrainingDiverged(text)
                 self.history.append([self.step, loss, self.elapsed])
-                self.log_step(multiplier)
+                self.log_step(multiplier, time.monotonic() - begin)
                 if stop or config.checkpoint_seconds and self.elapsed - saved >= config.checkpoint_seconds:
                     saved = self.elapsed
                     self.save_checkpoint()
@@ -3320,19 +3320,19 @@ class Trainer:
         self.run.synchronize()
         self.elapsed = self.run.share(time.monotonic() - begin)
 
-    def log_step(self, multiplier: float) -> None:
+    def log_step(self, multiplier: float, now: float) -> None:
         """A line for the first steps, every TRAIN_LOG_EVERY steps, after 20 seconds without one, and for the last step:
-        speed since the line before, and the seconds that are left at the speed of all steps."""
+        speed since the line before, and the seconds that are left at the speed of all steps; `now` is the clock."""
         last, (step, loss, seconds) = self.config.iterations, self.history[-1]
         logged, since = self.logged
-        if step > 5 and step % self.config.train_log_every and step != last and seconds - since < 20:
+        if step > 5 and step % self.config.train_log_every and step != last and now - since < 20:
             return
-        speed = (step - logged) * self.config.train_batch_tokens / max(seconds - since, 1e-9)
+        speed = (step - logged) * self.config.train_batch_tokens / max(now - since, 1e-9)
         progress = max(self.progress(), step / last)
-        left = (1 - progress) / progress * seconds
+        left = (1 - progress) / progress * now
         values = {"loss": loss, "lr_multiplier": multiplier, "seconds": seconds, "tokens_per_s": round(speed)}
         self.log("train", step=f"{step}/{last}", **values, seconds_left=round(left))
-        self.logged = step, seconds
+        self.logged = step, now
 
     def validate(self) -> Tally:
         """Plain score of the current weights."""
