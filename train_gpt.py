@@ -4288,8 +4288,7 @@ class Entry(NamedTuple):
     """One array of the artifact."""
 
     owner: str  # a matrix, for example blocks.3.attn.k, or another parameter of GPT
-    part: str  # half: its values as fp16; or codes (whole steps, or int16: half steps), scale and, for some, order and
-    # the parts of `lqer_shapes`
+    part: str  # half: fp16 values; or codes (int16: half steps), scale and, for some, order and parts of `lqer_shapes`
     stream: str  # arrays of one stream are compressed together
     shape: tuple[int, ...]
     dtype: str  # the same for all arrays of a stream
