@@ -194,6 +194,16 @@ def test_no_point_lies_beyond_the_range(top: int) -> None:
             ]
 
 
+def test_a_huge_weight_does_not_spoil_its_column() -> None:
+    """Its error beyond the last point would drown the others in float32."""
+    x = 3 * gaussian(1, 256)
+    spoilt = x.clone()
+    spoilt[0, 100] = 1e20
+    errors = [(round_on_trellis(each, 8, [256], 31) - x).square()[0] for each in (x, spoilt)]
+    others = torch.arange(256) != 100
+    assert errors[1][others].mean() < 1.2 * errors[0][others].mean()
+
+
 def test_rows_count_by_the_square_of_their_step() -> None:
     """What is least is the sum of squared errors in units of the weights, where rows have different steps."""
     step, x = torch.rand(1, 256) * 4 + 0.1, 3 * gaussian(1, 256)
@@ -240,7 +250,7 @@ def test_gptq_on_the_trellis_loses_less_than_without(bits: int) -> None:
 
 
 def valid_codes(rows: int, cols: int, states: int, spread: float, seed: int = 0, far: float = 0.0) -> np.ndarray:
-    """Random codes (rows, cols) int16 that obey the rule, within +-254, a share `far` of them at the ends of their grid."""
+    """Random codes (rows, cols) int16 that obey the rule, a share `far` of them at the ends +-254 of their grid."""
     generator, following = np.random.default_rng(seed), tg.trellis_of(states).following
     n, state = np.zeros((rows, cols), np.int16), np.zeros(cols, np.int64)
     for row in range(rows):
@@ -305,7 +315,11 @@ def test_counts_of_the_other_grid_save_bytes(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_memory_order_does_not_matter() -> None:
     matrices = [valid_codes(60, 30, 8, 2.0, seed) for seed in range(2)]
-    assert tg.rans_encode([np.asfortranarray(m) for m in matrices], 8) == tg.rans_encode(matrices, 8)
+    data = tg.rans_encode([np.asfortranarray(m) for m in matrices], 8)
+    assert data == tg.rans_encode(matrices, 8)
+    found = [np.zeros((60, 30), np.int16, order="F") for _ in matrices]
+    tg.rans_decode(data, found, 8)
+    assert same(found, matrices)
 
 
 @pytest.mark.parametrize("states", STATES)
