@@ -6053,7 +6053,7 @@ def log_header(config: Config, origins: dict[str, str], run: Run, log: Log) -> N
     log("hardware", devices=hardware(run), threads=torch.get_num_threads())
     load, cores = os.getloadavg()[0], os.cpu_count()
     if run.device.type == "cpu" and load > 0.5:
-        log("warning", reason="other_processes_are_busy_here_and_slow_this_run_down", load=load, cores=cores)
+        log("busy", load=load, cores=cores, reason="other_processes_slow_this_run_down")
     log("attention", backend=choose_attention(config, run.device)[0])
     log("config", preset=config.preset, run_id=config.run_id, seed=config.seed, stages=config.stages)
     for name, origin in sorted(origins.items()):

@@ -311,7 +311,7 @@ def test_lines_are_compared_between_logs_of_as_many_starts() -> None:
 UNNOTICED = [
     (r"train_seed\d\.log", r"train step:\d+/\d+ .*", "the loss, rate and speed of a single step"),
     (r"train_seed\d\.log", r"looping step:.*", "when the loops began"),
-    (r"train_seed\d\.log", r"warning reason:other_processes.*", "the load of the machine"),
+    (r"train_seed\d\.log", r"busy load:.*", "the load of the machine"),
     (r"train_seed\d\.log", r"(global_ttt|calibrated) .*seconds:[\d.]*", "times of parts of a stage"),
     (r"train_seed\d\.log", r"check item:disk .*", "the free space of the disk"),
     (r"train_seed\d\.log", r"(config .*stages:|  (runs_dir|data_\w+|tokenizer_path): ).*", "places on the machine"),
