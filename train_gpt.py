@@ -4866,6 +4866,16 @@ def artifact_settings(config: Config) -> dict[str, Any]:
 PACKED_START = b"#coding:latin1\nimport brotli as B,linecache as C\n"
 
 
+def without_docstrings(tree: ast.AST) -> ast.AST:
+    """The tree itself, its bodies without the text that they begin with."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            if isinstance(body[0].value, ast.Constant):
+                body[:1] = [] if len(body) > 1 else [ast.Pass()]
+    return tree
+
+
 def packed_script(source: str) -> bytes:
     """The script as it counts and runs: without comments and docstrings, compressed, in a wrapper of four lines.
 
@@ -4874,17 +4884,7 @@ def packed_script(source: str) -> bytes:
     """
     import brotli
 
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            body[:1] = [] if len(body) > 1 else [ast.Pass()]
-    payload = brotli.compress(ast.unparse(tree).encode(), quality=11)
+    payload = brotli.compress(ast.unparse(without_docstrings(ast.parse(source))).encode(), quality=11)
     for raw, escape in ((b"\\", b"\\\\"), (b"'", b"\\'"), (b"\n", b"\\n"), (b"\r", b"\\r"), (b"\0", b"\\x00")):
         payload = payload.replace(raw, escape)
     return (

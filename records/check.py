@@ -56,7 +56,9 @@ from records.own import is_own, result_in_log, texts_from_logs
 from records.texts import RECORD_P
 
 # The limits of the challenge, from the script that every run has to keep them in.
-SCRIPT = definitions("ARTIFACT_LIMIT_BYTES", "TIME_LIMIT_S", "CHALLENGE_BYTES", "PACKED_START", "packed_script")
+SCRIPT = definitions(
+    "ARTIFACT_LIMIT_BYTES", "TIME_LIMIT_S", "CHALLENGE_BYTES", "PACKED_START", "packed_script", "without_docstrings"
+)
 CAP_BYTES: int = SCRIPT["ARTIFACT_LIMIT_BYTES"]
 LIMIT_S: float = SCRIPT["TIME_LIMIT_S"]  # training, and again evaluation, on 8xH100
 TRUE_BYTES: tuple[float, float] = SCRIPT["CHALLENGE_BYTES"]  # of the validation text, whatever the export
@@ -293,20 +295,6 @@ def packed_script(folder: Folder) -> Finding:
     head, _, tail = expected.partition(b"s=B.decompress('")
     framed = packed.startswith(head) and packed.endswith(tail[tail.rindex(b"'.encode(") :])
     return fail("not what packing train_gpt.py gives: " + ("the program inside" if framed else "the lines that run it"))
-
-
-def without_docstrings(tree: ast.AST) -> ast.AST:
-    """The tree as the packer leaves it: bodies without their leading text."""
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            body[:1] = [] if len(body) > 1 else [ast.Pass()]
-    return tree
 
 
 def json_fields(folder: Folder) -> Finding:
@@ -578,7 +566,7 @@ def same_program(a: bytes, b: bytes) -> bool:
 @functools.lru_cache(maxsize=4)  # logs of one folder hold the same script
 def program(script: bytes) -> str:
     """The tree of a script without docstrings, as text. Raises one of UNPARSABLE."""
-    return ast.dump(without_docstrings(ast.parse(script)))
+    return ast.dump(SCRIPT["without_docstrings"](ast.parse(script)))
 
 
 def score_in_logs(folder: Folder) -> Finding:
