@@ -31,7 +31,7 @@ def test_the_text_of_the_script_gives_what_the_script_has() -> None:
     names = ("ARTIFACT_LIMIT_BYTES", "TIME_LIMIT_S", "CHALLENGE_DOCUMENTS", "CHALLENGE_BYTES")
     assert script.definitions(*names) == {name: getattr(tg, name) for name in names}
     assert variants.VAL_DOCUMENTS == tg.CHALLENGE_DOCUMENTS
-    found = script.definitions("PACKED_START", "packed_script")["packed_script"]("x = 1  # one\n")
+    found = script.definitions("PACKED_START", "packed_script", "without_docstrings")["packed_script"]("x = 1  # one\n")
     assert found == tg.packed_script("x = 1\n")
     for stages in (tg.RUN | tg.DATA, tg.EVALUATE):
         expected = {name for name, field in tg.FIELDS.items() if field.metadata["stage"] in stages}
