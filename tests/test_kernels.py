@@ -86,7 +86,9 @@ def test_mlp(shape: tuple[int, ...], slope: float, dtype: torch.dtype) -> None:
     *rows, D, hidden = shape
     x, up = draw(*rows, D, dtype=dtype), draw(hidden, D, dtype=dtype, scale=D**-0.5)
     down = draw(D, hidden, dtype=dtype, scale=hidden**-0.5)
-    check(lambda *a: FUSED.mlp(*a, slope), exact_mlp(slope), x, up, down)
+    # A single row of 8 sums may cancel: there the plain function too exceeds 0.01 in 0.7 % of draws, 0.019 in 20,000.
+    tolerance = 3e-2 if dtype == torch.bfloat16 and shape == (1, 8, 16) else None
+    check(lambda *a: FUSED.mlp(*a, slope), exact_mlp(slope), x, up, down, tolerance=tolerance)
 
 
 def test_mlp_hidden() -> None:
