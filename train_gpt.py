@@ -2176,7 +2176,7 @@ class Parameter(NamedTuple):
 
 @functools.cache
 def parameter_table(c: Config) -> Mapping[str, Parameter]:
-    """Every parameter by name, in the order of GPT.named_parameters. GPT.init_weights draws the matrices over their 0."""
+    """Every parameter by name, in the order of GPT.named_parameters. GPT.init_weights draws matrices over their 0."""
     d, L, V, kv_dim = c.model_dim, c.num_layers, c.vocab_size, c.num_kv_heads * c.head_dim
     table = {
         "qo_bank": Parameter((2 * L, d, d), "matrix", 0.0),
@@ -2214,7 +2214,7 @@ def layer_parameters(c: Config, layer: int) -> dict[str, Parameter]:
         "attn_scale": Parameter((d,), "scalar", scale),
         "mlp_scale": Parameter((d,), "scalar", scale),
         # At first all of the stream and none of the embedding.
-        "resid_mix": Parameter((2, d), "scalar", lambda mix, random: (mix[0].fill_(1), mix[1].fill_(0))),
+        "resid_mix": Parameter((2, d), "scalar", lambda mix, random: mix.copy_(torch.tensor([[1.0], [0.0]]))),
     }
     if gate:
         table["attn_gate_w"] = Parameter((H, gate.width), "scalar", normal(gate.init_std), "gates")
@@ -2526,7 +2526,10 @@ class GPT(nn.Module):
             parameter = nn.Parameter(torch.empty(shape, device="meta" if on_meta else "cpu"))
             *path, leaf = name.split(".")
             owner = self.get_submodule(".".join(path))
-            owner.append(parameter) if isinstance(owner, nn.ParameterList) else setattr(owner, leaf, parameter)
+            if isinstance(owner, nn.ParameterList):
+                owner.append(parameter)
+            else:
+                setattr(owner, leaf, parameter)
         if not on_meta:
             self.init_weights()
             self.to(run.device)
@@ -3993,7 +3996,8 @@ def code_stream(coder: RansWriter | RansReader, matrices: list[np.ndarray], trel
 
 
 def rans_encode(matrices: Sequence[np.ndarray], states: int = 0) -> bytes:
-    """Matrices of codes (rows, cols) -> a checksum of 4 bytes, states of rANS, words; b"" for no codes.
+    """Matrices of codes (rows, cols) -> a checksum of 4 bytes, states of rANS, words; b"" for no codes. The argument
+    `states` is that of the trellis.
 
     The codes are int8 within +-127, with a trellis int16 within +-254. Raises ValueError for other arrays, and for
     codes that break the rule of the trellis.
@@ -5522,7 +5526,7 @@ def check_quantizer(config: Config, run: Run) -> str:
         clip, bits, floor = precision(role, config)
         codes, scale = quantizer_of(config, config.quant_scheme, [24], run.device)(W, X.mT @ X, clip, bits, floor)
         parts = {"codes": codes[0].cpu().numpy(), "scale": scale[0].cpu().numpy()}
-        rest = W[0].cpu() - torch.from_numpy(restore(parts))
+        rest = W[0] - torch.from_numpy(restore(parts)).to(run.device)
         if config.lqer_rank:
             lqer_factors(rest, config.lqer_rank, config.lqer_asym_group, config.lqer_left_bits)
         need(bool(rest.isfinite().all()), f"QUANT_SCHEME={config.quant_scheme}: {role} at {bits} bits is not finite")
@@ -5543,7 +5547,7 @@ def check_artifact(config: Config, run: Run) -> str:
             used.decode(used.encode([sample]), [found])
             need(np.array_equal(found, sample), f"COMPRESSOR={config.compressor}: gives back other codes; set another")
     except (ImportError, ValueError) as error:
-        raise UserError(f"COMPRESSOR={config.compressor}: {error}; install it or set COMPRESSOR=brotli") from None
+        raise UserError(f"COMPRESSOR={config.compressor}: {error}; install it or set another") from None
     forecast = predicted_artifact_bytes(config)["total_bytes"]
     used = {"lrzip": "pergroup writes lrzip", config.compressor: codec}.get(
         codec, "pergroup writes brotli without lrzip"
