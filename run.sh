@@ -15,7 +15,8 @@ train_gpt.py: with torchrun and one process per GPU, or as one process that uses
 
 The environment is passed through. What people set most:
   PRESET   frontier, default, tiny, or a published system: baseline, pr489, fork5, fork5_twin, fork5_10l, pr1880,
-           pr1941, pr1855, pr2135. Unset: default where there are GPUs and the FineWeb shards in DATA_DIR, else tiny
+           pr1941, pr1855, pr2135, pr2158. Unset: default where there are GPUs and the FineWeb shards in DATA_DIR,
+           else tiny
   SEED     initial weights (1337)
   RUN_ID   folder under runs/ for log, weights, artifact, result.json and picture
   STAGES   train,quantize,evaluate or a part of it; describe prints sizes and needs no data; check

@@ -106,7 +106,8 @@ PUBLISHED = {
     "default": Published(4_826, None, "PR #1941 with one gate more; steps of PR #1941"),
     "pr1855": Published(4_931, 1.0611),
     "pr2135": Published(4_994, 1.0565),
-    "frontier": Published(4_994, None, "never run at full size; steps as for pr2135"),
+    "pr2158": Published(5_011, 1.0556, "opened after the deadline"),
+    "frontier": Published(5_011, None, "never run at full size; steps as for pr2158"),
 }
 
 
@@ -941,7 +942,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     runs.add_argument(
         "--presets",
         type=split_labels,
-        default=words("baseline,pr489,fork5,pr1880,pr1941,pr1855,pr2135"),
+        default=words("baseline,pr489,fork5,pr1880,pr1941,pr1855,pr2135,pr2158"),
         help="comma list; NAME+KEY=VALUE+... is a variation of NAME, with values as at full size",
     )
     runs.add_argument("--seeds", type=numbers, default=[1, 2, 3], help="comma list (default 1,2,3)")

@@ -1,139 +1,141 @@
 """CONFIG: every preset holds the published settings of its system; published switches and other names mean the same."""
 
+import re
 from typing import Any
 
 import pytest
-from conftest import preset_env, toy_env
+from conftest import ROOT, preset_env, toy_env
 
 import train_gpt as tg
 
 SWITCHES = {key: name for key, name in tg.NAMES.items() if name.on is not None}
-SYSTEMS = "baseline pr489 fork5 fork5_twin fork5_10l pr1880 pr1941 pr1855 pr2135".split()
+SYSTEMS = "baseline pr489 fork5 fork5_twin fork5_10l pr1880 pr1941 pr1855 pr2135 pr2158".split()
 
 # The published settings, one line each, in the order of SYSTEMS, typed from the records' own tables. A dot repeats the
 # value to its left; a dash is a value that was not published or has no effect there.
 TABLE = """
-VOCAB_SIZE                    1024    .       .       .       .       8192    .       .       .
-NUM_LAYERS                    9       7       11      .       10      11      .       .       .
-MODEL_DIM                     512     .       .       .       .       .       .       .       .
-NUM_HEADS                     8       .       .       .       .       .       .       .       .
-NUM_KV_HEADS                  4       .       .       .       .       .       .       .       .
-MLP_MULT                      2       3       .       .       .       4       .       .       .
-LEAKY_RELU_SQ_SLOPE           0       .       .       .       .       0.5     .       .       .
-QK_GAIN_INIT                  1.5     1       1.5     .       .       5       .       .       .
-LOGIT_SOFTCAP                 30      15      30      .       .       15      30      .       .
-ROPE_DIMS                     64      16      .       .       -       16      .       .       .
-ROPE_BASE                     10000   .       .       .       .       .       .       .       .
-ROPE_TRAIN_SEQ_LEN            0       .       1024    .       0       .       .       .       .
-LN_SCALE                      0       .       1       .       -       1       .       .       .
-RESID_SCALE_DEPTH_INIT        0       1       0       .       .       .       .       .       .
-XSA_LAST_N                    0       .       4       .       -       11      .       .       .
-BIGRAM_VOCAB_SIZE             0       2048    .       .       10240   0       .       .       .
-BIGRAM_DIM                    -       128     .       .       .       -       .       .       .
-SMEAR_PERDIM_ENABLED          0       1       .       .       -       0       .       .       .
-SMEAR_GATE_ENABLED            0       .       .       .       .       1       0       1       .
-SMEAR_GATE_POS                -       -       -       -       -       post_norm -     pre_norm .
-SKIP_GATES_ENABLED            0       .       .       .       .       1       .       .       .
-NUM_LOOPS                     0       .       .       .       .       2       .       .       .
-LOOP_START                    -       -       -       -       -       3       .       .       .
-LOOP_END                      -       -       -       -       -       5       .       .       .
-ENABLE_LOOPING_AT             -       -       -       -       -       0.35    .       .       .
-PARALLEL_RESIDUAL_START       -1      .       .       .       .       7       -1      .       .
-PARALLEL_START_LAYER          0       .       .       .       .       .       8       .       .
-ATTN_GATE                     none    .       .       .       .       two_sigma dense sparse  .
-ATTN_OUT_GATE_ENABLED         0       .       .       .       .       1       0       .       .
-GATED_ATTN_ENABLED            0       .       .       .       .       .       1       0       .
-SPARSE_ATTN_GATE_ENABLED      0       .       .       .       .       .       .       1       .
-GATE_WINDOW                   -       -       -       -       -       12      .       .       .
-GATED_ATTN_INIT_STD           -       -       -       -       -       -       0.005   -       -
-SPARSE_ATTN_GATE_SCALE        -       -       -       -       -       -       -       0.5     .
-MLP_GATE_OUT                  0       .       .       .       .       .       1       0       .
-MLP_GATE_BIAS                 -       -       -       -       -       -       5       -       -
-INIT_SCHEME                   default .       ortho   .       .       .       .       .       .
-TIED_EMBED_INIT_STD           0.005   .       .       .       .       .       .       .       .
-CASEOPS_ENABLED               0       .       .       .       .       .       .       1       .
+VOCAB_SIZE                    1024    .       .       .       .       8192    .       .       .       .
+NUM_LAYERS                    9       7       11      .       10      11      .       .       .       .
+MODEL_DIM                     512     .       .       .       .       .       .       .       .       .
+NUM_HEADS                     8       .       .       .       .       .       .       .       .       .
+NUM_KV_HEADS                  4       .       .       .       .       .       .       .       .       .
+MLP_MULT                      2       3       .       .       .       4       .       .       .       .
+LEAKY_RELU_SQ_SLOPE           0       .       .       .       .       0.5     .       .       .       .
+QK_GAIN_INIT                  1.5     1       1.5     .       .       5       .       .       .       .
+LOGIT_SOFTCAP                 30      15      30      .       .       15      30      .       .       .
+ROPE_DIMS                     64      16      .       .       -       16      .       .       .       .
+ROPE_BASE                     10000   .       .       .       .       .       .       .       .       .
+ROPE_TRAIN_SEQ_LEN            0       .       1024    .       0       .       .       .       .       .
+LN_SCALE                      0       .       1       .       -       1       .       .       .       .
+RESID_SCALE_DEPTH_INIT        0       1       0       .       .       .       .       .       .       .
+XSA_LAST_N                    0       .       4       .       -       11      .       .       .       .
+BIGRAM_VOCAB_SIZE             0       2048    .       .       10240   0       .       .       .       .
+BIGRAM_DIM                    -       128     .       .       .       -       .       .       .       .
+SMEAR_PERDIM_ENABLED          0       1       .       .       -       0       .       .       .       .
+SMEAR_GATE_ENABLED            0       .       .       .       .       1       0       1       .       .
+SMEAR_GATE_POS                -       -       -       -       -       post_norm -     pre_norm .      .
+SKIP_GATES_ENABLED            0       .       .       .       .       1       .       .       .       .
+NUM_LOOPS                     0       .       .       .       .       2       .       .       .       .
+LOOP_START                    -       -       -       -       -       3       .       .       .       .
+LOOP_END                      -       -       -       -       -       5       .       .       .       .
+ENABLE_LOOPING_AT             -       -       -       -       -       0.35    .       .       .       .
+PARALLEL_RESIDUAL_START       -1      .       .       .       .       7       -1      .       .       .
+PARALLEL_START_LAYER          0       .       .       .       .       .       8       .       .       .
+ATTN_GATE                     none    .       .       .       .       two_sigma dense sparse  .       .
+ATTN_OUT_GATE_ENABLED         0       .       .       .       .       1       0       .       .       .
+GATED_ATTN_ENABLED            0       .       .       .       .       .       1       0       .       .
+SPARSE_ATTN_GATE_ENABLED      0       .       .       .       .       .       .       1       .       .
+GATE_WINDOW                   -       -       -       -       -       12      .       .       .       .
+GATED_ATTN_INIT_STD           -       -       -       -       -       -       0.005   -       -       .
+SPARSE_ATTN_GATE_SCALE        -       -       -       -       -       -       -       0.5     .       .
+MLP_GATE_OUT                  0       .       .       .       .       .       1       0       .       .
+MLP_GATE_BIAS                 -       -       -       -       -       -       5       -       -       .
+INIT_SCHEME                   default .       ortho   .       .       .       .       .       .       .
+TIED_EMBED_INIT_STD           0.005   .       .       .       .       .       .       .       .       .
+CASEOPS_ENABLED               0       .       .       .       .       .       .       1       .       .
+MARKER_PAIR_MODE              0       .       .       .       .       .       .       .       .       1
 
-LOADER                        stream  .       .       .       .       coprime stream  .       .
-VARLEN_ATTN                   0       .       .       .       .       .       1       .       .
-TRAIN_SEQ_LEN                 1024    4096    2048    .       .       .       .       .       .
-TRAIN_BATCH_TOKENS            524288  .       786432  .       .       .       .       .       .
-VAL_BATCH_TOKENS              524288  .       .       .       .       .       .       .       .
-ITERATIONS                    20000   .       .       .       .       .       .       .       .
-MAX_WALLCLOCK_SECONDS         600     .       .       .       .       .       .       .       .
-WARMUP_STEPS                  20      .       .       .       .       .       .       .       .
-WARMDOWN_ITERS                1200    6000    3500    .       3000    0       .       .       .
-WARMDOWN_FRAC                 0       .       .       .       .       0.72    0.75    0.85    .
-MIN_LR                        0       .       .       .       .       .       0.1     .       .
+LOADER                        stream  .       .       .       .       coprime stream  .       .       .
+VARLEN_ATTN                   0       .       .       .       .       .       1       .       .       .
+TRAIN_SEQ_LEN                 1024    4096    2048    .       .       .       .       .       .       .
+TRAIN_BATCH_TOKENS            524288  .       786432  .       .       .       .       .       .       .
+VAL_BATCH_TOKENS              524288  .       .       .       .       .       .       .       .       .
+ITERATIONS                    20000   .       .       .       .       .       .       .       .       .
+MAX_WALLCLOCK_SECONDS         600     .       .       .       .       .       .       .       .       .
+WARMUP_STEPS                  20      .       .       .       .       .       .       .       .       .
+WARMDOWN_ITERS                1200    6000    3500    .       3000    0       .       .       .       .
+WARMDOWN_FRAC                 0       .       .       .       .       0.72    0.75    0.85    .       .
+MIN_LR                        0       .       .       .       .       .       0.1     .       .       .
 
-TIED_EMBED_LR                 0.05    0.01    0.05    0.035   0.03    .       .       .       .
-MATRIX_LR                     0.04    0.03    0.04    0.025   0.02    0.022   0.026   .       0.028
-SCALAR_LR                     0.04    .       .       0.025   0.02    .       .       .       .
-MUON_MOMENTUM                 0.95    0.99    0.95    0.99    .       .       0.97    .       .
-MUON_MOMENTUM_WARMUP_START    0.85    .       .       0.92    .       .       .       .       .
-MUON_MOMENTUM_WARMUP_STEPS    500     .       .       1500    .       .       .       .       .
-MUON_BACKEND_STEPS            5       .       .       .       .       .       .       .       .
-MUON_ROW_NORMALIZE            0       .       .       .       .       1       .       .       .
-POLAR_EXPRESS_NS              0       .       .       .       .       .       1       .       .
-MUON_WD                       0       0.04    0.02    0.04    .       0.095   .       .       .
-ADAM_WD                       0       .       -       0.04    .       0.02    .       .       .
-EMBED_WD                      0       .       -       -       0.04    0.085   .       .       .
-BETA1                         0.9     .       .       .       .       .       .       .       .
-BETA2                         0.95    .       .       .       .       .       .       0.99    .
-ADAM_EPS                      1e-8    .       .       .       .       .       .       .       .
-GRAD_CLIP_NORM                0       .       0.3     .       .       .       .       .       .
-EMA_ENABLED                   0       .       1       .       0       1       .       .       .
-EMA_DECAY                     -       -       0.997   .       -       0.9965  .       .       .
-SWA_ENABLED                   0       .       .       .       1       0       .       .       .
-SWA_START_FRAC                -       -       -       -       0.4     -       -       -       -
-SWA_EVERY                     -       -       -       -       50      -       -       -       -
+TIED_EMBED_LR                 0.05    0.01    0.05    0.035   0.03    .       .       .       .       .
+MATRIX_LR                     0.04    0.03    0.04    0.025   0.02    0.022   0.026   .       0.028   .
+SCALAR_LR                     0.04    .       .       0.025   0.02    .       .       .       .       .
+MUON_MOMENTUM                 0.95    0.99    0.95    0.99    .       .       0.97    .       .       .
+MUON_MOMENTUM_WARMUP_START    0.85    .       .       0.92    .       .       .       .       .       .
+MUON_MOMENTUM_WARMUP_STEPS    500     .       .       1500    .       .       .       .       .       .
+MUON_BACKEND_STEPS            5       .       .       .       .       .       .       .       .       .
+MUON_ROW_NORMALIZE            0       .       .       .       .       1       .       .       .       .
+POLAR_EXPRESS_NS              0       .       .       .       .       .       1       .       .       .
+MUON_WD                       0       0.04    0.02    0.04    .       0.095   .       .       .       .
+ADAM_WD                       0       .       -       0.04    .       0.02    .       .       .       .
+EMBED_WD                      0       .       -       -       0.04    0.085   .       .       .       .
+BETA1                         0.9     .       .       .       .       .       .       .       .       .
+BETA2                         0.95    .       .       .       .       .       .       0.99    .       .
+ADAM_EPS                      1e-8    .       .       .       .       .       .       .       .       .
+GRAD_CLIP_NORM                0       .       0.3     .       .       .       .       .       .       .
+EMA_ENABLED                   0       .       1       .       0       1       .       .       .       .
+EMA_DECAY                     -       -       0.997   .       -       0.9965  .       .       .       .
+SWA_ENABLED                   0       .       .       .       1       0       .       .       .       .
+SWA_START_FRAC                -       -       -       -       0.4     -       -       -       -       .
+SWA_EVERY                     -       -       -       -       50      -       -       -       -       .
 
-QUANT_SCHEME                  int8_clip .     gptq_lite .     intn_row gptq   .       .       .
-MATRIX_BITS                   8       .       6       .       .       .       .       .       .
-MLP_BITS                      0       .       .       .       5       0       .       .       .
-EMBED_BITS                    8       .       .       .       -       8       7       .       .
-ATTN_CLIP_SIGMAS              -       -       -       -       -       12.85   13      .       .
-MLP_CLIP_SIGMAS               -       -       -       -       -       12.85   12      11.5    .
-EMBED_CLIP_SIGMAS             -       -       -       -       -       20      15      14      .
-GPTQ_CALIBRATION_BATCHES      -       -       -       -       -       64      16      .       32
-MAG_PRUNE_FRAC                0       .       0.05    0       0.03    0       .       .       .
-GATED_ATTN_QUANT_GATE         -       -       -       -       -       0       1       .       0
-LQER_ENABLED                  0       .       .       .       .       .       .       1       .
-LQER_RANK                     -       -       -       -       -       -       -       4       .
-LQER_TOP_K                    -       -       -       -       -       -       -       3       .
-LQER_ASYM_GROUP               -       -       -       -       -       -       -       64      32
-COMPRESSOR                    zlib    .       zstd    .       .       brotli  .       pergroup .
+QUANT_SCHEME                  int8_clip .     gptq_lite .     intn_row gptq   .       .       .       .
+MATRIX_BITS                   8       .       6       .       .       .       .       .       .       .
+MLP_BITS                      0       .       .       .       5       0       .       .       .       .
+EMBED_BITS                    8       .       .       .       -       8       7       .       .       .
+ATTN_CLIP_SIGMAS              -       -       -       -       -       12.85   13      .       .       .
+MLP_CLIP_SIGMAS               -       -       -       -       -       12.85   12      11.5    .       .
+EMBED_CLIP_SIGMAS             -       -       -       -       -       20      15      14      .       .
+GPTQ_CALIBRATION_BATCHES      -       -       -       -       -       64      16      .       32      .
+MAG_PRUNE_FRAC                0       .       0.05    0       0.03    0       .       .       .       .
+GATED_ATTN_QUANT_GATE         -       -       -       -       -       0       1       .       0       .
+LQER_ENABLED                  0       .       .       .       .       .       .       1       .       .
+LQER_RANK                     -       -       -       -       -       -       -       4       .       .
+LQER_TOP_K                    -       -       -       -       -       -       -       3       .       .
+LQER_ASYM_GROUP               -       -       -       -       -       -       -       64      32      .
+COMPRESSOR                    zlib    .       zstd    .       .       brotli  .       pergroup .      .
 
-EVAL_SEQ_LEN                  1024    4096    2048    .       .       .       .       .       2560
-EVAL_STRIDE                   -       64      .       .       .       .       .       .       .
-SLIDING_WINDOW_ENABLED        0       1       .       .       .       .       0       .       .
-TTT_ENABLED                   0       1       .       .       0       1       .       .       .
-TTT_KIND                      -       chunk_sgd .     .       -       chunk_sgd lora_phased . .
-CHUNK_TTT_OPTIMIZER           -       adamw   sgd     .       -       sgd     -       -       -
-TTT_CHUNK_TOKENS              -       1048576 .       .       -       32768   -       -       -
-TTT_EPOCHS                    -       5       20      .       -       3       -       -       -
-TTT_LR                        -       0.0005  0.008   .       -       0.005   -       -       -
-TTT_MOMENTUM                  -       -       0.9     .       -       0.9     -       -       -
-TTT_BATCH_SEQS                -       4       32      .       -       32      -       -       -
-TTT_LORA_RANK                 -       -       -       -       -       -       128     80      .
-TTT_LORA_ALPHA                -       -       -       -       -       -       144     .       .
-TTT_LORA_LR                   -       -       -       -       -       -       1e-4    .       8e-5
-TTT_WEIGHT_DECAY              -       -       -       -       -       -       2       0.5     2
-TTT_BETA1                     -       -       -       -       -       -       0       .       .
-TTT_BETA2                     -       -       -       -       -       -       0.999   0.99    .
-TTT_CHUNK_SIZE                -       -       -       -       -       -       48      .       .
-TTT_EVAL_SEQ_LEN              -       -       -       -       -       -       2048    .       2560
-TTT_BATCH_SIZE                -       -       -       -       -       -       64      .       .
-TTT_K_LORA                    -       -       -       -       -       -       1       .       0
-PHASED_TTT_PREFIX_DOCS        -       -       -       -       -       -       2000    2500    .
-PHASED_TTT_NUM_PHASES         -       -       -       -       -       -       3       .       1
-GLOBAL_TTT_LR                 -       -       -       -       -       -       0.001   .       .
-GLOBAL_TTT_MOMENTUM           -       -       -       -       -       -       0.9     .       .
-GLOBAL_TTT_CHUNK_TOKENS       -       -       -       -       -       -       32768   .       .
-GLOBAL_TTT_GRAD_CLIP          -       -       1       .       -       1       .       .       .
-NGRAM_TILT_ENABLED            0       .       .       .       .       .       .       .       1
-TOKEN_ORDER                   -       -       -       -       -       -       -       -       16
-TOKEN_THRESHOLD               -       -       -       -       -       -       -       -       0.8
-TOKEN_BOOST                   -       -       -       -       -       -       -       -       2.625
+EVAL_SEQ_LEN                  1024    4096    2048    .       .       .       .       .       2560    .
+EVAL_STRIDE                   -       64      .       .       .       .       .       .       .       .
+SLIDING_WINDOW_ENABLED        0       1       .       .       .       .       0       .       .       .
+TTT_ENABLED                   0       1       .       .       0       1       .       .       .       .
+TTT_KIND                      -       chunk_sgd .     .       -       chunk_sgd lora_phased . .       .
+CHUNK_TTT_OPTIMIZER           -       adamw   sgd     .       -       sgd     -       -       -       .
+TTT_CHUNK_TOKENS              -       1048576 .       .       -       32768   -       -       -       .
+TTT_EPOCHS                    -       5       20      .       -       3       -       -       -       .
+TTT_LR                        -       0.0005  0.008   .       -       0.005   -       -       -       .
+TTT_MOMENTUM                  -       -       0.9     .       -       0.9     -       -       -       .
+TTT_BATCH_SEQS                -       4       32      .       -       32      -       -       -       .
+TTT_LORA_RANK                 -       -       -       -       -       -       128     80      .       .
+TTT_LORA_ALPHA                -       -       -       -       -       -       144     .       .       .
+TTT_LORA_LR                   -       -       -       -       -       -       1e-4    .       8e-5    .
+TTT_WEIGHT_DECAY              -       -       -       -       -       -       2       0.5     2       .
+TTT_BETA1                     -       -       -       -       -       -       0       .       .       .
+TTT_BETA2                     -       -       -       -       -       -       0.999   0.99    .       .
+TTT_CHUNK_SIZE                -       -       -       -       -       -       48      .       .       .
+TTT_EVAL_SEQ_LEN              -       -       -       -       -       -       2048    .       2560    .
+TTT_BATCH_SIZE                -       -       -       -       -       -       64      .       .       .
+TTT_K_LORA                    -       -       -       -       -       -       1       .       0       .
+PHASED_TTT_PREFIX_DOCS        -       -       -       -       -       -       2000    2500    .       .
+PHASED_TTT_NUM_PHASES         -       -       -       -       -       -       3       .       1       .
+GLOBAL_TTT_LR                 -       -       -       -       -       -       0.001   .       .       .
+GLOBAL_TTT_MOMENTUM           -       -       -       -       -       -       0.9     .       .       .
+GLOBAL_TTT_CHUNK_TOKENS       -       -       -       -       -       -       32768   .       .       .
+GLOBAL_TTT_GRAD_CLIP          -       -       1       .       -       1       .       .       .       .
+NGRAM_TILT_ENABLED            0       .       .       .       .       .       .       .       1       .
+TOKEN_ORDER                   -       -       -       -       -       -       -       -       16      .
+TOKEN_THRESHOLD               -       -       -       -       -       -       -       -       0.8     .
+TOKEN_BOOST                   -       -       -       -       -       -       -       -       2.625   .
 """
 
 # Settings of single systems.
@@ -180,7 +182,7 @@ def test_the_table_holds_what_the_presets_set() -> None:
 
 def test_deliberate_differences_from_the_published_runs() -> None:
     """The calibration stays inside the budget, the illegal order of two systems is not what their presets do."""
-    for system in ("pr1941", "pr1855", "pr2135"):  # published: 0.5 s, and up to 7 s of training data past the end
+    for system in ("pr1941", "pr1855", "pr2135", "pr2158"):  # published: 0.5 s, and up to 7 s of training data past the end
         assert tg.load_config({"PRESET": system})[0].gptq_reserve_seconds == 8
     for system in ("pr489", "fork5", "fork5_twin"):  # published: five and twenty passes over all before scoring
         assert tg.load_config({"PRESET": system})[0].ttt_kind == "chunk_sgd"
@@ -190,17 +192,24 @@ def test_deliberate_differences_from_the_published_runs() -> None:
     assert (stated.adam_wd, stated.embed_wd, twin.embed_wd) == (0, 0, twin.adam_wd)  # not published
 
 
-def test_frontier_is_the_last_published_system_with_more() -> None:
-    """What keeps pr2135 inside the rules, and its SmearGate, stay; the data are the fused ones."""
-    ours, base = (tg.load_config({"PRESET": name})[0] for name in ("frontier", "pr2135"))
-    assert tg.PRESETS["frontier"].keys() >= tg.PRESETS["pr2135"].keys()
-    for name in (
-        "vocab_size", "smear_gate_enabled", "caseops_enabled", "ttt_enabled", "ttt_kind", "varlen_attn",
-        "gptq_reserve_seconds", "max_wallclock_seconds", "eval_max_seconds",
-    ):  # fmt: skip
-        assert getattr(ours, name) == getattr(base, name), name
-    assert ours.ttt_kind == "lora_phased" and ours.smear_gate_enabled and ours.caseops_enabled
-    assert ours.vocab_size > tg.SPACE_ID and ours.marker_pair_mode and not base.marker_pair_mode
+def differences(preset: str, base: str) -> dict[str, Any]:
+    """The settings of `preset` that are not those of `base`."""
+    ours, theirs = (tg.load_config({"PRESET": name})[0] for name in (preset, base))
+    return {name: getattr(ours, name) for name in tg.FIELDS if getattr(ours, name) != getattr(theirs, name)}
+
+
+def test_the_last_published_system_is_the_one_before_on_fused_data() -> None:
+    """PR #2158 is #2135 with one change; what that means in the model and the data: test_model, test_data_caseops."""
+    assert differences("pr2158", "pr2135") == {"marker_pair_mode": True}
+    assert tg.load_config({"PRESET": "pr2158"})[0].vocab_size > tg.SPACE_ID
+
+
+def test_frontier_differs_from_the_last_published_system_in_what_its_table_lists() -> None:
+    """Each KEY=value in the first table of its folder is a setting that it has and pr2158 has not, and all are there."""
+    text = (ROOT / "records/2026-11-22_Frontier/README.md").read_text(encoding="utf-8")
+    table = re.search(r"\n\|.*?\n\n", text, re.S).group()
+    listed = {key.lower(): tg.parse_value(key, value) for key, value in re.findall(r"`([A-Z][A-Z0-9_]*)=(.*?)`", table)}
+    assert listed == differences("frontier", "pr2158") and len(listed) > 10
 
 
 # ------------------------------------------------------------------------------------------------------------

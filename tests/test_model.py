@@ -534,6 +534,7 @@ PUBLISHED_PARAMETERS = {
     "pr1941": 35_989_801,
     "pr1855": 35_945_671,
     "pr2135": 35_945_671,
+    "pr2158": 35_945_671,
 }
 
 
@@ -542,7 +543,8 @@ def test_presets_have_the_published_number_of_parameters(preset: str) -> None:
     """At full size, in the convention of the published counts, which hold lane factors of all layers."""
     described = tg.describe(tg.load_config({"PRESET": preset})[0])
     assert described["parameters_published_convention"] == PUBLISHED_PARAMETERS[preset]
-    unused_lanes = 8 * (4 + 2) if preset in ("pr1941", "pr1855", "pr2135") else 0  # two lanes from layer 8 of 11 on
+    with_lanes = preset in ("pr1941", "pr1855", "pr2135", "pr2158")  # two lanes from layer 8 of 11 on
+    unused_lanes = 8 * (4 + 2) if with_lanes else 0
     assert described["parameters"] == PUBLISHED_PARAMETERS[preset] - unused_lanes
 
 
@@ -1010,7 +1012,7 @@ def test_rotary_base_grows_with_the_training_length() -> None:
     assert round(base(PRESET="fork5", ROPE_DIMS=64)) == 20_452
     assert base(PRESET="fork5", ROPE_TRAIN_SEQ_LEN=0) == 10_000
     assert base(PRESET="fork5", ROPE_TRAIN_SEQ_LEN=4096) == 10_000  # a shorter training leaves it
-    for preset in ("baseline", "pr489", "fork5_10l", "pr1880", "pr1941", "pr1855", "pr2135"):
+    for preset in ("baseline", "pr489", "fork5_10l", "pr1880", "pr1941", "pr1855", "pr2135", "pr2158"):
         assert base(PRESET=preset) == 10_000, preset
 
 
