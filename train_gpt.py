@@ -21,6 +21,7 @@ The file is read once, from top to bottom, in the order in which the data moves:
     MODEL     tokens -> nats per token: ONE forward pass for training, scoring, calibration and adaptation
     OPTIMIZER summed gradients -> updated weights (Muon for matrices, AdamW for the rest)
     SCORE     model + validation text -> nats, tokens, bytes: every target exactly once
+    HINTS     text seen before -> guesses for the next token, and how far they are believed (the n-gram tilt)
     TRAIN     the timed loop, the moving average, the calibration statistics
     CODER     integer codes <-> bytes, by adaptive contexts and interleaved rANS
     COMPRESS  weights + Hessians -> int6 codes -> artifact file -> weights again
@@ -250,6 +251,7 @@ class Config:
     sliding_window_enabled: bool = setting(EVALUATE, False)
     eval_stride: int = setting(EVALUATE, 64, 1)  # new targets per sliding window
     eval_max_seconds: float = setting(EVALUATE, 580.0, 0)  # with a training clock: chunks grow rather than exceed this
+    eval_chunk_factors: str = setting(EVALUATE, "")  # round:factor list: how chunks grow, instead of by the clock
     ttt_enabled: bool = setting(EVALUATE, True)
     ttt_kind: str = setting(EVALUATE, "lora_phased", choices=("lora_phased", "chunk_sgd", "pre_eval_illegal"))
     ttt_chunk_size: int = setting(EVALUATE, 48, 1)  # targets scored between two adapter updates
@@ -277,9 +279,9 @@ class Config:
     chunk_ttt_optimizer: str = setting(EVALUATE, "sgd", choices=("sgd", "adamw"))
     ngram_tilt_enabled: bool = setting(EVALUATE, False)  # raise the token that followed here before (#1145)
     token_order: int = setting(EVALUATE, 16, 2, 64)  # length of such a repetition, the token itself included
-    token_threshold: float = setting(EVALUATE, 0.8, 0, 1)  # share of earlier occurrences that it followed
+    token_threshold: float = setting(TRAIN | EVALUATE, 0.8, 0, 1)  # share of earlier occurrences that it followed
     token_boost: float = setting(EVALUATE, 2.625, 0, 100)  # what is added to its logit
-    token_document_orders: str = setting(EVALUATE, "")  # comma list: hints from the document itself, learned boosts
+    token_document_orders: str = setting(MODEL, "")  # comma list: hints from the document itself, learnt boosts
 
     def of_stage(self, stage: Stage) -> dict[str, Any]:
         """The settings that decide a stage."""
@@ -338,6 +340,17 @@ class Config:
         if len(set(orders)) < len(orders) or not all(2 <= order <= 64 for order in orders):
             raise ValueError(orders)
         return sorted(orders, reverse=True)
+
+    @property
+    def chunk_factors(self) -> dict[int, int]:
+        """Round -> factor of chunks from there on; ValueError for anything else in EVAL_CHUNK_FACTORS."""
+        pairs = [
+            tuple(map(int, pair.split(":"))) for pair in self.eval_chunk_factors.replace(" ", "").split(",") if pair
+        ]
+        factors = dict(pairs)
+        if len(factors) < len(pairs) or not all(number >= 0 and factor >= 1 for number, factor in pairs):
+            raise ValueError(pairs)
+        return factors
 
     @property
     def chunk_steps(self) -> list[tuple[int, int]]:
@@ -663,6 +676,8 @@ def row_rules(c: Config) -> Iterator[Rule]:
     yield c.ttt_chunk_size <= c.ttt_eval_seq_len, "ttt_chunk_size ttt_eval_seq_len", "longer than the context; lower it"
     message = "need longest:chunk pairs of positive numbers whose limits must rise, for example 256:12,1024:24"
     yield parses(c, "chunk_steps"), "ttt_chunk_steps", message
+    message = "need round:factor pairs of whole numbers, for example 12:2,40:4; 0:1 never lets chunks grow"
+    yield parses(c, "chunk_factors"), "eval_chunk_factors", message
     message = "need distinct numbers from 2 to 64, for example 16,8,4"
     yield parses(c, "document_orders"), "token_document_orders", message
     holds = all(chunk <= c.ttt_eval_seq_len for _, chunk in c.chunk_steps)
@@ -2169,7 +2184,8 @@ class Parameter(NamedTuple):
     """What is decided about a parameter before training."""
 
     shape: tuple[int, ...]
-    group: str  # matrix (Muon), embed or scalar (AdamW); unused: published files hold it, GPT has none
+    group: str  # matrix (Muon), embed or scalar (AdamW); fitted: set once, after the last step; or unused: published
+    # files hold it, GPT has none
     first: First
     stream: str = ""  # of its codes, if it is quantised; empty: never. For the matrices in banks it is their kind
 
@@ -2202,6 +2218,8 @@ def parameter_table(c: Config) -> Mapping[str, Parameter]:
         table |= {f"skip_gates.{i}": Parameter((d,), "scalar", 0.0) for i in range(skips)}
     if c.bigram_vocab_size:
         table["bigram_emb.weight"] = Parameter((c.bigram_vocab_size, c.bigram_dim), "embed", 0.0, "bigram")
+    if c.document_orders:
+        table["hint_prior"] = Parameter((len(c.document_orders), 2), "fitted", 0.0)  # first weights of Boosts
     return types.MappingProxyType(table)
 
 
@@ -2635,17 +2653,18 @@ class GPT(nn.Module):
 
     def groups(self) -> dict[str, dict[str, nn.Parameter]]:
         """Optimizer group -> name -> parameter; every parameter is in exactly one group."""
-        groups: dict[str, dict[str, nn.Parameter]] = {"matrix": {}, "embed": {}, "scalar": {}}
+        groups: dict[str, dict[str, nn.Parameter]] = {"matrix": {}, "embed": {}, "scalar": {}, "fitted": {}}
         for name, parameter in self.named_parameters():
             groups[parameter_table(self.config)[name].group][name] = parameter
         return groups
 
     def unused(self, plan: tuple[Visit, ...]) -> set[str]:
-        """Names of the parameters that a plan does not touch: the skip connections of the loops."""
+        """Names of the parameters that get no gradient: the skip connections of the loops, if a plan has none, and what
+        is fitted after training."""
         used = {visit.skip for visit in plan}
         unused = [skip for skip in range(len(self.skip_weights)) if skip not in used]
         names = {f"{kind}.{skip}" for kind in ("skip_weights", "skip_gates") for skip in unused}
-        return names & dict(self.named_parameters()).keys()
+        return (names & dict(self.named_parameters()).keys()) | self.groups()["fitted"].keys()
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Every parameter as a float32 array."""
@@ -3181,6 +3200,225 @@ def warm_up_score(program: Program) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# HINTS
+#
+# Text repeats itself. Where the last tokens have stood together before, the token that followed them is a hint, and
+# the tilt raises its logit (#1145, #2135). A hint may count only what has been scored before its target: text of its
+# own document, and documents of earlier rounds (see ADAPT). How far hints of the own document are believed is learnt.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def window_names(tokens: np.ndarray, length: int) -> np.ndarray:
+    """Numbers (n - length + 1,) int32 of all windows of `length` tokens, equal just where the windows are; -1 marks
+    windows that occur once, except at length 1.
+
+    Windows grow by joining two shorter ones, which may overlap; a window with a part that occurs once occurs once, so
+    each join sorts only what still repeats.
+    """
+    names, span = tokens.astype(np.int32), 1
+    while span < length:
+        step = min(span, length - span)
+        left, right = names[:-step], names[step:]
+        repeated = np.flatnonzero((left >= 0) & (right >= 0))
+        keys = left[repeated].astype(np.int64) << 32 | right[repeated]
+        order = np.argsort(keys)
+        keys = keys[order]
+        first = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
+        once = first & np.append(first[1:], True)[: len(keys)]
+        names = np.full(len(left), -1, np.int32)
+        names[repeated[order]] = np.where(once, -1, np.cumsum(first, dtype=np.int32))
+        span += step
+    return names
+
+
+def run_starts(*keys: np.ndarray) -> np.ndarray:
+    """Of each element the index of the first one of its run: neighbours that agree in all keys, each (n,)."""
+    changes = functools.reduce(np.logical_or, (key[1:] != key[:-1] for key in keys))
+    first = np.append(True, changes)[: len(keys[0])]
+    return np.maximum.accumulate(np.where(first, np.arange(len(first)), 0))
+
+
+def token_hints(
+    ids: np.ndarray, document: np.ndarray, turn: np.ndarray, order: int, threshold: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Guesses for tokens whose last order - 1 predecessors have stood together before (PR #2135, exact tables).
+
+    ids (n,) < 2^31; document (n,), rising along the stream; turn (n,), equal inside a document: the turn in which it is
+    scored. order >= 2, threshold in (0, 1]. Returns (k,) ascending positions of targets, and (k,) positions of the
+    tokens that are the hints. Of the tokens that followed the same context, the hint is the most frequent one, on ties
+    the one that led first; it is given where its share is at least `threshold`. Contexts lie inside a document. What
+    counts is what came earlier in the target's own document, and documents of earlier turns, in the order of turns.
+
+    A table is never built. Occurrences are sorted by context, then time; counts are places in runs of equal ones, and
+    leaders are running maxima. First as if each occurrence saw all before it: that is right at the begin of a turn.
+    Then once more inside each document, from the state at the begin of its turn on.
+    """
+    length, share = order - 1, Fraction(str(threshold)).limit_denominator()
+    assert order >= 2, order
+    names = window_names(ids[:-1], length) if len(ids) > length else np.zeros(0, np.int32)
+    begin = np.flatnonzero(names >= 0)
+    begin = begin[document[begin] == document[begin + length]]
+    begin = begin[np.argsort(turn[begin], kind="stable")]
+    begin = begin[np.argsort(names[begin], kind="stable")]  # by context, then time
+    if not len(begin):
+        return begin, begin
+    context, target = names[begin].astype(np.int64), begin + length
+    turn, document, index = turn[begin], document[begin], np.arange(len(begin))
+
+    pair = context << 31 | ids[target]
+    by_pair = np.argsort(pair, kind="stable")
+    pairs, turns, documents = pair[by_pair], turn[by_pair], document[by_pair]
+    first, in_document = run_starts(pairs), run_starts(pairs, documents)
+    seen_by_all, seen = np.empty_like(pair), np.empty_like(pair)  # occurrences of the pair so far, this one included
+    seen_by_all[by_pair] = index - first + 1
+    seen[by_pair] = run_starts(pairs, turns) - first + index - in_document + 1
+
+    first, in_turn, in_document = run_starts(context), run_starts(context, turn), run_starts(context, document)
+    contexts = in_turn - first + index - in_document  # occurrences of the context that count
+    scale = len(begin) + 1  # one run's heights stay below the next one's
+    height = first * scale + seen_by_all
+    leads = height > np.append(-1, np.maximum.accumulate(height)[:-1])
+    leader = np.maximum.accumulate(np.where(leads, index, 0))
+    earlier = np.where(in_turn > first, leader[in_turn - 1], -1)  # the leader at the begin of the turn
+    lead = np.where(earlier >= 0, seen_by_all[earlier], 0)
+    height = np.maximum.accumulate(in_document * scale + np.maximum(seen, lead))
+    before = np.where(index > in_document, np.append(0, height[:-1]) - in_document * scale, lead)
+    last = np.append(-1, np.maximum.accumulate(np.where(seen > before, index, -1))[:-1])
+    leader = np.where(last >= in_document, last, earlier)
+    sure = (contexts > 0) & (share.denominator * before >= share.numerator * contexts)
+    positions, hints = target[sure], target[leader[sure]]
+    ascending = np.argsort(positions)
+    return positions[ascending], hints[ascending]
+
+
+def hint_sources(config: Config) -> list[tuple[bool, int]]:
+    """(inside the document only, order) of each kind of hint. The first one wins: the own document's longest context,
+    then shorter ones, then own document and earlier ones together."""
+    return [(True, order) for order in config.document_orders] + [(False, config.token_order)]
+
+
+def hint_table(
+    tokens: np.ndarray, document: np.ndarray, turn: np.ndarray, sources: list[tuple[bool, int]], threshold: float
+) -> Tensor:
+    """For each position the hinted id or -1, and its source as a number of `sources`: (n, 2) int32. Else as
+    token_hints."""
+    own = np.unique(document.astype(np.int64) << 32 | tokens, return_inverse=True)[1]  # no context is in two documents
+
+    def hints(source: tuple[bool, int]) -> tuple[np.ndarray, np.ndarray]:
+        inside, order = source
+        return token_hints(own if inside else tokens, document, 0 * turn if inside else turn, order, threshold)
+
+    table = torch.full((len(tokens), 2), -1, dtype=torch.int32)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(hints, sources))
+    for source, (positions, places) in reversed(list(enumerate(found))):
+        entries = np.stack([tokens[places].astype(np.int32), np.full(len(places), source, np.int32)], 1)
+        table[torch.from_numpy(positions)] = torch.from_numpy(entries)
+    return table
+
+
+def tilt(nll: Tensor, ids: Tensor, boost: float | Tensor) -> Tensor:
+    """Nats of a target when the hinted token's logit is raised by `boost` (#1145), one number or one for each target.
+
+    nll, ids (..., 2): of the target and of the hint (id -1: none). p'(v) = p(v) e^(boost [v = hint]) / Z with
+    Z = 1 + q (e^boost - 1) and q = p(hint): a distribution again, whatever the target turns out to be, as long as the
+    boost does not depend on it.
+    """
+    target, hint = ids.unbind(-1)
+    nats, q = nll[..., 0].double(), torch.exp(-nll[..., 1].double()).clamp(max=1)
+    boost = torch.as_tensor(boost, dtype=torch.float64)
+    tilted = nats - boost * (target == hint) + torch.log1p(q * torch.expm1(boost))
+    return torch.where(hint >= 0, tilted, nats)
+
+
+def hint_features(nll: Tensor) -> Tensor:
+    """Nats of hints (...) -> (..., 2) float64: 1 and the logit of their probability."""
+    logq = -nll.double().clamp(1e-6, 40)
+    return torch.stack([torch.ones_like(logq), logq - torch.log(-torch.expm1(logq))], -1)
+
+
+def newton_sums(x: Tensor, boost: Tensor, hit: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Gradient (groups, 2) and curvature (groups, 2, 2) of the nats of `hit` (n,) under the logistic of logit +
+    `boost`, by the weights of the features x (n, 2); `group` (n,) says whose weights."""
+    p = torch.sigmoid(x[:, 1] + boost)
+    gradient = x.new_zeros(groups, 2).index_add_(0, group, (p - hit.double())[:, None] * x)
+    outer = (p * (1 - p))[:, None, None] * x[:, :, None] * x[:, None, :]
+    return gradient, x.new_zeros(groups, 2, 2).index_add_(0, group, outer)
+
+
+PRIOR_HINTS = 10.0  # curvature to begin with: how many hints the first weights are worth
+LARGEST_BOOST = 8.0  # of those that are learnt, either way
+
+
+def fit_boosts(nll: Tensor, sources: Tensor, hit: Tensor, count: int, run: Run) -> Tensor:
+    """Weights (count, 2) under which hints would have been believed as far as they came true: a logistic regression
+    for each source, by Newton steps on the hints of all ranks.
+
+    nll (n,): nats of hints; sources (n,) < count; hit (n,): whether they came true. Collective.
+    """
+    x, weights = hint_features(nll), torch.zeros(count, 2, dtype=torch.float64)
+    ridge = PRIOR_HINTS * torch.eye(2, dtype=torch.float64)
+    for _ in range(12):
+        boost = (x * weights[sources]).sum(-1).clamp(-LARGEST_BOOST, LARGEST_BOOST)
+        sums = torch.cat([part.flatten() for part in newton_sums(x, boost, hit, sources, count)])
+        gradient, curvature = run.sum_(sums.to(run.device)).cpu().split([2 * count, 4 * count])
+        gradient = gradient.view(count, 2) + weights @ ridge
+        weights -= torch.linalg.solve(curvature.view(count, 2, 2) + ridge, gradient)
+    return weights
+
+
+def row_hints(row: Row, config: Config) -> Tensor:
+    """hint_table of the targets of a packed row (T, 2), from its own documents alone."""
+    tokens = torch.cat([row.inputs[0], row.targets[0, -1:]]).cpu().numpy()
+    document = np.cumsum(tokens == BOS_ID)
+    sources = [source for source in hint_sources(config) if source[0]]
+    return hint_table(tokens, document, np.zeros_like(document), sources, config.token_threshold)[1:].long()
+
+
+class Boosts:
+    """How far the hints of a batch of documents are believed.
+
+    Those of the own document are raised by w0 + w1 logit(q), q being the hint's own probability: a model that knows how
+    to copy needs no boost. Its new probability is the logistic of logit(q) + boost, so each source is a logistic
+    regression. The first weights are the artifact's (`fit_boosts`, on training text); then every document learns from
+    its own hints that have been scored, by one Newton step after each chunk, with the curvature of all its chunks so
+    far. Hints of the stream get TOKEN_BOOST (#2135).
+    """
+
+    def __init__(self, config: Config, model: GPT, documents: int):
+        first = [[config.token_boost, 0.0]]
+        first = model.hint_prior.tolist() + first if config.document_orders else first
+        self.sources = len(first)
+        self.weights = torch.tensor(first, dtype=torch.float64).repeat(documents, 1, 1)  # (documents, sources, 2)
+        curvature = PRIOR_HINTS * torch.eye(2, dtype=torch.float64)
+        self.curvature = curvature.repeat(documents * self.sources, 1, 1)
+
+    def learnt(self, sources: Tensor) -> Tensor:
+        """Which of these sources (any shape; -1: no hint) have weights that are learnt."""
+        return (sources >= 0) & (sources < self.sources - 1)
+
+    def boost(self, nll: Tensor, documents: Tensor, sources: Tensor) -> Tensor:
+        """Of hints (...): nats, documents, sources -> what is added to their logits (...)."""
+        raised = (hint_features(nll) * self.weights[documents, sources.long()]).sum(-1)
+        return torch.where(self.learnt(sources), raised.clamp(-LARGEST_BOOST, LARGEST_BOOST), raised)
+
+    def update(self, nll: Tensor, documents: Tensor, sources: Tensor, hit: Tensor) -> None:
+        """One step on hints that have been scored, (n,) each: nats, documents, sources, and whether they came true."""
+        boost, weights = self.boost(nll, documents, sources), self.weights.view(-1, 2)
+        mine, group = torch.unique(documents * self.sources + sources, return_inverse=True)
+        gradient, curvature = newton_sums(hint_features(nll), boost, hit, group, len(mine))
+        self.curvature[mine] += curvature
+        weights[mine] -= torch.linalg.solve(self.curvature[mine], gradient)
+
+
+class Hints(NamedTuple):
+    """What the n-gram tilt needs for a batch of documents."""
+
+    table: Tensor  # (N, 2) int32: hint_table of the stream
+    boosts: Boosts
+
+
+# ------------------------------------------------------------------------------------------------------------
 # TRAIN
 #
 # Shards become a file with the averaged weights and the Hessians: all that the later stages need, so that they
@@ -3436,23 +3674,42 @@ class Trainer:
             self.model.load(self.state()[1])
 
     @torch.no_grad()
-    def hessians(self) -> dict[tuple[str, int], Tensor]:
-        """X^T X of every kind of weight over the rows that follow the last training step, summed over ranks.
-
-        The model runs as it will be scored: averaged weights, looped plan. Only GPTQ wants them.
-        """
-        first, taps = self.step * self.config.rows_per_step, Taps()
-        if self.config.quant_scheme != "gptq":
+    def calibrate(self) -> dict[tuple[str, int], Tensor]:
+        """What the rows that follow the last training step tell about the model as it will be scored, with averaged
+        weights and the looped plan: sets GPT.hint_prior, and returns X^T X of every kind of weight, summed over ranks
+        (only GPTQ wants them)."""
+        config, first, orders = self.config, self.step * self.config.rows_per_step, self.config.document_orders
+        taps = self.taps() if config.quant_scheme == "gptq" else None
+        if taps is None and not orders:
             return {}
+        seen = [(torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool))]
+        for row in self.deal(range(first, first + config.gptq_calibration_batches)):
+            hinted, sources = row_hints(row, config).unbind(-1)
+            ids = (
+                torch.stack([row.targets, move(hinted.clamp(min=0)[None], self.run.device)], -1)
+                if orders
+                else row.targets
+            )
+            nll = self.model(row.inputs, ids, self.plans[True], row.segments, taps=taps)
+            if orders:
+                known = hinted >= 0
+                seen.append((nll[0, :, 1].cpu()[known], sources[known], (hinted == row.targets[0].cpu())[known]))
+        if orders:
+            prior = fit_boosts(*map(torch.cat, zip(*seen)), len(orders), self.run)
+            self.model.hint_prior.copy_(prior)
+            self.log("hint_prior", **{f"order_{order}": w for order, w in zip(orders, prior.tolist())})
+        return {key: self.run.sum_(hessian) for key, hessian in taps.hessians.items()} if taps else {}
+
+    def taps(self) -> Taps:
+        """Zeros for every Hessian, also on a rank without rows."""
+        taps = Taps()
         for name, matrix in MATRICES.items():
             if matrix.hessian == name:
                 width = getattr(self.model, matrix.bank).size(-1)
                 for layer in range(self.config.num_layers):
                     taps.hessians[name, layer] = torch.zeros(width, width, device=self.run.device)
         taps.hessians["head", 0] = torch.zeros(self.config.model_dim, self.config.model_dim, device=self.run.device)
-        for row in self.deal(range(first, first + self.config.gptq_calibration_batches)):
-            self.model(row.inputs, row.targets, self.plans[True], row.segments, taps=taps)
-        return {key: self.run.sum_(hessian) for key, hessian in taps.hessians.items()}
+        return taps
 
     def token_counts(self) -> dict[str, np.ndarray]:
         """How often each id occurs at the head of the training stream: float32 (V,). Only GPTQ wants it."""
@@ -3528,7 +3785,7 @@ def train(config: Config, run: Run, log: Log, program: Program) -> dict[str, Any
         run.synchronize()
         trainer.use_average()
         start = time.monotonic()
-        hessians, counts = trainer.hessians(), trainer.token_counts()
+        hessians, counts = trainer.calibrate(), trainer.token_counts()
         run.synchronize()
         calibration_s = time.monotonic() - start
     train_s = trainer.elapsed + calibration_s
@@ -4938,9 +5195,9 @@ def predicted_artifact_bytes(config: Config) -> dict[str, int]:
 #
 # Score-first test-time training (#1530, #1610, #1626): each document gets its own low-rank adapters, which learn
 # from a chunk after it has been scored; at a few fixed points all weights learn from the documents scored so far.
-# Documents form a queue of batches, the longest first; batch g belongs to track g mod TTT_TRACKS, and tracks are
-# dealt to ranks. All that a score depends on lies in its own track or before the last pause, so the result does
-# not depend on the number of ranks.
+# Documents form a queue of batches, the longest first. Batch g belongs to round g div TTT_TRACKS and to track
+# g mod TTT_TRACKS, and tracks are dealt to ranks. All ranks finish a round before the next one begins. What a score
+# depends on has been scored in an earlier round or in the own document, so it is the same for any number of ranks.
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -4959,17 +5216,14 @@ def adapter_shapes(config: Config, model: GPT) -> dict[str, tuple[int, int, int]
 class Adapters:
     """LoRA factors for a batch of documents, and their optimizer."""
 
-    def __init__(self, config: Config, model: GPT, batch: int, seed: int):
+    def __init__(self, config: Config, model: GPT, batch: int):
         c, device = config, model.tok_emb.weight.device
         self.size = batch
-        rank, random = c.ttt_lora_rank, torch.Generator(device).manual_seed(seed)
-        self.scale, self.factors = c.ttt_lora_alpha / rank, {}
+        self.scale, self.factors = c.ttt_lora_alpha / c.ttt_lora_rank, {}
         for name, (n, out, width) in adapter_shapes(c, model).items():
-            a = torch.empty(n, batch, rank, width, device=device).uniform_(-1, 1, generator=random) / math.sqrt(width)
-            self.factors[name] = (
-                a.requires_grad_(),
-                torch.zeros(n, batch, out, rank, device=device, requires_grad=True),
-            )
+            a = torch.zeros(n, batch, c.ttt_lora_rank, width, device=device)
+            b = torch.zeros(n, batch, out, c.ttt_lora_rank, device=device)
+            self.factors[name] = (a.requires_grad_(), b.requires_grad_())
         everything = [factor for pair in self.factors.values() for factor in pair]
         betas = (c.ttt_beta1, c.ttt_beta2)
         self.optimizer = torch.optim.AdamW(
@@ -4977,13 +5231,24 @@ class Adapters:
         )
 
     @torch.no_grad()
-    def forget(self) -> None:
-        """Ready for other documents: no delta and no optimizer history; A is kept (warm start, #1886)."""
-        for _, b in self.factors.values():
+    def begin(self, kept: list[Tensor] | None, seed: int) -> None:
+        """Ready for other documents: no delta and no optimizer history. A is the one that an earlier batch has left
+        (warm start, #1886), or where there is none of this size, drawn."""
+        random = torch.Generator(self.factors["head"][0].device).manual_seed(seed)
+        fits = kept is not None and kept[0].size(1) == self.size
+        for number, (a, b) in enumerate(self.factors.values()):
+            if fits:
+                a.copy_(kept[number])
+            else:
+                a.uniform_(-1, 1, generator=random).div_(math.sqrt(a.size(-1)))
             b.zero_()
         for state in self.optimizer.state.values():
             for buffer in state.values():
                 buffer.zero_()
+
+    def first_factors(self) -> list[Tensor]:
+        """A copy of every A, for `begin`."""
+        return [a.detach().clone() for a, _ in self.factors.values()]
 
     def lora(self, part: slice) -> Lora:
         """The adapters of some documents of the batch."""
@@ -5031,191 +5296,65 @@ def batch_work(batch: np.ndarray, config: Config) -> int:
 
 
 class Governor:
-    """Keeps this rank's part of an evaluation inside its time, by longer chunks: half as many updates, half the work.
+    """Keeps an evaluation inside its time by longer chunks: half as many updates, half the work.
 
-    Decides by the clock and the lengths of documents, never by what they say.
+    Decides before each round of the queue, for all ranks alike, by rank 0's clock and the lengths of documents, never
+    by what they say. EVAL_CHUNK_FACTORS repeats the decisions of another run.
     """
 
-    def __init__(self, config: Config, work: list[int]):
-        self.start, self.left, self.done, self.slowed = time.monotonic(), sum(work), 0, 0
+    def __init__(self, evaluation: Evaluation, queue: list[np.ndarray]):
+        config, work = evaluation.config, [batch_work(batch, evaluation.config) for batch in queue]
+        self.work = [sum(work[first : first + TTT_TRACKS]) for first in range(0, len(work), TTT_TRACKS)]
+        self.run, self.log, self.fixed, self.start = (
+            evaluation.run,
+            evaluation.log,
+            config.chunk_factors,
+            time.monotonic(),
+        )
         self.limit = config.eval_max_seconds if config.max_wallclock_seconds and config.eval_max_seconds else math.inf
+        self.round, self.factor, self.decisions = -1, 1, []
 
-    def chunk_factor(self) -> int:
+    def reach(self, number: int) -> None:
+        """Goes on to this round, once all ranks have scored all rounds before it. Collective: every rank reaches the
+        same rounds."""
+        while self.round < number:
+            self.round += 1
+            elapsed = torch.tensor(time.monotonic() - self.start if self.run.is_main else 0.0, device=self.run.device)
+            elapsed = float(self.run.sum_(elapsed))
+            factor = self.fixed.get(self.round, self.factor) if self.fixed else self.forecast(elapsed)
+            if factor != self.factor:
+                self.decisions.append(f"{self.round}:{factor}")
+                self.log("governor", round=f"{self.round}/{len(self.work)}", chunk_factor=factor, seconds=elapsed)
+            self.factor = factor
+
+    def forecast(self, elapsed: float) -> int:
         """1, or the power of two by which chunks must grow so that all work ends in time."""
-        elapsed, factor = time.monotonic() - self.start, 1
-        if self.limit == math.inf or self.done < 0.05 * (self.done + self.left):  # too early to tell
+        done, left, factor = sum(self.work[: self.round]), sum(self.work[self.round :]), 1
+        if self.limit == math.inf or done < 0.05 * (done + left):  # too early to tell
             return factor
-        while elapsed * (1 + self.left / factor / self.done) > self.limit and factor < 64:
+        while elapsed * (1 + left / factor / done) > self.limit and factor < 64:
             factor *= 2
-        self.slowed += factor > 1
         return factor
 
-    def finished(self, work: int) -> None:
-        self.left, self.done = self.left - work, self.done + work
 
-
-def window_names(tokens: np.ndarray, length: int) -> np.ndarray:
-    """Numbers (n - length + 1,) int32 of all windows of `length` tokens, equal just where the windows are; -1 marks
-    windows that occur once, except at length 1.
-
-    Windows grow by joining two shorter ones, which may overlap; a window with a part that occurs once occurs once, so
-    each join sorts only what still repeats.
-    """
-    names, span = tokens.astype(np.int32), 1
-    while span < length:
-        step = min(span, length - span)
-        left, right = names[:-step], names[step:]
-        repeated = np.flatnonzero((left >= 0) & (right >= 0))
-        keys = left[repeated].astype(np.int64) << 32 | right[repeated]
-        order = np.argsort(keys)
-        keys = keys[order]
-        first = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
-        once = first & np.append(first[1:], True)[: len(keys)]
-        names = np.full(len(left), -1, np.int32)
-        names[repeated[order]] = np.where(once, -1, np.cumsum(first, dtype=np.int32))
-        span += step
-    return names
-
-
-def place_in_run(keys: np.ndarray) -> np.ndarray:
-    """Of each element of a sorted array: how many equal ones stand before it."""
-    index = np.arange(len(keys))
-    first = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
-    return index - np.maximum.accumulate(np.where(first, index, 0))
-
-
-def token_hints(tokens: np.ndarray, order: int, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Guesses for tokens whose last order - 1 predecessors have stood together before (PR #2135, exact tables).
-
-    tokens (n,) with ids < 2^31, order >= 2, threshold in (0, 1] -> target indices (k,) ascending and hints (k,), int64.
-    Of the tokens that followed the same context earlier, the hint is the most frequent one, on ties the one that led
-    first; it is given where its share is at least `threshold`. A hint depends on nothing but the tokens before its
-    target. A table is never built: counts are places in sorted order, leaders are running maxima.
-    """
-    length, share = order - 1, Fraction(str(threshold)).limit_denominator()
-    assert order >= 2, order
-    names = window_names(tokens[:-1], length) if len(tokens) > length else np.zeros(0, np.int32)
-    begin = np.flatnonzero(names >= 0)
-    context, target = names[begin].astype(np.int64), tokens[begin + length].astype(np.int64)
-    pair = context << 31 | target
-    by_pair = np.argsort(pair, kind="stable")
-    count = np.empty_like(pair)  # (n,) occurrences of this target after this context, this one included
-    count[by_pair] = place_in_run(pair[by_pair]) + 1
-    by_context = np.argsort(context, kind="stable")  # time order within a context
-    context, count, target = context[by_context], count[by_context], target[by_context]
-    height = context * (len(tokens) + 1) + count  # so that a running maximum starts anew with each context
-    rises = height > np.append(-1, np.maximum.accumulate(height)[:-1])[: len(height)]
-    leader = np.maximum.accumulate(np.where(rises, np.arange(len(height)), 0))
-    seen = place_in_run(context)
-    later = np.flatnonzero(seen)
-    lead = leader[later - 1]
-    sure = share.denominator * count[lead] >= share.numerator * seen[later]
-    positions, hints = begin[by_context[later[sure]]] + length, target[lead[sure]]
-    ascending = np.argsort(positions)
-    return positions[ascending], hints[ascending]
-
-
-def hint_sources(config: Config) -> list[tuple[bool, int]]:
-    """(inside the document only, order) of each kind of hint. The first one wins: the own document's longest context,
-    then shorter ones, then the whole stream."""
-    return [(True, order) for order in config.document_orders] + [(False, config.token_order)]
-
-
-def document_ids(tokens: np.ndarray, config: Config) -> np.ndarray:
-    """The ids (n,) made different in different documents. Raises UserError where they are too many to be told apart."""
-    documents = np.cumsum(tokens == BOS_ID)
-    most = config.vocab_size * (int(documents[-1]) + 1)
-    key = f"TOKEN_DOCUMENT_ORDERS={config.token_document_orders}"
-    need(not config.document_orders or most < 2**31, f"{key}: {most} pairs of document and token, 2^31 fit; unset it")
-    return tokens + config.vocab_size * documents
-
-
-def stream_hints(validation: Validation, config: Config, run: Run, log: Log) -> Tensor | None:
-    """For each stream position the hinted id or -1, and its source as a number of hint_sources: (N, 2) int32.
-
-    Made on the main rank; None where NGRAM_TILT_ENABLED=0.
-    """
+def stream_hints(evaluation: Evaluation, queue: list[np.ndarray]) -> Tensor | None:
+    """hint_table of the validation stream, made on the main rank; None where NGRAM_TILT_ENABLED=0. The turn of a
+    document is its round in the queue: ranks score a round side by side."""
+    config, validation, start = evaluation.config, evaluation.validation, time.monotonic()
     if not config.ngram_tilt_enabled:
         return None
-    start, V, tokens = time.monotonic(), config.vocab_size, validation.tokens.numpy()
-    streams = {False: tokens, True: document_ids(tokens, config)}
 
-    def make() -> list[tuple[np.ndarray, np.ndarray]]:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            hints = functools.partial(token_hints, threshold=config.token_threshold)
-            return list(pool.map(lambda source: hints(streams[source[0]], source[1]), hint_sources(config)))
+    def make() -> Tensor:
+        tokens, starts = validation.tokens.numpy(), validation.documents[:, 0]
+        turns = np.empty(len(starts), np.int64)
+        for number, batch in enumerate(queue):
+            turns[np.searchsorted(starts, batch[:, 0])] = number // TTT_TRACKS
+        document = np.searchsorted(starts, np.arange(len(tokens)), side="right") - 1
+        return hint_table(tokens, document, turns[document], hint_sources(config), config.token_threshold)
 
-    table = torch.full((len(tokens), 2), -1, dtype=torch.int32)
-    for source, (positions, hints) in reversed(list(enumerate(run.on_main(make)))):
-        entries = np.stack([hints % V, np.full_like(hints, source)], 1)
-        table[torch.from_numpy(positions)] = torch.from_numpy(entries).int()
-    log("hints", positions=int((table[:, 0] >= 0).sum()), seconds=time.monotonic() - start)
+    table = evaluation.run.on_main(make)
+    evaluation.log("hints", positions=int((table[:, 0] >= 0).sum()), seconds=time.monotonic() - start)
     return table
-
-
-def tilt(nll: Tensor, ids: Tensor, boost: float | Tensor) -> Tensor:
-    """Nats of a target when the hinted token's logit is raised by `boost` (#1145), one number or one for each target.
-
-    nll, ids (..., 2): of the target and of the hint (id -1: none). p'(v) = p(v) e^(boost [v = hint]) / Z with
-    Z = 1 + q (e^boost - 1) and q = p(hint): a distribution again, whatever the target turns out to be, as long as the
-    boost does not depend on it.
-    """
-    target, hint = ids.unbind(-1)
-    nats, q = nll[..., 0].double(), torch.exp(-nll[..., 1].double()).clamp(max=1)
-    boost = torch.as_tensor(boost, dtype=torch.float64)
-    tilted = nats - boost * (target == hint) + torch.log1p(q * torch.expm1(boost))
-    return torch.where(hint >= 0, tilted, nats)
-
-
-class Boosts:
-    """How much each source of hints is believed.
-
-    Hints of the stream get TOKEN_BOOST, whatever the model thinks of them (#2135). For hints of the own document the
-    boost is w0 + w1 logit(q), q being the hint's own probability, and each source's weights are learnt from hints that
-    have been scored, from 0 on: a model that knows how to copy gets no boost where it needs none. A hint's new
-    probability is the logistic function of logit(q) + boost, so each source is a logistic regression, fitted by one
-    Newton step after each chunk, with the curvature of all chunks so far. Hints of the stream, which may come from
-    documents whose turn to be scored is yet to come, teach nothing.
-    """
-
-    PRIOR, LARGEST = 10.0, 8.0  # curvature to begin with, in hints; most that is learnt, either way
-
-    def __init__(self, config: Config):
-        sources = len(hint_sources(config))
-        self.weights = torch.zeros(sources, 2, dtype=torch.float64)
-        self.weights[-1, 0] = config.token_boost
-        self.curvature = self.PRIOR * torch.eye(2, dtype=torch.float64).repeat(sources, 1, 1)
-
-    def learnt(self, sources: Tensor) -> Tensor:
-        """Which of these sources (any shape; -1: no hint) have weights that are learnt."""
-        return (sources >= 0) & (sources < len(self.weights) - 1)
-
-    def features(self, nll: Tensor) -> Tensor:
-        """Nats of hints (...) -> (..., 2) float64: 1 and the logit of their probability."""
-        logq = -nll.double().clamp(1e-6, 40)
-        return torch.stack([torch.ones_like(logq), logq - torch.log(-torch.expm1(logq))], -1)
-
-    def boost(self, nll: Tensor, sources: Tensor) -> Tensor:
-        """Nats of hints (...) and their sources -> what is added to their logits (...)."""
-        raised = (self.features(nll) * self.weights[sources.long()]).sum(-1)
-        return torch.where(self.learnt(sources), raised.clamp(-self.LARGEST, self.LARGEST), raised)
-
-    def update(self, nll: Tensor, sources: Tensor, hit: Tensor) -> None:
-        """One step on hints that have been scored: their nats, sources, and whether they came true, each (n,)."""
-        x, boost = self.features(nll), self.boost(nll, sources)
-        p = torch.sigmoid(x[:, 1] + boost)
-        for source in sources.unique().tolist():
-            mine = sources == source
-            here, error, spread = x[mine], (p - hit.double())[mine], (p * (1 - p))[mine]
-            self.curvature[source] += here.T @ (spread[:, None] * here)
-            self.weights[source] -= torch.linalg.solve(self.curvature[source], here.T @ error)
-
-
-class Hints(NamedTuple):
-    """What the n-gram tilt knows on one track of documents."""
-
-    table: Tensor  # (N, 2) int32 from stream_hints
-    boosts: Boosts
 
 
 def adapt_batch(
@@ -5232,6 +5371,7 @@ def adapt_batch(
     e, config, device = evaluation, evaluation.config, evaluation.run.device
     stream, last = e.validation.tokens, len(e.validation.tokens) - 1
     starts, counts = torch.from_numpy(batch[:, :1].copy()), torch.from_numpy(batch[:, 1].copy())
+    rows = torch.arange(len(batch))[:, None]
     for begin, first, _ in plan_windows(int(counts.max()), config.ttt_eval_seq_len, chunk, first=chunk):
         columns = torch.arange(begin, first + chunk)
         inputs = (starts + columns).clamp(max=last)  # (B, T) stream positions
@@ -5250,7 +5390,7 @@ def adapt_batch(
             scored = nll.detach().cpu()
             raw.append(scored)
             if hints:
-                boost = hints.boosts.boost(scored[..., 1], sources[part])
+                boost = hints.boosts.boost(scored[..., 1], rows[part], sources[part])
                 nll, scored = nll[..., 0], tilt(scored, wanted[part], boost)
             e.tally.add(scored[real[part]], targets[part][real[part]])
             if learns[part].any():
@@ -5259,7 +5399,7 @@ def adapt_batch(
         if hints and (known := real & hints.boosts.learnt(sources)).any():
             e.tally.learn_from(targets[known], e.tally.times)
             hit = (wanted[..., 0] == hinted)[known]
-            hints.boosts.update(torch.cat(raw)[..., 1][known], sources[known], hit)
+            hints.boosts.update(torch.cat(raw)[..., 1][known], rows.expand_as(known)[known], sources[known], hit)
         if learns.any():
             adapters.step()
 
@@ -5321,31 +5461,31 @@ def adapt_documents(evaluation: Evaluation) -> Tally:
     config, run, log, model = evaluation.config, evaluation.run, evaluation.log, evaluation.program.model
     documents = evaluation.validation.documents
     queue = document_queue(documents, config.ttt_batch_size, [limit for limit, _ in config.chunk_steps])
-    pauses, tracks = phase_pauses(queue, config), range(run.rank, TTT_TRACKS, run.world_size)
-    work = [batch_work(batch, config) for batch in queue]
-    governor = Governor(config, [work[n] for n in range(len(queue)) if n % TTT_TRACKS in tracks])
-    table = stream_hints(evaluation.validation, config, run, log)
-    hints = {track: None if table is None else Hints(table, Boosts(config)) for track in tracks}
+    pauses, governor = phase_pauses(queue, config), Governor(evaluation, queue)
+    table = stream_hints(evaluation, queue)
     log("ttt", documents=len(documents), batches=len(queue), pauses=pauses)
     for phase, (begin, end) in enumerate(zip([0, *pauses], [*pauses, len(queue)])):
         model.requires_grad_(False)
-        mine = [(track, number) for track in tracks for number in range(begin, end) if number % TTT_TRACKS == track]
-        adapters, owner = None, None
-        for track, number in log.bar(mine, "ttt"):
-            batch = queue[number]
-            if owner != track or adapters.size != len(batch):
-                seed = ((config.seed * 1000 + phase) * TTT_TRACKS + track) * 2 + (owner == track)
-                adapters, owner = Adapters(config, model, len(batch), seed), track
-            adapters.forget()
-            chunk = min(governor.chunk_factor() * chunk_of(int(batch[0, 1]), config), config.ttt_eval_seq_len)
-            adapt_batch(evaluation, adapters, batch, chunk, hints[track])
-            governor.finished(work[number])
+        adapters, kept = None, {}  # by track: A after its last batch
+        mine = [number for number in range(begin, end) if number % TTT_TRACKS % run.world_size == run.rank]
+        for number in log.bar(mine, "ttt"):
+            governor.reach(number // TTT_TRACKS)
+            batch, track = queue[number], number % TTT_TRACKS
+            if adapters is None or adapters.size != len(batch):
+                adapters = Adapters(config, model, len(batch))
+            seed = ((config.seed * 1000 + phase) * TTT_TRACKS + track) * 2 + (track in kept)
+            adapters.begin(kept.get(track), seed)
+            chunk = min(governor.factor * chunk_of(int(batch[0, 1]), config), config.ttt_eval_seq_len)
+            hints = None if table is None else Hints(table, Boosts(config, model, len(batch)))
+            adapt_batch(evaluation, adapters, batch, chunk, hints)
+            kept[track] = adapters.first_factors()
+        governor.reach((end - 1) // TTT_TRACKS)  # also without a batch in it
         model.requires_grad_(True)
         if end < len(queue):
             steps, seconds = global_update(evaluation, np.concatenate(queue[:end])), time.monotonic() - governor.start
             log("global_ttt", phase=f"{phase + 1}/{len(pauses)}", batches=end, steps=steps, seconds=seconds)
-    if slowed := int(run.sum_(torch.tensor(governor.slowed, device=run.device))):
-        log("warning", batches_with_longer_chunks=slowed, reason=f"EVAL_MAX_SECONDS={config.eval_max_seconds:g}")
+    if governor.decisions:
+        log("warning", reason="longer chunks", EVAL_CHUNK_FACTORS=",".join(governor.decisions))
     return evaluation.tally.over_ranks(run)
 
 
@@ -5414,9 +5554,11 @@ def warm_up_adapt(program: Program) -> None:
     config, chunk = program.config, program.config.ttt_chunk_size
     program.model.requires_grad_(False)
     for batch in sorted({1, config.ttt_batch_size}):
-        noise, adapters = noise_validation(config, batch, 3 * chunk), Adapters(config, program.model, batch, 0)
+        noise, adapters = noise_validation(config, batch, 3 * chunk), Adapters(config, program.model, batch)
+        adapters.begin(None, 0)
         no_hints = torch.full((len(noise.tokens), 2), -1, dtype=torch.int32)
-        hints = Hints(no_hints, Boosts(config)) if config.ngram_tilt_enabled else None
+        boosts = Boosts(config, program.model, batch)
+        hints = Hints(no_hints, boosts) if config.ngram_tilt_enabled else None
         adapt_batch(Evaluation(program, noise, Log(None)), adapters, noise.documents, chunk, hints)
     program.model.requires_grad_(True)
 
@@ -5665,9 +5807,12 @@ def memory_forecast(config: Config, ranks: int = 1, kept: Mapping | None = None)
     weights, row = dict(weights=4 * total, weights_in_bfloat16=2 * total), config.score_row_tokens
     forecast = {"train": train, "score": weights | dict(row=(2 * logits + 20 * config.model_dim) * row)}
     if config.ttt_enabled:
-        numbers = sum(n * (out + width) for n, out, width in adapter_shapes(config, model).values())
-        numbers *= config.ttt_lora_rank * config.ttt_batch_size * (config.ttt_kind == "lora_phased")
+        shapes = adapter_shapes(config, model).values()
+        ranks_of_all = config.ttt_lora_rank * config.ttt_batch_size * (config.ttt_kind == "lora_phased")
+        numbers = ranks_of_all * sum(n * (out + width) for n, out, width in shapes)
+        firsts = ranks_of_all * sum(n * width for n, _, width in shapes) * -(-TTT_TRACKS // ranks)
         adapters = dict(adapters=4 * numbers, adapter_gradients=4 * numbers, adapter_moments=8 * numbers)
+        adapters |= dict(adapters_of_tracks=4 * firsts)
         learning = dict(gradients=4 * total, optimizer=8 * total, row=(kept["eager"] + logits) * row)
         forecast["learn"] = weights | adapters | learning
         tokens = min(config.ttt_batch_size * config.ttt_eval_seq_len, config.adapt_tokens) if numbers else 0
