@@ -2602,11 +2602,7 @@ class GPT(nn.Module):
         """Adds the embedding of the token before, as far as a gate on the own one says; not to a BOS (#1667, #1855),
         nor of a fused marker (#2109)."""
         window = F.linear(e[..., : self.config.gate_window], self.smear_gate_w.to(e.dtype)).float()
-        looks = inputs != BOS_ID
-        if self.config.marker_pair_mode:
-            before = F.pad(inputs, (1, 0))[:, :-1]
-            looks = looks & ((before < min(FUSED_MARKERS)) | (before > max(FUSED_MARKERS)))
-        gate = torch.sigmoid(window) * self.smear_lambda * looks.unsqueeze(-1)  # (B, T, 1)
+        gate = torch.sigmoid(window) * self.smear_lambda * (inputs != BOS_ID).unsqueeze(-1)  # (B, T, 1)
         return e + gate.to(e.dtype) * previous(e, positions)
 
     def forward(

@@ -861,36 +861,6 @@ def test_smear_gate_adds_the_raw_previous_embedding_inside_a_document() -> None:
         torch.testing.assert_close(out[t], e / (e.square().mean() + 2.0**-23).sqrt())
 
 
-@pytest.mark.parametrize("mode", [0, 1])
-def test_smear_gate_does_not_read_a_fused_marker(mode: int, marker_pairs: int) -> None:
-    """With MARKER_PAIR_MODE the smear term right after an id of 8, 9, 10 is exactly 0, and so are its gradients; at all
-    other places, and without the mode, it is there."""
-    model = random_model(toy_config(MARKER_PAIR_MODE=mode))
-    ids = torch.tensor([[20, 8, 30, 31, 9, 10, 12, 7], [11, 10, 1, 9, 5, 8, 8, 21]])
-    plain = torch.arange(8).expand(2, 8)
-    packed_row = torch.tensor([[0, 1, 2, 0, 1, 2, 0, 1], [0, 1, 2, 3, 0, 1, 2, 3]])
-    read = [(0, t) for t in (2, 5, 6)] + [(1, t) for t in (2, 4, 6, 7)]  # (row, place) with a fused marker before it
-    for positions in (plain, packed_row):
-        table = model.tok_emb.weight
-        fast = model.smear(table[ids], ids, positions)
-        slow = []
-        for row, place in np.ndindex(2, 8):
-            e = table[ids[row, place]]
-            smears = positions[row, place] and ids[row, place] != tg.BOS_ID and not (mode and (row, place) in read)
-            if smears:
-                gate = torch.sigmoid((model.smear_gate_w[0] * e[:12]).sum())
-                e = e + model.smear_lambda * gate * table[ids[row, place - 1]]
-            else:
-                assert torch.equal(fast[row, place], e)
-            slow.append(e)
-        slow = torch.stack(slow).view_as(fast)
-        torch.testing.assert_close(fast, slow)
-        cotangent = torch.randn(fast.shape, generator=torch.Generator().manual_seed(1))
-        weights = [table, model.smear_gate_w, model.smear_lambda]
-        found, wanted = (torch.autograd.grad((out * cotangent).sum(), weights) for out in (fast, slow))
-        torch.testing.assert_close(found, wanted)
-
-
 def test_bigram_branch_is_added_to_the_embedding_before_its_norm() -> None:
     """rms(E[id] + scale P T[h]) with the table's last row at the start of each segment."""
     config = tg.load_config(preset_env("fork5", SMEAR_PERDIM_ENABLED=0, BIGRAM_VOCAB_SIZE=30))[0]
