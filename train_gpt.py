@@ -178,7 +178,7 @@ class Config:
     qk_gain_init: float = setting(TRAIN, 5.0)  # initial query gain of each head, after the q/k norm
     rope_dims: int = setting(MODEL, 16, 0)  # rotated channels of each head; the others carry no position
     rope_base: float = setting(TRAIN, 1e4, 1)
-    rope_train_seq_len: int = setting(TRAIN, 0, 0)  # NTK: the base grows with train_seq_len beyond this; 0: never
+    rope_train_seq_len: int = setting(TRAIN, 0, 0)  # NTK: the base grows where train_seq_len exceeds this; 0: never
     xsa_last_n: int = setting(MODEL, 11, 0)  # exclusive self-attention on the last n layers
     attn_gate: str = setting(MODEL, "dense", choices=("none", "dense", "sparse", "two_sigma"))  # see attn_gate()
     gated_attn_init_std: float = setting(TRAIN, 0.005, 0)  # initial spread of the dense attention gates
@@ -1340,7 +1340,7 @@ def decoded_bytes(tokens: np.ndarray, tokenizer: Any) -> int:
 
 
 def check_fusion(tokens: np.ndarray, caseops: Any, config: Config) -> None:
-    """Raises UserError unless MARKER_PAIR_MODE says truly whether these ids (n,) are of MP3 data.
+    """Raises UserError if MARKER_PAIR_MODE does not match the data, whose ids are `tokens` (n,).
 
     `caseops` is the tokenizer where it is one of CaseOps, else None.
     """
@@ -2346,7 +2346,7 @@ FA3_KERNEL, FA3_KERNEL_VERSION = "kernels-community/flash-attn3", 1
 
 @functools.cache
 def fetch_fa3() -> tuple[Any, str]:
-    """FA3_KERNEL through the package `kernels`, downloaded at its first use, and its name; or None and what happened."""
+    """FA3_KERNEL through the package `kernels`, downloaded at first use, and its name; or None and what happened."""
     try:
         from kernels import get_kernel
 
@@ -2815,9 +2815,12 @@ class Stack(NamedTuple):
 
 
 class Muon:
-    """Momentum, orthogonalised. Each rank updates its share of every stack of banks and the updates are gathered.
+    """Momentum, orthogonalised: M <- mu M + G;  X = orthogonal(G + mu M);  W <- (1 - lr wd) W - lr s X, with
+    s = sqrt(max(1, rows / cols)).
 
-    M <- mu M + G;  X = orthogonal(G + mu M);  W <- (1 - lr wd) W - lr sqrt(max(1, rows / cols)) X
+    A step has three phases. Reduce: gradients are summed over ranks, and each rank gets its share of every stack of
+    banks (`gradient_shares`). Compute: it orthogonalises its share (`direction`). Gather: the updates of all ranks come
+    together and are applied, each stack's while the next one is computed (`step`).
     """
 
     def __init__(self, banks: dict[str, nn.Parameter], config: Config, run: Run, symmetric: Callable = plain_symmetric):
@@ -2853,7 +2856,7 @@ class Muon:
     def direction(self, update: Tensor, stack: Stack) -> Tensor:
         """This rank's share of a stack (n, rows, cols), orthogonalised; with MUON_PER_HEAD, q, k and v head by head.
 
-        Example: 22 matrices (512, 512), 11 of them queries of 8 heads. Those 11 are cut into 88 matrices (64, 512), which
+        Example: 22 matrices (512, 512), 11 of them queries of 8 heads. Those 11 are cut into 88 matrices (64, 512) that
         are orthogonalised alone and put together again; the other 11 (attention outputs) are orthogonalised whole.
         """
         if not len(stack.by_head):
@@ -5162,6 +5165,77 @@ def counted_code_bytes() -> tuple[int, bool]:
     return (len(source) if packed else len(packed_script(source.decode()))), packed
 
 
+def make_artifact(config: Config, device: torch.device, log: Log) -> dict[str, Any]:
+    """Writes artifact.bin and returns its sizes and times.
+
+    With FIT_ARTIFACT, an artifact over the limit is quantised again with wider clips (coarser steps, fewer bits) until
+    it fits; the first one is kept as oversize.bin, to measure the cost in bpb. With FIT_ARTIFACT=fill, one far below
+    the limit is quantised again with narrower clips, to use every byte. The last artifact that fits is kept.
+
+    Example with fill, bytes with the code: 16,900,000 at clips x 1; 15,800,000 at x 1.22; 16,001,000 at x 1.17;
+    15,997,000 at x 1.171. The fourth is within FILL_SLACK_BYTES of the limit: it is kept, the first is oversize.bin.
+    """
+    target, oversize, arrays = config.run_dir / "artifact.bin", config.run_dir / "oversize.bin", load_trained(config)
+    attempts: list[tuple[dict[str, Any], bytes]] = []
+    factor: float | None = 1.0
+    while factor is not None and len(attempts) < FIT_TRIES:
+        sizes = write_attempt(target, arrays, config, factor, device, log)
+        attempts.append((sizes, target.read_bytes()))
+        factor = next_clip_factor(factor, sizes["total_bytes"] - ARTIFACT_LIMIT_BYTES, config)
+    fitting = [attempt for attempt in attempts if attempt[0]["total_bytes"] <= ARTIFACT_LIMIT_BYTES]
+    sizes, data = (fitting or attempts)[-1]
+    write_file(target, data)
+    oversize.unlink(missing_ok=True)
+    if len(attempts) > 1 and attempts[0] not in fitting:
+        write_file(oversize, attempts[0][1])
+    write_tensors(config.run_dir / "tensors.csv", target, arrays, config)
+    return sizes | {"artifact_sha256": hashlib.sha256(data).hexdigest()}
+
+
+def write_attempt(
+    path: Path, arrays: Mapping[str, np.ndarray], config: Config, factor: float, device: torch.device, log: Log
+) -> dict[str, Any]:
+    """Quantises with all clips multiplied by a factor, writes the artifact and returns its sizes and times."""
+    (code_bytes, packed), start = counted_code_bytes(), time.monotonic()
+    stored = quantize(arrays, scaled_clips(config, factor), device)
+    middle = time.monotonic()
+    size = save_artifact(path, stored, config)
+    seconds = middle - start, time.monotonic() - middle
+    log("artifact", bytes=size, clip_factor=factor, gptq_s=seconds[0], compress_s=seconds[1])
+    return {
+        "artifact_bytes": size,
+        "code_bytes": code_bytes,
+        "code_is_packed": packed,
+        "total_bytes": size + code_bytes,
+        "clip_factor": factor,
+        "gptq_seconds": seconds[0],
+        "compress_seconds": seconds[1],
+    }
+
+
+def next_clip_factor(factor: float, excess: int, config: Config) -> float | None:
+    """The clip factor after one that was `excess` bytes over the limit (negative: under it); None: no further try.
+
+    Clips twice as wide save one bit per code. Example: 36 million codes, 1 MB too many, 3 kB of margin: 0.223 bits per
+    code have to go, so the factor grows by 2^0.223 = 1.167.
+    """
+    if config.fit_artifact == "0" or config.quant_scheme != "gptq":  # the other schemes have no clips to change
+        return None
+    codes = sum(entry.size for entry in artifact_table(config) if entry.part == "codes")
+    wanted = factor * 2 ** min(max(8 * (excess + FIT_MARGIN_BYTES) / codes, -10), 10)
+    if excess > 0:
+        return wanted if wanted <= FIT_LARGEST_FACTOR else None
+    wanted = max(wanted, FILL_SMALLEST_FACTOR)
+    enough = config.fit_artifact != "fill" or excess > -FILL_SLACK_BYTES
+    return None if enough or wanted == factor else wanted
+
+
+def scaled_clips(config: Config, factor: float) -> Config:
+    """`config` with every quantisation clip multiplied: log2(factor) fewer bits per code."""
+    clips = [name for name in FIELDS if name.endswith("_clip_sigmas")]
+    return dataclasses.replace(config, **{name: getattr(config, name) * factor for name in clips})
+
+
 def predicted_artifact_bytes(config: Config) -> dict[str, int]:
     """Forecast of the artifact from the rate model of Gaussian rows, before any training.
 
@@ -5572,7 +5646,7 @@ def warm_up_adapt(program: Program) -> None:
 
 
 def check(config: Config, run: Run, log: Log) -> None:
-    """Tries whatever the stages of a run need, a line for each item. Raises the first UserError when all items have been
+    """Tries what the stages of a run need, a line for each item. Raises the first UserError when all items have been
     tried. Collective."""
     failed = None
     for item, attempt in CHECKS.items():
@@ -5762,7 +5836,7 @@ def kept_per_token(config: Config, plan: tuple[Visit, ...], compiled: bool = Tru
 
 @functools.cache
 def row_bytes_per_token(config: Config) -> dict[str, float]:
-    """What a packed row keeps (`train` compiled, `eager`), and a batch of adapted documents (`adapt`), in bytes per token.
+    """Bytes per token that a packed row keeps (`train` compiled, `eager`), and a batch of adapted documents (`adapt`).
 
     Cutting the graph of the whole plan takes a minute; visits of the same kind keep the same, so that each kind is
     counted once, as a second visit. (Against the whole plan: see tests/test_check.py.)
@@ -5797,8 +5871,9 @@ def memory_forecast(config: Config, ranks: int = 1, kept: Mapping | None = None)
     hessians = sum(math.prod(shape) for name, shape in trained_shapes(config).items() if name.startswith("hessian"))
     logits = 2 * config.vocab_size  # bytes per token of the logits or of their gradient
     train = dict(
-        weights=4 * total, weights_in_bfloat16=2 * total, gradients=4 * total, average=4 * total, adamw_moments=8 * adamw,
-        muon_momentum=-(-2 * muon // ranks), copy_during_warm_up=8 * total + 8 * adamw + 4 * muon, hessians=4 * hessians,
+        weights=4 * total, weights_in_bfloat16=2 * total, gradients=4 * total, average=4 * total,
+        adamw_moments=8 * adamw, muon_momentum=-(-2 * muon // ranks),
+        copy_during_warm_up=8 * total + 8 * adamw + 4 * muon, hessians=4 * hessians,
         row=kept["eager" if config.compile == "0" else "train"] * config.train_row_tokens,
         logits_gradient=logits * config.train_row_tokens,
     )  # fmt: skip
@@ -5854,7 +5929,7 @@ def fit_device(config: Config, run: Run, log: Log) -> Config:
 
 
 def check_memory(config: Config, run: Run) -> str:
-    """The forecast against the memory of the GPU; on a CPU, its part that does not depend on rows against all memory."""
+    """The forecast against the memory of the GPU; on a CPU, what does not depend on rows against all memory."""
     if run.device.type == "cuda":
         usable, kept = USABLE_MEMORY * torch.cuda.get_device_properties(run.device).total_memory, None
     else:
@@ -5896,77 +5971,6 @@ CHECKS: dict[str, Callable[[Config, Run], str]] = {
 def quantize_stage(config: Config, run: Run, log: Log, program: Program) -> dict[str, Any]:
     """trained.bin -> artifact.bin, on the main rank. Reads no training data."""
     return run.on_main(lambda: make_artifact(config, run.device, log))
-
-
-def make_artifact(config: Config, device: torch.device, log: Log) -> dict[str, Any]:
-    """Writes artifact.bin and returns its sizes and times.
-
-    With FIT_ARTIFACT, an artifact over the limit is quantised again with wider clips (coarser steps, fewer bits) until
-    it fits; the first one is kept as oversize.bin, to measure the cost in bpb. With FIT_ARTIFACT=fill, one far below
-    the limit is quantised again with narrower clips, to use every byte. The last artifact that fits is kept.
-
-    Example with fill, bytes with the code: 16,900,000 at clips x 1; 15,800,000 at x 1.22; 16,001,000 at x 1.17;
-    15,997,000 at x 1.171. The fourth is within FILL_SLACK_BYTES of the limit: it is kept, the first is oversize.bin.
-    """
-    target, oversize, arrays = config.run_dir / "artifact.bin", config.run_dir / "oversize.bin", load_trained(config)
-    attempts: list[tuple[dict[str, Any], bytes]] = []
-    factor: float | None = 1.0
-    while factor is not None and len(attempts) < FIT_TRIES:
-        sizes = write_attempt(target, arrays, config, factor, device, log)
-        attempts.append((sizes, target.read_bytes()))
-        factor = next_clip_factor(factor, sizes["total_bytes"] - ARTIFACT_LIMIT_BYTES, config)
-    fitting = [attempt for attempt in attempts if attempt[0]["total_bytes"] <= ARTIFACT_LIMIT_BYTES]
-    sizes, data = (fitting or attempts)[-1]
-    write_file(target, data)
-    oversize.unlink(missing_ok=True)
-    if len(attempts) > 1 and attempts[0] not in fitting:
-        write_file(oversize, attempts[0][1])
-    write_tensors(config.run_dir / "tensors.csv", target, arrays, config)
-    return sizes | {"artifact_sha256": hashlib.sha256(data).hexdigest()}
-
-
-def write_attempt(
-    path: Path, arrays: Mapping[str, np.ndarray], config: Config, factor: float, device: torch.device, log: Log
-) -> dict[str, Any]:
-    """Quantises with all clips multiplied by a factor, writes the artifact and returns its sizes and times."""
-    (code_bytes, packed), start = counted_code_bytes(), time.monotonic()
-    stored = quantize(arrays, scaled_clips(config, factor), device)
-    middle = time.monotonic()
-    size = save_artifact(path, stored, config)
-    seconds = middle - start, time.monotonic() - middle
-    log("artifact", bytes=size, clip_factor=factor, gptq_s=seconds[0], compress_s=seconds[1])
-    return {
-        "artifact_bytes": size,
-        "code_bytes": code_bytes,
-        "code_is_packed": packed,
-        "total_bytes": size + code_bytes,
-        "clip_factor": factor,
-        "gptq_seconds": seconds[0],
-        "compress_seconds": seconds[1],
-    }
-
-
-def next_clip_factor(factor: float, excess: int, config: Config) -> float | None:
-    """The clip factor after one that was `excess` bytes over the limit (negative: under it); None: no further try.
-
-    Clips twice as wide save one bit per code. Example: 36 million codes, 1 MB too many, 3 kB of margin: 0.223 bits per
-    code have to go, so the factor grows by 2^0.223 = 1.167.
-    """
-    if config.fit_artifact == "0" or config.quant_scheme != "gptq":  # the other schemes have no clips to change
-        return None
-    codes = sum(entry.size for entry in artifact_table(config) if entry.part == "codes")
-    wanted = factor * 2 ** min(max(8 * (excess + FIT_MARGIN_BYTES) / codes, -10), 10)
-    if excess > 0:
-        return wanted if wanted <= FIT_LARGEST_FACTOR else None
-    wanted = max(wanted, FILL_SMALLEST_FACTOR)
-    enough = config.fit_artifact != "fill" or excess > -FILL_SLACK_BYTES
-    return None if enough or wanted == factor else wanted
-
-
-def scaled_clips(config: Config, factor: float) -> Config:
-    """`config` with every quantisation clip multiplied: log2(factor) fewer bits per code."""
-    clips = [name for name in FIELDS if name.endswith("_clip_sigmas")]
-    return dataclasses.replace(config, **{name: getattr(config, name) * factor for name in clips})
 
 
 def wanted_scores(config: Config, run: Run) -> list[str]:
