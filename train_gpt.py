@@ -4733,12 +4733,14 @@ def quantize_group(
         yield from zip(names, *(x[i].split(rows) for x in (W, codes, scale)))
 
 
-def quantize(arrays: Mapping[str, np.ndarray], config: Config, device: torch.device) -> dict[str, Parts]:
+def quantize(
+    arrays: Mapping[str, np.ndarray], config: Config, device: torch.device, log: Log = Log(None)
+) -> dict[str, Parts]:
     """Weights and Hessians, as in trained.bin -> the arrays of the artifact by owner and part."""
     halves = {entry.owner for entry in artifact_table(config) if entry.part == "half"}
     stored: dict[str, Parts] = {}
     residuals: dict[str, Tensor] = {}
-    for group in quant_groups(config):
+    for group in log.bar(quant_groups(config), "quantize"):
         for name, W, codes, scale in quantize_group(group, arrays, config, device):
             if name in halves:
                 stored[name] = {"half": W.cpu().numpy().astype(np.float16)}
@@ -5197,7 +5199,7 @@ def write_attempt(
 ) -> dict[str, Any]:
     """Quantises with all clips multiplied by a factor, writes the artifact and returns its sizes and times."""
     (code_bytes, packed), start = counted_code_bytes(), time.monotonic()
-    stored = quantize(arrays, scaled_clips(config, factor), device)
+    stored = quantize(arrays, scaled_clips(config, factor), device, log)
     middle = time.monotonic()
     size = save_artifact(path, stored, config)
     seconds = middle - start, time.monotonic() - middle
