@@ -3339,7 +3339,7 @@ def hint_features(nll: Tensor) -> Tensor:
 def newton_sums(x: Tensor, boost: Tensor, hit: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Gradient (groups, 2) and curvature (groups, 2, 2) of the nats of `hit` (n,) under the logistic of logit +
     `boost`, by the weights of the features x (n, 2); `group` (n,) says whose weights."""
-    p = torch.sigmoid(x[:, 1] + boost)
+    p = 1 / (1 + torch.exp(-x[:, 1] - boost))  # torch.sigmoid's last bit depends on what stands beside an element
     gradient = x.new_zeros(groups, 2).index_add_(0, group, (p - hit.double())[:, None] * x)
     outer = (p * (1 - p))[:, None, None] * x[:, :, None] * x[:, None, :]
     return gradient, x.new_zeros(groups, 2, 2).index_add_(0, group, outer)
