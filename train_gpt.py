@@ -3873,8 +3873,8 @@ def plot_history(history: list[list[float]], path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 RANS_BITS = 14  # the frequencies of a histogram sum to 2^14
-RANS_LOW = 1 << 16  # states stay in [2^16, 2^32) and move words of 16 bits
-RANS_RUN = 1 << 15  # codes per state: a state takes about 3 bytes of the file, a step of all states about 15 us
+RANS_LOW = 1 << 16  # states of lanes stay in [2^16, 2^32) and move words of 16 bits
+RANS_RUN = 1 << 15  # codes per lane: a lane's state takes about 3 bytes of the file, a step of all lanes about 15 us
 COLUMN_STEPS = 16  # buckets of a column's scale per factor of two
 SCALE_ONE = 64  # a mean |code| of 1 in fixed point
 SCALES = 13 * COLUMN_STEPS + 3  # all buckets, with an unused one at either end
@@ -3975,27 +3975,27 @@ class RansWriter:
         self.runs.append(tuple(table.astype(np.uint16).ravel()[index] for table in (histograms.freq, histograms.start)))
         return symbols
 
-    def finish(self, states: int) -> bytes:
-        """The final states, then the words in the order of reading."""
-        x, words = np.full(states, RANS_LOW, np.uint64), []
+    def finish(self, lanes: int) -> bytes:
+        """The final states of the lanes, then the words in the order of reading."""
+        x, words = np.full(lanes, RANS_LOW, np.uint64), []
         for freq, start in reversed(self.runs):
-            for begin in reversed(range(0, len(freq), states)):
-                f = freq[begin : begin + states].astype(np.uint64)
+            for begin in reversed(range(0, len(freq), lanes)):
+                f = freq[begin : begin + lanes].astype(np.uint64)
                 s = x[: len(f)]
                 full = np.flatnonzero(s >= f << np.uint64(32 - RANS_BITS))
                 words.append(s[full].astype("<u2"))
                 s[full] >>= np.uint64(16)
-                s += s // f * (np.uint64(1 << RANS_BITS) - f) + start[begin : begin + states]
+                s += s // f * (np.uint64(1 << RANS_BITS) - f) + start[begin : begin + lanes]
         return x.astype("<u4").tobytes() + b"".join(part.tobytes() for part in reversed(words))
 
 
 class RansReader:
     """Decodes symbols in the order of writing. Raises ValueError for data that end too early or too late."""
 
-    def __init__(self, data: bytes, states: int) -> None:
+    def __init__(self, data: bytes, lanes: int) -> None:
         # frombuffer raises ValueError for too few bytes. `finish` notices states that were out of range.
-        self.x = np.frombuffer(data, "<u4", states).astype(np.uint64)
-        self.words, self.used = np.frombuffer(data, "<u2", offset=4 * states).astype(np.uint64), 0
+        self.x = np.frombuffer(data, "<u4", lanes).astype(np.uint64)
+        self.words, self.used = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.uint64), 0
 
     def code(self, symbols: np.ndarray, rows: np.ndarray, histograms: Histograms) -> np.ndarray:
         """The next len(rows) symbols, each by the histogram of its row. The values in `symbols` are ignored."""
@@ -4003,7 +4003,7 @@ class RansReader:
         first_slot, first_pair = rows << RANS_BITS, rows * histograms.freq.shape[1]
         mask, half, bits, sixteen = map(np.uint64, ((1 << RANS_BITS) - 1, 0xFFFF, RANS_BITS, 16))
         for begin in range(0, len(rows), len(self.x)):
-            step = slice(begin, begin + len(self.x))  # state i codes the i-th symbol of a step
+            step = slice(begin, begin + len(self.x))  # lane i codes the i-th symbol of a step
             s = self.x[: len(rows) - begin]
             slot = s & mask
             symbols[step] = symbol = slots.take(first_slot[step] + slot.view(np.int64))
@@ -4256,8 +4256,8 @@ def code_stream(coder: RansWriter | RansReader, matrices: list[np.ndarray], trel
 
 
 def rans_encode(matrices: Sequence[np.ndarray], states: int = 0) -> bytes:
-    """Matrices of codes (rows, cols) -> a checksum of 4 bytes, states of rANS, words; b"" for no codes. The argument
-    `states` is that of the trellis.
+    """Matrices of codes (rows, cols) -> a checksum of 4 bytes, the lanes' states, words; b"" for no codes. `states` are
+    those of the trellis.
 
     The codes are int8 within +-127, with a trellis int16 within +-254. Raises ValueError for other arrays, and for
     codes that break the rule of the trellis.
@@ -4273,7 +4273,7 @@ def rans_encode(matrices: Sequence[np.ndarray], states: int = 0) -> bytes:
     code_stream(writer, filled, trellis)
     if not all(np.array_equal(coded, m) for coded, m in zip(filled, (m for m in matrices if m.size))):
         raise ValueError("codes break the rule of the trellis")
-    data = writer.finish(rans_states(filled))
+    data = writer.finish(rans_lanes(filled))
     return zlib.crc32(data).to_bytes(4, "little") + data
 
 
@@ -4283,12 +4283,12 @@ def rans_decode(data: bytes, matrices: Sequence[np.ndarray], states: int = 0) ->
     if zlib.crc32(data[4:]) != int.from_bytes(data[:4], "little") or bool(filled) != bool(data):
         raise ValueError("wrong checksum")
     if filled:
-        reader = RansReader(data[4:], rans_states(filled))
+        reader = RansReader(data[4:], rans_lanes(filled))
         code_stream(reader, filled, trellis_of(states))
         reader.finish()
 
 
-def rans_states(matrices: Sequence[np.ndarray]) -> int:
+def rans_lanes(matrices: Sequence[np.ndarray]) -> int:
     return -(-sum(m.size for m in matrices) // RANS_RUN)
 
 
