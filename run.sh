@@ -139,10 +139,6 @@ fi
 if [ "$PRESET" = tiny ] && [ "${1:-}" != --text ] && [ "${STAGES:-}" != describe ]; then "$python" data/embedded.py; fi
 
 processes=${NPROC:-$((gpus > 0 ? gpus : 1))}
-if [ "$gpus" -eq 0 ]; then
-    # Waiting threads soon go to sleep: on a busy machine endless spinning makes everything several times slower.
-    export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-3000}
-    if [ "$processes" -gt 1 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
-fi
+if [ "$gpus" -eq 0 ] && [ "$processes" -gt 1 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
 if [ "$processes" -eq 1 ]; then exec "$python" train_gpt.py; fi
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$processes" train_gpt.py
