@@ -7,7 +7,9 @@ import os
 import random
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -243,6 +245,48 @@ class OneOf(tg.Run):
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer(tg.Run):
+    """A rank that is a thread of this process: sums and broadcasts are real, without a process group."""
+
+    meeting: Any = None  # threading.Barrier of all ranks
+    table: Any = None  # list: what each rank brings
+
+    def exchange(self, value: Any) -> list[Any]:
+        """What all ranks bring, in their order."""
+        self.table[self.rank] = value
+        self.meeting.wait()
+        values = list(self.table)
+        self.meeting.wait()
+        return values
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.copy_(torch.stack(self.exchange(tensor.clone())).sum(0))
+
+    def share(self, value: Any) -> Any:
+        return self.exchange(value)[0]
+
+
+def on_peers(world_size: int, job: Callable[[tg.Run], Any]) -> list[Any]:
+    """What `job(run)` returns on each of `world_size` threads that are each other's ranks."""
+    meeting, table = threading.Barrier(world_size, timeout=60), [None] * world_size
+
+    def work(rank: int) -> Any:
+        torch.set_num_threads(1)
+        try:
+            return job(Peer(rank, world_size, meeting=meeting, table=table))
+        except BaseException:
+            meeting.abort()  # nobody waits for a rank that has failed
+            raise
+
+    with ThreadPoolExecutor(world_size) as pool:
+        futures = [pool.submit(work, rank) for rank in range(world_size)]
+    errors = [error for error in (future.exception() for future in futures) if error]
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
+    return [future.result() for future in futures]
 
 
 QUIET = tg.Log(None)

@@ -1,10 +1,12 @@
 """ADAPT, the n-gram tilt: hints against tables, boosts that are learnt, and a distribution that stays one."""
 
+import collections
+import copy
 import dataclasses
 import functools
 import itertools
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -28,73 +30,152 @@ import train_gpt as tg
 RUN = tg.Run()
 
 
-def slow_hints(tokens: list[int], order: int, threshold: float) -> list[tuple[int, int]]:
-    """Tables as in frontier.md 6.1: ask, then absorb, one token after the other."""
-    counts: dict[tuple, dict[int, int]] = {}
-    best: dict[tuple, int] = {}
-    found = []
-    for i in range(order - 1, len(tokens)):
-        context = tuple(tokens[i - order + 1 : i])
-        if context in best:
-            share = Fraction(counts[context][best[context]], sum(counts[context].values()))
-            if share >= Fraction(str(threshold)):
-                found.append((i, best[context]))
-        table = counts.setdefault(context, {})
-        table[tokens[i]] = table.get(tokens[i], 0) + 1
-        if context not in best or table[tokens[i]] > table[best[context]]:
-            best[context] = tokens[i]
-    return found
+class Table:
+    """What has followed one context: counts, and the token that leads."""
+
+    def __init__(self) -> None:
+        self.counts: dict[int, int] = {}
+        self.leader = -1
+
+    def absorb(self, token: int) -> None:
+        self.counts[token] = self.counts.get(token, 0) + 1
+        if self.counts[token] > self.counts.get(self.leader, 0):
+            self.leader = token
+
+    def hint(self, threshold: float) -> int:
+        """The leader if its share is large enough, else -1."""
+        share = Fraction(self.counts.get(self.leader, 0), max(sum(self.counts.values()), 1))
+        return self.leader if self.counts and share >= Fraction(str(threshold)) else -1
 
 
-def hints(tokens: list[int] | np.ndarray, order: int, threshold: float = 0.8) -> list[tuple[int, int]]:
-    positions, guesses = tg.token_hints(np.asarray(tokens, np.uint16), order, threshold)
-    assert positions.dtype == guesses.dtype == np.int64
-    return list(zip(positions.tolist(), guesses.tolist()))
+class Text(NamedTuple):
+    """Tokens, and of each one its document and the turn in which that is scored."""
+
+    tokens: list[int]
+    document: list[int]
+    turn: list[int]
+
+
+def slow_hints(text: Text, order: int, threshold: float) -> list[tuple[int, int]]:
+    """(position, hint): ask, then absorb, one token after the other. Each document of a turn begins with the tables of
+    the turns before; those of the next turn have absorbed all of them, in the order of the stream."""
+    shared: dict[tuple, Table] = {}
+    found, places = [], {}
+    for i, document in enumerate(text.document):
+        places.setdefault(document, []).append(i)
+    for now in sorted(set(text.turn)):
+        together = [indices for indices in places.values() if text.turn[indices[0]] == now]
+        events = [[(tuple(text.tokens[i - order + 1 : i]), i) for i in indices[order - 1 :]] for indices in together]
+        for document in events:
+            own: dict[tuple, Table] = {}
+            for context, i in document:
+                table = own.setdefault(context, copy.deepcopy(shared.get(context, Table())))
+                if (hint := table.hint(threshold)) >= 0:
+                    found.append((i, hint))
+                table.absorb(text.tokens[i])
+        for context, i in itertools.chain(*events):
+            shared.setdefault(context, Table()).absorb(text.tokens[i])
+    return sorted(found)
+
+
+def hints(text: Text, order: int, threshold: float = 0.8) -> list[tuple[int, int]]:
+    tokens = np.asarray(text.tokens, np.uint16)
+    positions, places = tg.token_hints(tokens, np.array(text.document, int), np.array(text.turn, int), order, threshold)
+    assert positions.dtype == places.dtype == np.int64
+    return list(zip(positions.tolist(), tokens[places].tolist()))
+
+
+def one_document(tokens: list[int] | np.ndarray) -> Text:
+    return Text(list(tokens), [0] * len(tokens), [0] * len(tokens))
+
+
+def cut(tokens: list[int], lengths: list[int], turns: list[int]) -> Text:
+    """The tokens cut into documents of these lengths, and a last one; turns are dealt to them over and over."""
+    document = np.repeat(np.arange(len(lengths) + 1), [*lengths, len(tokens)])[: len(tokens)].tolist()
+    return Text(tokens, document, [turns[number % len(turns)] for number in document])
 
 
 streams = st.integers(1, 4).flatmap(lambda top: st.lists(st.integers(0, top), max_size=120))
+texts = st.builds(
+    cut, streams, st.lists(st.integers(1, 40), max_size=8), st.lists(st.integers(0, 3), min_size=1, max_size=9)
+)
 orders, thresholds = st.integers(2, 7), st.sampled_from([0.1, 1 / 3, 0.5, 0.6, 0.75, 0.8, 1.0])
 
 
 @settings(max_examples=300, deadline=None)
-@given(streams, orders, thresholds)
-def test_hints_equal_tables(tokens: list[int], order: int, threshold: float) -> None:
+@given(texts, orders, thresholds)
+def test_hints_equal_tables(text: Text, order: int, threshold: float) -> None:
     """Positions and hints of short streams over few tokens, where ties and changes of leader abound."""
-    assert hints(tokens, order, threshold) == slow_hints(tokens, order, threshold)
+    assert hints(text, order, threshold) == slow_hints(text, order, threshold)
 
 
-@pytest.mark.parametrize("order", [2, 3, 8, 16, 17])
-def test_hints_equal_tables_on_a_long_stream(order: int) -> None:
+def phrases(seed: int) -> list[int]:
     """20,000 tokens made of phrases that return with small changes, ids up to 65,535."""
-    generator = np.random.default_rng(order)
+    generator = np.random.default_rng(seed)
     phrases = [generator.integers(0, 2**16, 40) for _ in range(60)]
     tokens = np.concatenate([phrases[generator.integers(60)] for _ in range(500)])
     noise = generator.random(len(tokens)) < 0.02
     tokens[noise] = generator.integers(0, 2**16, int(noise.sum()))
-    expected = slow_hints(tokens.tolist(), order, 0.8)
-    assert len(expected) > 5000 and hints(tokens, order) == expected
+    return tokens.tolist()
 
 
-@settings(max_examples=150, deadline=None)
-@given(streams, st.integers(2, 5), thresholds, st.data())
-def test_hints_read_nothing_from_their_target_on(
-    tokens: list[int], order: int, threshold: float, data: st.DataObject
-) -> None:
-    """Changing or cutting tokens i.. leaves the hints for targets up to i, that of i included, as they were."""
-    i = data.draw(st.integers(0, len(tokens)))
-    tail = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=30))
-    before = [hint for hint in hints(tokens, order, threshold) if hint[0] < i or (hint[0] == i < len(tokens))]
-    after = [hint for hint in hints(tokens[:i] + tail, order, threshold) if hint[0] < i or (hint[0] == i < len(tokens))]
+@pytest.mark.parametrize("order", [2, 3, 8, 16, 17])
+def test_hints_equal_tables_on_a_long_stream(order: int) -> None:
+    """Twenty documents in four turns, the later ones of the stream in earlier turns too."""
+    text = cut(phrases(order), [700, 1300, 10, 1990] * 5, [3, 0, 1, 0, 2, 1, 1])
+    expected = slow_hints(text, order, 0.8)
+    assert len(expected) > 5000 and hints(text, order) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts, orders, thresholds)
+def test_one_document_after_the_other_has_the_table_of_the_stream(text: Text, order: int, threshold: float) -> None:
+    """With a turn for each document, in stream order, a hint counts all that stands before it, as long as its context
+    lies inside a document."""
+    text, table, expected = text._replace(turn=text.document), collections.defaultdict(Table), []
+    for i in range(order - 1, len(text.tokens)):
+        if text.document[i - order + 1] == text.document[i]:
+            seen = table[tuple(text.tokens[i - order + 1 : i])]
+            expected += [(i, hint)] if (hint := seen.hint(threshold)) >= 0 else []
+            seen.absorb(text.tokens[i])
+    assert hints(text, order, threshold) == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts, orders, thresholds)
+def test_in_one_turn_hints_are_those_of_each_document_alone(text: Text, order: int, threshold: float) -> None:
+    text, expected = text._replace(turn=[5] * len(text.tokens)), []
+    for document in dict.fromkeys(text.document):
+        begin = text.document.index(document)
+        alone = one_document(text.tokens[begin : begin + text.document.count(document)])
+        expected += [(begin + position, hint) for position, hint in hints(alone, order, threshold)]
+    assert hints(text, order, threshold) == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts.filter(lambda text: len(text.tokens) > 2), st.integers(2, 4), thresholds, st.data())
+def test_hints_read_nothing_that_is_scored_later(text: Text, order: int, threshold: float, data: st.DataObject) -> None:
+    """Other tokens from some target of a document on, and in all other documents of its turn and of later ones, leave
+    the document's hints up to that of this target as they were."""
+    target = data.draw(st.integers(0, len(text.tokens) - 1))
+    mine = [i for i, document in enumerate(text.document) if document == text.document[target] and i <= target]
+    unread = [i for i, turn in enumerate(text.turn) if turn >= text.turn[target] and i not in mine] + [target]
+    other = list(text.tokens)
+    for i in unread:
+        other[i] = data.draw(st.integers(0, 4))
+    before, after = (
+        [hint for hint in hints(text._replace(tokens=tokens), order, threshold) if hint[0] in mine]
+        for tokens in (text.tokens, other)
+    )
     assert before == after
-    assert [hint for hint in before if hint[0] < i] == hints(tokens[:i], order, threshold)
 
 
 def test_no_hints_without_repeats() -> None:
     """Distinct tokens; single tokens that repeat where no window of 15 does; streams too short for a target."""
     generator = np.random.default_rng(0)
-    assert hints(generator.permutation(50_000), 2) == []
-    assert hints(generator.integers(0, 8192, 200_000), 16) == []
-    assert all(hints(list(range(n)), 16) == [] for n in range(18)) and hints([0] * 15, 16) == []
+    assert hints(one_document(generator.permutation(50_000)), 2) == []
+    assert hints(one_document(generator.integers(0, 8192, 200_000)), 16) == []
+    assert all(hints(one_document(range(n)), 16) == [] for n in range(18)) and hints(one_document([0] * 15), 16) == []
 
 
 @pytest.mark.parametrize("order", [2, 5, 16])
@@ -102,23 +183,34 @@ def test_planted_repeats_are_counted_exactly(order: int) -> None:
     """A phrase of 100 that returns twice among distinct tokens gives two hints per target with a full context."""
     tokens = np.random.default_rng(1).permutation(60_000)
     phrase = tokens[300:400]
-    stream = np.concatenate([tokens[:5000], phrase, tokens[5000:9000], phrase, tokens[9000:9050]])
+    text = one_document(np.concatenate([tokens[:5000], phrase, tokens[5000:9000], phrase, tokens[9000:9050]]))
     expected = [(begin + i, int(phrase[i])) for begin in (5000, 9100) for i in range(order - 1, 100)]
     # The token behind each copy has the context of the token behind the first: a hint, and a wrong one.
     expected += [(5100, int(tokens[400]))]
-    assert [hint for hint in hints(stream, order) if hint[0] < 9200] == sorted(expected)
+    assert [hint for hint in hints(text, order) if hint[0] < 9200] == sorted(expected)
     # Behind the second copy two tokens have followed, each once: a share of 1/2 is below 0.8, and 0.5 lets it pass.
-    assert [hint for hint in hints(stream, order) if hint[0] >= 9200] == []
-    assert [hint for hint in hints(stream, order, 0.5) if hint[0] >= 9200] == [(9200, int(tokens[400]))]
+    assert [hint for hint in hints(text, order) if hint[0] >= 9200] == []
+    assert [hint for hint in hints(text, order, 0.5) if hint[0] >= 9200] == [(9200, int(tokens[400]))]
 
 
 def test_a_share_equal_to_the_threshold_passes() -> None:
     """4 of 5 at 0.8, where float32 and float64 disagree, and 3 of 4 does not; on ties the first leader stays."""
-    four_of_five = [9, 1, 9, 1, 9, 1, 9, 1, 9, 2, 9]
-    assert hints([*four_of_five, 7], 2)[-1] == (11, 1)
-    assert hints([9, 1, 9, 1, 9, 1, 9, 2, 9, 7], 2)[-1] == (7, 1)
-    assert hints([9, 1, 9, 2, 9, 7], 2, 0.5)[-1] == (5, 1) and hints([9, 2, 9, 1, 9, 7], 2, 0.5)[-1] == (5, 2)
-    assert hints([9, 1, 9, 2, 9, 2, 9, 7], 2, 0.6)[-1] == (7, 2)
+
+    def last(tokens: list[int], threshold: float = 0.8) -> tuple[int, int]:
+        return hints(one_document(tokens), 2, threshold)[-1]
+
+    assert last([9, 1, 9, 1, 9, 1, 9, 1, 9, 2, 9, 7]) == (11, 1)
+    assert last([9, 1, 9, 1, 9, 1, 9, 2, 9, 7]) == (7, 1)
+    assert last([9, 1, 9, 2, 9, 7], 0.5) == (5, 1) and last([9, 2, 9, 1, 9, 7], 0.5) == (5, 2)
+    assert last([9, 1, 9, 2, 9, 2, 9, 7], 0.6) == (7, 2)
+
+
+def test_turns_decide_who_led_first() -> None:
+    """Two documents before, in stream order and against it: on a tie leads what was scored first."""
+    tokens, document = [9, 1, 0, 9, 2, 0, 9, 7], [0, 0, 0, 1, 1, 1, 2, 2]
+    for turns, leader in (((0, 1, 2), 1), ((1, 0, 2), 2), ((0, 0, 1), 1)):
+        text = Text(tokens, document, [turns[number] for number in document])
+        assert hints(text, 2, 0.5)[-1] == (7, leader)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 8, 15, 16])
