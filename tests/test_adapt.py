@@ -1,15 +1,17 @@
 """ADAPT: score first, learn afterwards; every target once; results that no batching or rank decides."""
 
 import math
+import threading
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import (
-    OneOf,
     evaluation_of,
     nll_per_target,
+    on_peers,
     random_model,
     recorded_nll,
     toy_config,
@@ -25,13 +27,20 @@ RUN = tg.Run()
 LENGTHS = [37, 8, 1, 20, 9, 61, 7, 16, 24, 3, 33, 12, 40, 2, 17, 25, 5, 31, 8, 45]
 
 
+def new_adapters(config: tg.Config, model: tg.GPT, batch: int, seed: int) -> tg.Adapters:
+    """Adapters that have seen nothing yet."""
+    adapters = tg.Adapters(config, model, batch)
+    adapters.begin(None, seed)
+    return adapters
+
+
 def adapt_batch(
     model: tg.GPT, validation: tg.Validation, config: tg.Config, adapters: Any = None, forward: Any = None
 ) -> np.ndarray:
     """nll per target when all documents are one batch, longest first, with phases off."""
     model.requires_grad_(False)
     batch = validation.documents[np.argsort(-validation.documents[:, 1], kind="stable")]
-    adapters = adapters or tg.Adapters(config, model, len(batch), seed=1)
+    adapters = adapters or new_adapters(config, model, len(batch), seed=1)
 
     def scorer(v: tg.Validation) -> None:
         tg.adapt_batch(evaluation_of(forward or model, v, config), adapters, batch, config.ttt_chunk_size)
@@ -231,7 +240,7 @@ def test_adaptation_equals_decoupled_adam_by_hand(length: int, beta1: float) -> 
     """One document's scores and final adapters equal a loop that writes AdamW out; its last chunk teaches nothing."""
     config = toy_config(TTT_BETA1=beta1, TTT_BETA2=0.9, TTT_WEIGHT_DECAY=2, TTT_LORA_LR=0.003)
     model, validation = random_model(config), validation_of_lengths([length])
-    adapters = tg.Adapters(config, model, 1, seed=1)
+    adapters = new_adapters(config, model, 1, seed=1)
     weights = {name: [t.detach().clone().requires_grad_() for t in pair] for name, pair in adapters.factors.items()}
     fast = adapt_batch(model, validation, config, adapters)
     flat = [t for pair in weights.values() for t in pair]
@@ -265,7 +274,7 @@ def mutation_spread(forward_of: Any) -> list[float]:
 
     def scored(v: tg.Validation) -> np.ndarray:
         model = random_model(config)
-        adapters = tg.Adapters(config, model, 2, seed=1)
+        adapters = new_adapters(config, model, 2, seed=1)
         return adapt_batch(model, v, config, adapters, forward_of(model, adapters))
 
     before = scored(validation)
@@ -332,7 +341,7 @@ def test_a_document_does_not_depend_on_its_batch_mates() -> None:
     model, validation = random_model(config), validation_of_lengths(lengths)
 
     def same_start(batch: int) -> tg.Adapters:
-        adapters, draws = tg.Adapters(config, model, batch, seed=1), tg.Adapters(config, model, 1, seed=2)
+        adapters, draws = new_adapters(config, model, batch, seed=1), new_adapters(config, model, 1, seed=2)
         with torch.no_grad():
             for name, (a, _) in adapters.factors.items():
                 a.copy_(draws.factors[name][0].expand_as(a))
@@ -376,7 +385,7 @@ def test_chunk_of_a_document_does_not_depend_on_its_neighbours(
 ) -> None:
     """In any grouping each document is adapted in chunks that its own length decides, times what the governor asks for,
     at most the context."""
-    monkeypatch.setattr(tg.Governor, "chunk_factor", lambda self: factor)
+    monkeypatch.setattr(tg.Governor, "forecast", lambda self, elapsed: factor)
     validation = validation_of_lengths(LENGTHS)
     for batch_size in (1, 3, 64):
         config = mixed_config(TTT_BATCH_SIZE=batch_size)
@@ -388,44 +397,59 @@ def test_chunk_of_a_document_does_not_depend_on_its_neighbours(
         assert len(passes) == {1: 20, 3: 7, 64: 4}[batch_size]
 
 
-def test_forgetting_leaves_nothing_of_earlier_documents_but_a() -> None:
-    """After forget() a batch scores exactly as with fresh adapters that start from the same A."""
+def test_beginning_again_leaves_nothing_of_earlier_documents_but_a() -> None:
+    """A batch that begins with the A of another one scores exactly as with new adapters that start from the same A."""
     config = toy_config()
     model, first, second = (
         random_model(config),
         validation_of_lengths([30, 22], seed=1),
         validation_of_lengths([28, 26], seed=2),
     )
-    used = tg.Adapters(config, model, 2, seed=1)
+    used = new_adapters(config, model, 2, seed=1)
+    drawn = used.first_factors()
     adapt_batch(model, first, config, used)
     assert all(b.abs().max() > 0 for _, b in used.factors.values())
-    used.forget()
-    assert all(not b.any() for _, b in used.factors.values())
-    assert all(not buffer.any() for state in used.optimizer.state.values() for buffer in state.values())
-    fresh = tg.Adapters(config, model, 2, seed=99)
-    moved = False
-    with torch.no_grad():
-        for name, (a, _) in fresh.factors.items():
-            moved |= not torch.equal(used.factors[name][0], tg.Adapters(config, model, 2, seed=1).factors[name][0])
-            a.copy_(used.factors[name][0])
-    assert moved  # A was learned from the first documents, so that keeping it is a choice
+    kept = used.first_factors()
+    assert not any(map(torch.equal, kept, drawn))  # A has learnt, so that keeping it is a choice
+    fresh = tg.Adapters(config, model, 2)
+    for adapters in (used, fresh):
+        adapters.begin(kept, seed=99)
+        assert all(map(torch.equal, adapters.first_factors(), kept))
+        assert all(not b.any() for _, b in adapters.factors.values())
+        assert all(not buffer.any() for state in adapters.optimizer.state.values() for buffer in state.values())
     again, anew = adapt_batch(model, second, config, used), adapt_batch(model, second, config, fresh)
     assert np.array_equal(again[1:], anew[1:])
+    assert not any(map(torch.equal, used.first_factors(), kept))  # what is kept is a copy
 
 
-def test_every_batch_begins_without_memory_but_its_tracks_a(monkeypatch: pytest.MonkeyPatch) -> None:
-    """B and the optimizer start empty for each batch; A is the track's last one, or drawn anew."""
-    config = toy_config(TTT_BATCH_SIZE=1, PHASED_TTT_PREFIX_DOCS=2, PHASED_TTT_NUM_PHASES=1)
-    validation = validation_of_lengths(LENGTHS)
+def test_a_is_drawn_where_none_of_this_size_is_kept() -> None:
+    """The seed alone decides it then, whatever the adapters have been used for."""
+    config, model = toy_config(), random_model(toy_config())
+    other, expected = new_adapters(config, model, 3, seed=5), new_adapters(config, model, 2, seed=7).first_factors()
+    for kept in (None, other.first_factors()):
+        adapters = new_adapters(config, model, 2, seed=8)
+        assert not any(map(torch.equal, adapters.first_factors(), expected))
+        adapters.begin(kept, 7)
+        assert all(map(torch.equal, adapters.first_factors(), expected))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_every_batch_begins_without_memory_but_its_tracks_a(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B and the optimizer start empty for each batch; A is that of the track's last batch, over all batches of other
+    tracks between, or drawn anew: at first, behind a pause, and for another number of documents."""
+    config = toy_config(TTT_BATCH_SIZE=2, PHASED_TTT_PREFIX_DOCS=6, PHASED_TTT_NUM_PHASES=1)
+    validation = validation_of_lengths([*LENGTHS, 90, 50, 51] + [6] * 18)
     real, left, kept, drawn = tg.adapt_batch, {}, [], []
-    queue = tg.document_queue(validation.documents, 1)
+    queue = tg.document_queue(validation.documents, 2)
     pauses = tg.phase_pauses(queue, config)
 
     def spy(evaluation: tg.Evaluation, adapters: tg.Adapters, batch: np.ndarray, *rest: Any) -> None:
         assert all(not b.any() for _, b in adapters.factors.values())
         assert all(not buffer.any() for state in adapters.optimizer.state.values() for buffer in state.values())
         number = next(i for i, part in enumerate(queue) if np.array_equal(part, batch))
-        place = (sum(number >= pause for pause in pauses), number % tg.TTT_TRACKS)
+        place = (sum(number >= pause for pause in pauses), number % tg.TTT_TRACKS, len(batch))
         a = adapters.factors["attn.q"][0].detach().clone()
         if place in left:
             assert torch.equal(a, left[place])
@@ -437,15 +461,16 @@ def test_every_batch_begins_without_memory_but_its_tracks_a(monkeypatch: pytest.
         left[place] = adapters.factors["attn.q"][0].detach().clone()
 
     monkeypatch.setattr(tg, "adapt_batch", spy)
-    tg.adapt_documents(evaluation_of(random_model(config), validation, config))
-    assert len(kept) == 10 and len(drawn) == 10  # 2 batches on 2 tracks, a pause, then 18 on 8
+    on_peers(world_size, lambda run: tg.adapt_documents(evaluation_of(random_model(config), validation, config, run)))
+    # One batch of one document and three of two on four tracks, a pause, then 17 on 8 tracks, 9 of them warm.
+    assert len(queue) == 21 and pauses == [4] and len(kept) == 9 and len(drawn) == 12
 
 
 def test_adapters_have_the_published_shapes_and_start() -> None:
     """A uniform within 1 / sqrt(in), B zero, a pair per visit and kind, the head once; none for the MLP's first map."""
     config = toy_config()
     model, slots = random_model(config), len(tg.layer_plan(config, True))
-    adapters = tg.Adapters(config, model, 3, seed=1)
+    adapters = new_adapters(config, model, 3, seed=1)
     outs = {"attn.q": 32, "attn.k": 16, "attn.v": 16, "attn.o": 32, "mlp.down": 32, "head": 64}
     assert adapters.factors.keys() == outs.keys()
     for name, (a, b) in adapters.factors.items():
@@ -457,14 +482,13 @@ def test_adapters_have_the_published_shapes_and_start() -> None:
 
 @pytest.mark.parametrize("world_size", [2, 3, 8, 9])
 def test_ranks_share_the_work_without_changing_the_sums(world_size: int) -> None:
-    """With phases off, the ranks' own sums add up to those of one rank (with phases: test_train, real processes)."""
+    """With phases off, all ranks get the sums of one (with phases: test_train, real processes)."""
     config, validation = toy_config(PHASED_TTT_PREFIX_DOCS=0, TTT_BATCH_SIZE=2), validation_of_lengths(LENGTHS)
     whole = tg.adapt_documents(evaluation_of(random_model(config), validation, config))
-    parts = [
-        tg.adapt_documents(evaluation_of(random_model(config), validation, config, OneOf(rank, world_size))) for rank in range(world_size)
-    ]
-    assert sum(part.tokens for part in parts) == whole.tokens and sum(part.bytes for part in parts) == whole.bytes
-    assert sum(part.nats for part in parts) == pytest.approx(whole.nats, rel=1e-9)
+    job = lambda run: tg.adapt_documents(evaluation_of(random_model(config), validation, config, run))
+    for tally in on_peers(world_size, job):
+        assert (tally.tokens, tally.bytes, tally.times.tolist()) == (whole.tokens, whole.bytes, whole.times.tolist())
+        assert tally.nats == pytest.approx(whole.nats, rel=1e-9) and tally.learned == whole.learned
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -482,13 +506,19 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
+def governor_of(config: tg.Config, rounds: int = 10, run: tg.Run = RUN) -> tg.Governor:
+    """A governor of so many rounds of equal work; the last round has one batch."""
+    queue = [np.array([[0, 8]])] * (tg.TTT_TRACKS * (rounds - 1)) + [np.array([[0, 8]] * tg.TTT_TRACKS)]
+    return tg.Governor(evaluation_of(None, validation_of_lengths([8]), config, run), queue)
+
+
 def test_chunks_grow_by_what_the_clock_forecasts(clock: list[float]) -> None:
     """The least power of two with which elapsed * (1 + left / factor / done) is within EVAL_MAX_SECONDS, up to 64."""
-    governor = tg.Governor(toy_config(**HURRY), [10] * 10)
-    clock[0] = 90
-    assert governor.chunk_factor() == 1  # nothing is done yet: too early to tell
-    for _ in range(4):
-        governor.finished(10)
+    governor = governor_of(toy_config(**HURRY))
+    governor.reach(0)
+    assert len(set(governor.work)) == 1 and len(governor.work) == 10
+    assert governor.forecast(90) == 1  # nothing is done yet: too early to tell
+    governor.reach(4)
     for elapsed, factor in (
         (39, 1),
         (40, 1),
@@ -501,22 +531,73 @@ def test_chunks_grow_by_what_the_clock_forecasts(clock: list[float]) -> None:
         (100, 64),
         (500, 64),
     ):
-        clock[0] = elapsed
-        assert governor.chunk_factor() == factor, elapsed
+        assert governor.forecast(elapsed) == factor, elapsed
         assert factor in (1, 64) or elapsed * (1 + 1.5 / factor) <= 100 < elapsed * (1 + 3 / factor)
-    assert governor.slowed == 8
-    for _ in range(6):
-        governor.finished(10)
-    assert (governor.left, governor.done) == (0, 100)
+
+
+TIMES = [0.0, 8, 16, 70, 72, 74, 76, 78, 79, 82]  # at which rounds begin: the third one is slow
+
+
+def decide(governor: tg.Governor, clock: list[float], times: list[float]) -> list[int]:
+    """The factor of each round, when they begin at these times."""
+    factors = []
+    for number, clock[0] in enumerate(times):
+        governor.reach(number)
+        factors.append(governor.factor)
+    return factors
+
+
+def test_a_governor_decides_once_a_round_and_says_where_it_changed_its_mind(clock: list[float]) -> None:
+    """The factor stays within a round however late it is; decisions name rounds and factors, and repeat them."""
+    governor = governor_of(toy_config(**HURRY))
+    factors = decide(governor, clock, TIMES)
+    assert factors[0] == 1 and len(set(factors)) > 2 and factors[-1] == 1
+    changes = [f"{i}:{b}" for i, (a, b) in enumerate(zip([1, *factors], factors)) if a != b]
+    assert governor.decisions == changes
+    clock[0] = 1e6
+    governor.reach(9)
+    assert governor.factor == factors[-1] and governor.decisions == changes
+    for budget in (HURRY, dict(MAX_WALLCLOCK_SECONDS=0)):  # by another clock, and without one
+        again = governor_of(toy_config(**budget, EVAL_CHUNK_FACTORS=",".join(changes)))
+        assert decide(again, clock, [500.0] * 10) == factors and again.decisions == changes
+    never = governor_of(toy_config(**HURRY, EVAL_CHUNK_FACTORS="0:1"))
+    assert decide(never, clock, [500.0] * 10) == [1] * 10 and never.decisions == []
+
+
+def test_all_ranks_decide_by_the_clock_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank has a clock of its own, and the others' are far ahead: all factors are those of rank 0 alone."""
+    mine = threading.local()
+    monkeypatch.setattr(tg.time, "monotonic", lambda: mine.now)
+
+    def job(run: tg.Run) -> tuple[list[int], list[str]]:
+        mine.now = 1000.0 * run.rank
+        governor, factors = governor_of(toy_config(**HURRY), run=run), []
+        for number, now in enumerate(TIMES):
+            mine.now = 1000.0 * run.rank + now * (1 + run.rank)
+            governor.reach(number)
+            factors.append(governor.factor)
+        return factors, governor.decisions
+
+    (alone,) = on_peers(1, job)
+    assert on_peers(3, job) == [alone] * 3 and len(alone[1]) > 2
 
 
 def test_without_a_clock_nothing_depends_on_time(clock: list[float]) -> None:
     """Where training has no clock, or EVAL_MAX_SECONDS is 0, chunks keep their size however long it takes."""
     for changes in (dict(MAX_WALLCLOCK_SECONDS=0), dict(EVAL_MAX_SECONDS=0)):
-        governor = tg.Governor(toy_config(**HURRY | changes), [10, 10])
-        governor.finished(10)
-        clock[0] += 1e6
-        assert governor.chunk_factor() == 1 and governor.slowed == 0
+        governor = governor_of(toy_config(**HURRY | changes))
+        assert decide(governor, clock, [1e6 * number for number in range(10)]) == [1] * 10
+        assert governor.decisions == []
+
+
+@pytest.mark.parametrize("text", ["x", "3", "3:", ":2", "3:0", "-1:2", "3:1.5", "1:2,1:4", "1:2:4", "0:1;2:2"])
+def test_factors_that_make_no_sense_are_refused_in_one_line(text: str) -> None:
+    with pytest.raises(tg.UserError) as caught:
+        toy_config(EVAL_CHUNK_FACTORS=text)
+    message = str(caught.value)
+    assert message.startswith(f"EVAL_CHUNK_FACTORS={text}: ") and "\n" not in message
+    assert toy_config(EVAL_CHUNK_FACTORS=" 12:2, 40:4,").chunk_factors == {12: 2, 40: 4}
+    assert toy_config().chunk_factors == {}
 
 
 @pytest.mark.parametrize("config", [toy_config(), mixed_config()], ids=["one chunk", "chunks by length"])
@@ -535,22 +616,71 @@ def test_work_is_the_number_of_tokens_that_go_through_the_model(config: tg.Confi
         assert tg.batch_work(batch, config) == sum(passed)
 
 
-def test_an_evaluation_in_a_hurry_scores_every_target_once(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Longer chunks, at most as long as the context, change how often adapters learn, and not what is scored."""
-    validation, sizes, real = validation_of_lengths(LENGTHS[:9]), [], tg.adapt_batch
+def test_an_evaluation_in_a_hurry_scores_every_target_once_and_can_be_repeated(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer chunks, at most as long as the context, change how often adapters learn, and not what is scored. The
+    decisions that were logged give the same scores to the last bit without a clock; 0:1 those of a run in no hurry."""
+    monkeypatch.setattr(tg, "TTT_TRACKS", 2)
+    validation, sizes, real, said = validation_of_lengths(LENGTHS[:9]), [], tg.adapt_batch, []
 
     def slow(evaluation: tg.Evaluation, adapters: tg.Adapters, batch: np.ndarray, chunk: int, hints: Any) -> None:
         sizes.append(chunk)
         real(evaluation, adapters, batch, chunk, hints)
         clock[0] += 30
 
+    def scored(**changes: Any) -> np.ndarray:
+        config = toy_config(**HURRY | changes, TTT_BATCH_SIZE=1, PHASED_TTT_PREFIX_DOCS=0)
+        sizes.clear()
+        tallies = []
+
+        def scorer(v: tg.Validation) -> None:
+            evaluation = evaluation_of(random_model(config), v, config)
+            evaluation.log = lambda event, **values: said.append(values) if event == "warning" else None
+            evaluation.log.bar = lambda items, label: items
+            tallies.append(tg.adapt_documents(evaluation))
+
+        nll = nll_per_target(validation, scorer)
+        assert tallies[0].tokens == sum(LENGTHS[:9]) and tallies[0].learned_early == 0
+        return nll
+
     monkeypatch.setattr(tg, "adapt_batch", slow)
-    config = toy_config(**HURRY, TTT_BATCH_SIZE=1, PHASED_TTT_PREFIX_DOCS=0)
-    tallies = []
-    scorer = lambda v: tallies.append(tg.adapt_documents(evaluation_of(random_model(config), v, config)))
-    nll_per_target(validation, scorer)
-    assert sizes[0] == 8 and sizes[-1] == 32 and set(sizes) <= {8, 16, 32}
-    assert tallies[0].tokens == sum(LENGTHS[:9]) and tallies[0].learned_early == 0
+    hurried, in_time = scored(), sizes.copy()
+    assert sizes[:2] == [8, 8] and sizes[-1] == 32 and set(sizes) <= {8, 16, 32}
+    assert [list(values) for values in said] == [["reason", "EVAL_CHUNK_FACTORS"]]
+    again = scored(EVAL_CHUNK_FACTORS=said[0]["EVAL_CHUNK_FACTORS"], MAX_WALLCLOCK_SECONDS=0)
+    assert sizes == in_time and np.array_equal(again[1:], hurried[1:])
+    said.clear()
+    calm = scored(EVAL_CHUNK_FACTORS="0:1")
+    assert set(sizes) == {8} and not said
+    assert np.array_equal(calm[1:], scored(MAX_WALLCLOCK_SECONDS=0)[1:]) and not np.array_equal(calm[1:], hurried[1:])
+
+
+@pytest.mark.parametrize("prefix", [0, 5], ids=["one phase", "a pause inside a round"])
+def test_all_ranks_finish_a_round_before_the_next_begins(prefix: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank is slow, another has no batch in some rounds; nobody begins a round while anybody is in one before."""
+    monkeypatch.setattr(tg, "TTT_TRACKS", 4)
+    config = toy_config(TTT_BATCH_SIZE=1, PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=1)
+    validation, events = validation_of_lengths(LENGTHS[:13]), []
+    queue = tg.document_queue(validation.documents, 1)
+    number_of = {int(batch[0, 0]): number for number, batch in enumerate(queue)}
+
+    def score(e: tg.Evaluation, adapters: tg.Adapters, batch: np.ndarray, *_: Any) -> None:
+        (start, count), number = batch[0].tolist(), number_of[int(batch[0, 0])]
+        assert number % 4 % 3 == e.run.rank
+        events.append(("begin", number // 4))
+        time.sleep(0.03 if e.run.rank == 1 else 0)
+        e.tally.add(torch.zeros(count), torch.arange(start + 1, start + count + 1))
+        events.append(("end", number // 4))
+
+    monkeypatch.setattr(tg, "adapt_batch", score)
+    on_peers(3, lambda run: tg.adapt_documents(evaluation_of(random_model(config), validation, config, run)))
+    assert len(events) == 26
+    running = [0] * 4
+    for kind, number in events:
+        assert not any(running[:number]) and not any(running[number + 1 :])
+        running[number] += 1 if kind == "begin" else -1
+    assert [number for kind, number in events if kind == "begin"] == sorted(list(range(4)) * 4)[:13]
 
 
 # ---------------------------------------------------------------------------------------------------------------

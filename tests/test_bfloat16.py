@@ -52,7 +52,8 @@ def test_bfloat16_training_and_adaptation_take_steps_on_float32_weights(row: tg.
     assert losses[-1] < losses[0] - 0.1
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     model.requires_grad_(False)
-    adapters = tg.Adapters(config, model, 1, 0)
+    adapters = tg.Adapters(config, model, 1)
+    adapters.begin(None, 0)
     nll = model(row.inputs, row.targets[:, -8:], plan, None, adapters.lora(slice(None)))
     nll.sum().backward()
     adapters.step()

@@ -70,11 +70,6 @@ FAULTS = {  # name -> (settings, what is broken, the item that says so, what it 
         {}, lambda d, m: shutil.copy(next(d.glob("*train*1.bin")), d / "fineweb_val_bytes_000000.bin"), "validation",
         "side-car",
     ),
-    "too many hints": (
-        {"NGRAM_TILT_ENABLED": 1, "TOKEN_DOCUMENT_ORDERS": "4"},
-        lambda d, m: m.setattr(tg, "document_ids", lambda *_: tg.need(False, "TOKEN_DOCUMENT_ORDERS=4: unset it")),
-        "validation", "TOKEN_DOCUMENT_ORDERS=4",
-    ),
     "attention that is wrong": ({}, break_attention, "attention", "ATTN_BACKEND=odd"),
     "attention for a GPU": ({"ATTN_BACKEND": "fa3"}, lambda d, m: None, "attention", "ATTN_BACKEND=fa3"),
     "kernels for a GPU": ({"KERNELS": "triton"}, lambda d, m: None, "kernels", "KERNELS=triton"),

@@ -18,6 +18,7 @@ RUN, QUIET = tg.Run(), tg.Log(None)
 OTHER_TEXTS = dict(
     stages="train", data_dir="other", data_path="other", tokenizer_path="other",
     fp16_keep_name_patterns="attn.k", ttt_chunk_steps="8:4", token_document_orders="4,2",
+    eval_chunk_factors="3:2",
 )  # fmt: skip
 # Of settings that exclude or need each other, the one that makes room.
 BESIDE = dict(

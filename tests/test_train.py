@@ -244,7 +244,7 @@ def test_hessians_are_those_of_the_rows_behind_the_last_step(toy_data: ToyData, 
     config = toy_data.config(RUNS_DIR=tmp_path, GPTQ_CALIBRATION_BATCHES=3)
     trainer = make_trainer(config)
     trainer.step = 5
-    got = trainer.hessians()
+    got = trainer.calibrate()
     taps = tg.Taps()
     with torch.no_grad():
         for number in (20, 21, 22):  # five steps of four rows have been used
@@ -253,6 +253,41 @@ def test_hessians_are_those_of_the_rows_behind_the_last_step(toy_data: ToyData, 
     assert got.keys() == taps.hessians.keys()
     for key in got:
         torch.testing.assert_close(got[key], taps.hessians[key])
+
+
+def test_the_prior_of_the_boosts_is_fitted_to_the_rows_behind_the_last_step(
+    toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hints inside the documents of those rows, priced by the averaged weights with the looped plan; the Hessians are
+    what they are without hints, and other quantisers, which want none, get the prior too."""
+    env = dict(RUNS_DIR=tmp_path, GPTQ_CALIBRATION_BATCHES=3, TOKEN_THRESHOLD=0.4)
+    plain = make_trainer(toy_data.config(**env))
+    plain.step, plain.model = 5, random_model(plain.config)
+    hessians, real = plain.calibrate(), tg.fit_boosts
+    for scheme in ("gptq", "intn_row"):
+        config, given = toy_data.config(**env, TOKEN_DOCUMENT_ORDERS="2,3", QUANT_SCHEME=scheme), []
+        trainer, plan = make_trainer(config), tg.layer_plan(config, True)
+        trainer.step, trainer.model = 5, random_model(config)
+        monkeypatch.setattr(tg, "fit_boosts", lambda *arguments: given.append(arguments) or real(*arguments))
+        found = trainer.calibrate()
+        assert found.keys() == (hessians.keys() if scheme == "gptq" else set())
+        assert all(torch.equal(found[key], hessians[key]) for key in found)
+        nll, sources, hit, count, run = given[0]
+        expected = []
+        for number in (20, 21, 22):  # five steps of four rows have been used
+            row = tg.training_row(trainer.stream, number, config, RUN)
+            table = tg.row_hints(row, config)
+            for place in torch.nonzero(table[:, 0] >= 0)[:, 0].tolist():
+                hint, source = table[place].tolist()
+                targets = row.targets.clone()
+                targets[0, place] = hint
+                with torch.no_grad():
+                    of_hint = trainer.model(row.inputs, targets, plan, row.segments)[0, place]
+                expected.append((float(of_hint), source, hint == int(row.targets[0, place])))
+        assert len(expected) > 20 and len({(source, true) for _, source, true in expected}) == 4
+        assert count == 2 and list(zip(sources.tolist(), hit.tolist())) == [(s, true) for _, s, true in expected]
+        np.testing.assert_allclose(nll.numpy(), [nats for nats, _, _ in expected], atol=1e-4)
+        assert torch.equal(trainer.model.hint_prior, real(*given[0]).float()) and trainer.model.hint_prior.all()
 
 
 def test_token_counts_are_those_of_the_head_of_the_stream(
@@ -547,7 +582,8 @@ def rank_job(run: tg.Run, env: dict[str, str]) -> dict[str, Any]:
     trainer.restore_checkpoint()
     trainer.loop()
     seen = {"losses": losses(trainer), "state": everything(trainer), "elapsed": trainer.elapsed}
-    seen["hessians"] = {key: hessian.clone() for key, hessian in trainer.hessians().items()}
+    seen["hessians"] = {key: hessian.clone() for key, hessian in trainer.calibrate().items()}
+    seen["prior"] = trainer.model.hint_prior.clone()
     validation, model = trainer.validation, random_model(config, seed=4)
     scored = evaluation_of(model, validation, config, run).score(config.eval_stride)
     tallies = [scored, tg.adapt_documents(evaluation_of(model, validation, config, run))]
@@ -577,7 +613,7 @@ def test_number_of_ranks_changes_no_result(
     """Losses step by step, weights, buffers, Hessians, and the sums of all scorings equal those of one process."""
     chunks = dict(TTT_CHUNK_TOKENS=300, TTT_BATCH_SEQS=1, TTT_EPOCHS=2, TTT_LR=0.01)
     env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="one", TRAIN_BATCH_TOKENS=64 * rows, **chunks)
-    env |= {"NGRAM_TILT_ENABLED": "1", "TOKEN_ORDER": "4"}
+    env |= {"NGRAM_TILT_ENABLED": "1", "TOKEN_ORDER": "4", "TOKEN_DOCUMENT_ORDERS": "3,2", "TOKEN_THRESHOLD": "0.5"}
     if resumed:  # by more ranks than the checkpoint was written with, and more than there are rows
         trainer = make_trainer(tg.load_config(env | {"ITERATIONS": "6"})[0])
         for trainer.step in range(4):
@@ -599,6 +635,8 @@ def test_number_of_ranks_changes_no_result(
             2e-4,
         )
         close(seen["hessians"], one["hessians"], 0.05)
+        assert torch.equal(seen["prior"], ranks[0]["prior"]) and seen["prior"].abs().min() > 1e-3
+        torch.testing.assert_close(seen["prior"], one["prior"], atol=1e-3, rtol=1e-3)
         close(seen["adapted weights"], one["adapted weights"], 1e-4)
         for (nats, *counts), (expected, *expected_counts) in zip(seen["sums"], one["sums"]):
             assert counts == expected_counts and nats == pytest.approx(expected, rel=1e-5)
