@@ -261,13 +261,13 @@ def test_the_prior_of_the_boosts_is_fitted_to_the_rows_behind_the_last_step(
     """Hints inside the documents of those rows, priced by the averaged weights with the looped plan; the Hessians are
     what they are without hints, and other quantisers, which want none, get the prior too."""
     env = dict(RUNS_DIR=tmp_path, GPTQ_CALIBRATION_BATCHES=3, TOKEN_THRESHOLD=0.4)
-    plain = make_trainer(toy_data.config(**env))
-    plain.step, plain.model = 5, random_model(plain.config)
-    hessians, real = plain.calibrate(), tg.fit_boosts
+    plain, real = make_trainer(toy_data.config(**env)), tg.fit_boosts
     for scheme in ("gptq", "intn_row"):
         config, given = toy_data.config(**env, TOKEN_DOCUMENT_ORDERS="2,3", QUANT_SCHEME=scheme), []
         trainer, plan = make_trainer(config), tg.layer_plan(config, True)
         trainer.step, trainer.model = 5, random_model(config)
+        plain.step, _ = 5, plain.model.load_state_dict(trainer.model.state_dict(), strict=False)
+        hessians = plain.calibrate()
         monkeypatch.setattr(tg, "fit_boosts", lambda *arguments: given.append(arguments) or real(*arguments))
         found = trainer.calibrate()
         assert found.keys() == (hessians.keys() if scheme == "gptq" else set())
