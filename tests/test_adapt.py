@@ -121,7 +121,7 @@ def test_every_target_is_scored_once_from_its_own_document(chunk: int, context: 
 
 
 def test_whole_pass_scores_every_target_once() -> None:
-    """adapt_documents(): tokens - 1 targets and all bytes, whatever the batch size and number of phases; learning is counted."""
+    """adapt_documents(): tokens - 1 targets and all bytes, whatever the batch size and phases; learning is counted."""
     validation = validation_of_lengths(LENGTHS)
     for batch_size, prefix, phases in ((4, 12, 2), (64, 2000, 3), (3, 0, 1), (1, 5, 5)):
         config = toy_config(TTT_BATCH_SIZE=batch_size, PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=phases)
@@ -130,10 +130,8 @@ def test_whole_pass_scores_every_target_once() -> None:
     assert tally.tokens == sum(LENGTHS) == len(validation.tokens) - 1
     assert tally.bytes == int(validation.bytes.sum())
     taught = sum((length - 1) // 8 * 8 for length in LENGTHS)  # all but last chunks
-    assert (
-        tg.adapt_documents(evaluation_of(random_model(quiet := toy_config(PHASED_TTT_PREFIX_DOCS=0)), validation, quiet)).learned
-        == taught
-    )
+    quiet = toy_config(PHASED_TTT_PREFIX_DOCS=0)
+    assert tg.adapt_documents(evaluation_of(random_model(quiet), validation, quiet)).learned == taught
     queue = tg.document_queue(validation.documents, 4)
     phased = toy_config()
     again = sum(int(part[:, 1].sum()) for pause in tg.phase_pauses(queue, phased) for part in queue[:pause])

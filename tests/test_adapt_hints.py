@@ -98,10 +98,14 @@ def cut(tokens: list[int], lengths: list[int], turns: list[int]) -> Text:
     return Text(tokens, document, [turns[number % len(turns)] for number in document])
 
 
-streams = st.integers(1, 4).flatmap(lambda top: st.lists(st.integers(0, top), max_size=120))
-texts = st.builds(
-    cut, streams, st.lists(st.integers(1, 40), max_size=8), st.lists(st.integers(0, 3), min_size=1, max_size=9)
-)
+def lists(least: int, top: int, size: int) -> st.SearchStrategy:
+    """Lists of numbers up to `top`, of all lengths up to `size` alike: by itself hypothesis prefers short ones."""
+    lengths = st.integers(1, size)
+    return lengths.flatmap(lambda length: st.lists(st.integers(least, top), min_size=length, max_size=length))
+
+
+streams = st.just([]) | st.integers(1, 4).flatmap(lambda top: lists(0, top, 120))
+texts = st.builds(cut, streams, lists(1, 40, 8), lists(0, 3, 9))
 orders, thresholds = st.integers(2, 7), st.sampled_from([0.1, 1 / 3, 0.5, 0.6, 0.75, 0.8, 1.0])
 
 
@@ -329,7 +333,8 @@ def one_track(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_stream_hints_follow_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """One entry per stream position: the tables' hint for the token there, else -1; nothing at all when off."""
     validation, seen = repetitive_validation(), []
-    for order, threshold, tracks, batch in ((4, 0.5, 1, 1), (4, 0.5, 1, 2), (3, 0.9, 2, 1), (2, 0.3, 2, 3), (4, 0.5, 8, 1)):
+    cases = (4, 0.5, 1, 1), (4, 0.5, 1, 2), (3, 0.9, 2, 1), (2, 0.3, 2, 3), (4, 0.5, 8, 1)
+    for order, threshold, tracks, batch in cases:
         monkeypatch.setattr(tg, "TTT_TRACKS", tracks)
         config = toy_config(**TILT | dict(TOKEN_ORDER=order, TOKEN_THRESHOLD=threshold, TTT_BATCH_SIZE=batch))
         found = stream_hints(validation, config)
@@ -422,7 +427,7 @@ def test_orders_that_make_no_sense_are_refused_in_one_line(text: str) -> None:
     assert document_config(" 2 ,64,", 16).document_orders == [64, 2] and document_config("", 16).document_orders == []
 
 
-few_ids = st.integers(3, 6).flatmap(lambda top: st.lists(st.integers(1, top), min_size=1, max_size=90))
+few_ids = st.integers(3, 6).flatmap(lambda top: lists(1, top, 90))
 
 
 @settings(max_examples=60, deadline=None)
@@ -599,7 +604,7 @@ def test_learnt_boosts_make_probabilities_true() -> None:
         raised = torch.sigmoid(logit(torch.exp(-nll)) + boost)
         for kind in (nll < 2, nll >= 2):
             assert float(raised[kind].mean()) == pytest.approx(float(hit[kind].double().mean()), abs=0.025)
-        torch.testing.assert_close(boosts.weights[0, source], torch.tensor(truth, dtype=torch.float64), atol=0.2, rtol=0)
+        assert boosts.weights[0, source].tolist() == pytest.approx(truth, abs=0.2)
         pairs = torch.stack([torch.where(hit, nll, torch.zeros_like(nll)), nll], -1)  # misses: only the sum's price
         ids = torch.stack([hit.long(), torch.ones_like(hit, dtype=torch.long)], -1)
         gain = (pairs[:, 0] - tg.tilt(pairs, ids, boost)).mean()
@@ -670,7 +675,7 @@ def test_fitted_boosts_are_the_least_nats(truth: tuple[float, float], logits: tu
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_fitted_boosts_do_not_depend_on_the_number_of_ranks(world_size: int) -> None:
-    """Hints dealt to ranks, the last of which has none of one source: all ranks find what one finds with all of them."""
+    """Hints dealt to ranks, of which only the first has those of one source: all find what one finds with all hints."""
     drawn = [synthetic_hints(900, source, truth) for source, truth in enumerate(TRUTHS)]
     nll, hit, sources = torch.cat([d[0] for d in drawn]), torch.cat([d[1] for d in drawn]), torch.arange(2700) // 900
     alone = tg.fit_boosts(nll, sources, hit, 4, RUN)
@@ -813,7 +818,7 @@ def test_another_token_moves_no_score_of_other_documents_through_the_boosts() ->
     of the documents beside it, to the last bit; later ones of its own document do move."""
     config = document_config("5,3,2", 64, **LEARNT | dict(TTT_BATCH_SIZE=9))
     validation = few_validation()
-    start, count = validation.documents[3].tolist()
+    start, count = validation.documents[1].tolist()
     position, tokens = start + 21, validation.tokens.clone()
     tokens[position] = 4 + (int(tokens[position]) + 9) % 60
     first, second = adapted(validation, config), adapted(validation._replace(tokens=tokens), config)
@@ -885,11 +890,13 @@ def test_the_artifact_carries_the_prior_and_the_score_depends_on_it(tmp_path: Pa
 
 def test_nothing_but_the_fit_moves_the_prior() -> None:
     """Neither adapters nor global updates, of either optimizer; the optimizer of training does not know it."""
-    config, validation = document_config("2,4", 4, TTT_BATCH_SIZE=2, TTT_CHUNK_TOKENS=128, TTT_EPOCHS=1), few_validation()
+    config = document_config("2,4", 4, TTT_BATCH_SIZE=2, TTT_CHUNK_TOKENS=128, TTT_EPOCHS=1)
+    validation = few_validation()
     for kind, change in (("lora_phased", {}), ("chunk_sgd", {}), ("chunk_sgd", dict(chunk_ttt_optimizer="adamw"))):
         model = random_model(config)
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         tg.TTT_KINDS[kind](evaluation_of(model, validation, dataclasses.replace(config, ttt_kind=kind, **change)))
         assert torch.equal(model.hint_prior, before["hint_prior"])
         assert not torch.equal(model.qo_bank, before["qo_bank"])
-    assert list(model.groups()["fitted"]) == ["hint_prior"] and "hint_prior" in model.unused(tg.layer_plan(config, True))
+    assert list(model.groups()["fitted"]) == ["hint_prior"]
+    assert "hint_prior" in model.unused(tg.layer_plan(config, True))
