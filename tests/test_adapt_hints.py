@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    QUIET,
     evaluation_of,
     make_validation,
     nll_per_target,
