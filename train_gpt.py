@@ -2208,6 +2208,8 @@ def parameter_table(c: Config) -> Mapping[str, Parameter]:
     if c.bigram_vocab_size:
         table["bigram_bank"] = Parameter((1, d, c.bigram_dim), "matrix", 0.0)
         table["bigram_scale"] = Parameter((1,), "scalar", 0.05)
+    if c.document_orders:
+        table["hint_prior"] = Parameter((len(c.document_orders), 2), "fitted", 0.0)  # first weights of Boosts
     table["tok_emb.weight"] = Parameter((V, d), "embed", functools.partial(first_embedding, c), "embedding")
     for layer in range(L):
         table |= {f"blocks.{layer}.{name}": row for name, row in layer_parameters(c, layer).items()}
@@ -2218,8 +2220,6 @@ def parameter_table(c: Config) -> Mapping[str, Parameter]:
         table |= {f"skip_gates.{i}": Parameter((d,), "scalar", 0.0) for i in range(skips)}
     if c.bigram_vocab_size:
         table["bigram_emb.weight"] = Parameter((c.bigram_vocab_size, c.bigram_dim), "embed", 0.0, "bigram")
-    if c.document_orders:
-        table["hint_prior"] = Parameter((len(c.document_orders), 2), "fitted", 0.0)  # first weights of Boosts
     return types.MappingProxyType(table)
 
 
