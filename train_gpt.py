@@ -3374,7 +3374,7 @@ def row_hints(row: Row, config: Config) -> Tensor:
     """hint_table of the targets of a packed row (T, 2), from its own documents alone."""
     tokens = torch.cat([row.inputs[0], row.targets[0, -1:]]).cpu().numpy()
     document = np.cumsum(tokens == BOS_ID)
-    sources = [source for source in hint_sources(config) if source[0]]
+    sources = [(True, order) for order in config.document_orders]
     return hint_table(tokens, document, np.zeros_like(document), sources, config.token_threshold)[1:].long()
 
 
