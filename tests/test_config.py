@@ -28,7 +28,7 @@ RUN_TIME = {
     "val_loss_every", "report",
 }  # fmt: skip
 # Ours: budget and size keeping.
-OWN_KNOBS = {"eval_max_seconds", "eval_stride"}
+OWN_KNOBS = {"eval_chunk_factors", "eval_max_seconds", "eval_stride"}
 # Published names of tuned values, which published commands and sweeps set; no two published systems differ in them.
 PUBLISHED_KNOBS = {
     "adam_eps", "beta1", "bigram_dim", "enable_looping_at", "gate_window", "gated_attn_init_std",
