@@ -150,7 +150,7 @@ class Config:
     loader: str = setting(TRAIN, "stream", choices=("stream", "coprime"))  # rows in stream order, or spread windows
     varlen_attn: bool = setting(TRAIN | EVALUATE, True)  # attention ends at documents; 0: windows of the plain stream
     caseops_enabled: bool = setting(TRAIN | EVALUATE, False)  # the CaseOps export of the data and its tokenizer (#1729)
-    marker_pair_mode: bool = setting(MODEL, False)  # CaseOps data that fuse a space and the case marker behind it
+    marker_pair_mode: bool = setting(TRAIN | EVALUATE, False)  # CaseOps data that fuse a space and the case marker behind it
     val_batch_tokens: int = setting(RUN, 524_288, 1, 2**27)  # in scoring; a row holds an eighth, adaptation a quarter
     eval_seq_len: int = setting(EVALUATE, 2048, 2, 2**20)  # longest context in scoring
 
@@ -3301,11 +3301,12 @@ def hint_table(
 ) -> Tensor:
     """For each position the hinted id or -1, and its source as a number of `sources`: (n, 2) int32. Else as
     token_hints."""
-    own = np.unique(document.astype(np.int64) << 32 | tokens, return_inverse=True)[1]  # no context is in two documents
+    # Other ids in each document, so that no context stands in two.
+    own = np.unique(document.astype(np.int64) << 32 | tokens, return_inverse=True)[1]
 
     def hints(source: tuple[bool, int]) -> tuple[np.ndarray, np.ndarray]:
         inside, order = source
-        return token_hints(own if inside else tokens, document, 0 * turn if inside else turn, order, threshold)
+        return token_hints(own if inside else tokens, document, turn, order, threshold)
 
     table = torch.full((len(tokens), 2), -1, dtype=torch.int32)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -3688,11 +3689,8 @@ class Trainer:
         seen = [(torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool))]
         for row in self.deal(range(first, first + config.gptq_calibration_batches)):
             hinted, sources = row_hints(row, config).unbind(-1)
-            ids = (
-                torch.stack([row.targets, move(hinted.clamp(min=0)[None], self.run.device)], -1)
-                if orders
-                else row.targets
-            )
+            several = [row.targets, move(hinted.clamp(min=0)[None], self.run.device)]
+            ids = torch.stack(several, -1) if orders else row.targets
             nll = self.model(row.inputs, ids, self.plans[True], row.segments, taps=taps)
             if orders:
                 known = hinted >= 0
@@ -5322,9 +5320,9 @@ class Adapters:
             for buffer in state.values():
                 buffer.zero_()
 
-    def first_factors(self) -> list[Tensor]:
-        """A copy of every A, for `begin`."""
-        return [a.detach().clone() for a, _ in self.factors.values()]
+    def first_factors(self, dtype: torch.dtype) -> list[Tensor]:
+        """A copy of every A, for `begin`. On a GPU in bfloat16: where one rank has all tracks they would fill it."""
+        return [a.detach().to(dtype, copy=True) for a, _ in self.factors.values()]
 
     def lora(self, part: slice) -> Lora:
         """The adapters of some documents of the batch."""
@@ -5554,7 +5552,7 @@ def adapt_documents(evaluation: Evaluation) -> Tally:
             chunk = min(governor.factor * chunk_of(int(batch[0, 1]), config), config.ttt_eval_seq_len)
             hints = None if table is None else Hints(table, Boosts(config, model, len(batch)))
             adapt_batch(evaluation, adapters, batch, chunk, hints)
-            kept[track] = adapters.first_factors()
+            kept[track] = adapters.first_factors(run.dtype)
         governor.reach((end - 1) // TTT_TRACKS)  # also without a batch in it
         model.requires_grad_(True)
         if end < len(queue):
@@ -5887,7 +5885,7 @@ def memory_forecast(config: Config, ranks: int = 1, kept: Mapping | None = None)
         numbers = ranks_of_all * sum(n * (out + width) for n, out, width in shapes)
         firsts = ranks_of_all * sum(n * width for n, _, width in shapes) * -(-TTT_TRACKS // ranks)
         adapters = dict(adapters=4 * numbers, adapter_gradients=4 * numbers, adapter_moments=8 * numbers)
-        adapters |= dict(adapters_of_tracks=4 * firsts)
+        adapters |= dict(adapters_of_tracks=2 * firsts)
         learning = dict(gradients=4 * total, optimizer=8 * total, row=(kept["eager"] + logits) * row)
         forecast["learn"] = weights | adapters | learning
         tokens = min(config.ttt_batch_size * config.ttt_eval_seq_len, config.adapt_tokens) if numbers else 0

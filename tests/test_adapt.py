@@ -404,31 +404,31 @@ def test_beginning_again_leaves_nothing_of_earlier_documents_but_a() -> None:
         validation_of_lengths([28, 26], seed=2),
     )
     used = new_adapters(config, model, 2, seed=1)
-    drawn = used.first_factors()
+    drawn = used.first_factors(torch.float32)
     adapt_batch(model, first, config, used)
     assert all(b.abs().max() > 0 for _, b in used.factors.values())
-    kept = used.first_factors()
+    kept = used.first_factors(torch.float32)
     assert not any(map(torch.equal, kept, drawn))  # A has learnt, so that keeping it is a choice
     fresh = tg.Adapters(config, model, 2)
     for adapters in (used, fresh):
         adapters.begin(kept, seed=99)
-        assert all(map(torch.equal, adapters.first_factors(), kept))
+        assert all(map(torch.equal, adapters.first_factors(torch.float32), kept))
         assert all(not b.any() for _, b in adapters.factors.values())
         assert all(not buffer.any() for state in adapters.optimizer.state.values() for buffer in state.values())
     again, anew = adapt_batch(model, second, config, used), adapt_batch(model, second, config, fresh)
     assert np.array_equal(again[1:], anew[1:])
-    assert not any(map(torch.equal, used.first_factors(), kept))  # what is kept is a copy
+    assert not any(map(torch.equal, used.first_factors(torch.float32), kept))  # what is kept is a copy
 
 
 def test_a_is_drawn_where_none_of_this_size_is_kept() -> None:
     """The seed alone decides it then, whatever the adapters have been used for."""
     config, model = toy_config(), random_model(toy_config())
-    other, expected = new_adapters(config, model, 3, seed=5), new_adapters(config, model, 2, seed=7).first_factors()
-    for kept in (None, other.first_factors()):
+    other, expected = new_adapters(config, model, 3, seed=5), new_adapters(config, model, 2, seed=7).first_factors(torch.float32)
+    for kept in (None, other.first_factors(torch.float32)):
         adapters = new_adapters(config, model, 2, seed=8)
-        assert not any(map(torch.equal, adapters.first_factors(), expected))
+        assert not any(map(torch.equal, adapters.first_factors(torch.float32), expected))
         adapters.begin(kept, 7)
-        assert all(map(torch.equal, adapters.first_factors(), expected))
+        assert all(map(torch.equal, adapters.first_factors(torch.float32), expected))
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -141,7 +141,7 @@ class SlowModel:
     def smear(self, raw: np.ndarray, ids: np.ndarray) -> np.ndarray:
         e = raw.copy()
         for t in range(1, len(ids)):
-            if ids[t] != 1 and not (self.c.marker_pair_mode and ids[t - 1] in (8, 9, 10)):
+            if ids[t] != 1:
                 gate = sigmoid(self.p["smear_gate_w"][0] @ raw[t, : self.c.gate_window])
                 e[t] = raw[t] + self.p["smear_lambda"][0] * gate * raw[t - 1]
         return e
@@ -326,33 +326,6 @@ def test_packed_row_equals_each_segment_alone(looping: bool) -> None:
         slow = SlowModel(model, config, looping).nll(inputs[0, part].numpy(), targets[0, part].numpy())
         np.testing.assert_allclose(fast[part], slow, atol=1e-4)
         begin += length
-
-
-@pytest.mark.parametrize("place", ["pre_norm", "post_norm"])
-def test_forward_with_marker_pairs_equals_the_reference(place: str, marker_pairs: int) -> None:
-    """MARKER_PAIR_MODE in a packed row, with fused markers at both ends of segments, and in a batch of plain rows;
-    without the mode just the tokens from a fused marker on score otherwise."""
-    config = toy_config(**DEEP, MARKER_PAIR_MODE=1, SMEAR_GATE_POS=place)
-    off = dataclasses.replace(config, marker_pair_mode=False)
-    model, plan = random_model(config, seed=3), tg.layer_plan(config, True)
-    ids = torch.tensor([[7, 8, 20, 11, 10, 9, 12, 1, 8, 9, 30, 10, 1, 5, 10, 40]])
-    targets = random_ids(ids.shape)
-    segments = [(0, 4), (4, 6), (6, 10), (10, 16)]
-    lengths = [end - begin for begin, end in segments]
-    with torch.no_grad():
-        row = model(ids, targets, plan, packed(lengths, 16))[0].numpy()
-        batch = model(ids.view(2, 8), targets.view(2, 8), plan).numpy()
-        model.config = off
-        row_off = model(ids, targets, plan, packed(lengths, 16))[0].numpy()
-    slow_model, both = SlowModel(model, config, True), (ids[0].numpy(), targets[0].numpy())
-    slow = lambda begin, end: slow_model.nll(*(array[begin:end] for array in both))
-    for begin, end in segments:
-        np.testing.assert_allclose(row[begin:end], slow(begin, end), atol=1e-4)
-    for number in range(2):
-        np.testing.assert_allclose(batch[number], slow(8 * number, 8 * number + 8), atol=1e-4)
-    differs = np.abs(row - row_off) > 1e-4
-    # Tokens behind a marker and what attends to them; behind those at 5 and 9 begins a segment, at 12 a document.
-    assert np.flatnonzero(differs).tolist() == [2, 3, 5, 9, 15]
 
 
 def test_lora_equals_a_slow_computation_per_row_and_visit() -> None:
