@@ -150,7 +150,7 @@ class Config:
     loader: str = setting(TRAIN, "stream", choices=("stream", "coprime"))  # rows in stream order, or spread windows
     varlen_attn: bool = setting(TRAIN | EVALUATE, True)  # attention ends at documents; 0: windows of the plain stream
     caseops_enabled: bool = setting(TRAIN | EVALUATE, False)  # the CaseOps export of the data and its tokenizer (#1729)
-    marker_pair_mode: bool = setting(TRAIN | EVALUATE, False)  # CaseOps data that fuse a space and the case marker behind it
+    marker_pair_mode: bool = setting(TRAIN | EVALUATE, False)  # CaseOps data that fuse a space and the marker behind it
     val_batch_tokens: int = setting(RUN, 524_288, 1, 2**27)  # in scoring; a row holds an eighth, adaptation a quarter
     eval_seq_len: int = setting(EVALUATE, 2048, 2, 2**20)  # longest context in scoring
 
