@@ -5806,7 +5806,9 @@ def kept_per_token(config: Config, plan: tuple[Visit, ...], compiled: bool = Tru
 
     def keep_outputs(graph: Any, inputs: list) -> Any:
         nodes = next(node for node in graph.graph.nodes if node.op == "output").args[0]
-        [keep(node.meta.get("val")) for node in nodes if isinstance(node, torch.fx.Node) and node.op != "placeholder"]
+        for node in nodes:
+            if isinstance(node, torch.fx.Node) and node.op != "placeholder":
+                keep(node.meta.get("val"))
         return graph
 
     with FakeTensorMode():
@@ -5881,9 +5883,9 @@ def memory_forecast(config: Config, ranks: int = 1, kept: Mapping | None = None)
     forecast = {"train": train, "score": weights | dict(row=(2 * logits + 20 * config.model_dim) * row)}
     if config.ttt_enabled:
         shapes = adapter_shapes(config, model).values()
-        ranks_of_all = config.ttt_lora_rank * config.ttt_batch_size * (config.ttt_kind == "lora_phased")
-        numbers = ranks_of_all * sum(n * (out + width) for n, out, width in shapes)
-        firsts = ranks_of_all * sum(n * width for n, _, width in shapes) * -(-TTT_TRACKS // ranks)
+        columns = config.ttt_lora_rank * config.ttt_batch_size * (config.ttt_kind == "lora_phased")
+        numbers = columns * sum(n * (out + width) for n, out, width in shapes)
+        firsts = columns * sum(n * width for n, _, width in shapes) * -(-TTT_TRACKS // ranks)
         adapters = dict(adapters=4 * numbers, adapter_gradients=4 * numbers, adapter_moments=8 * numbers)
         adapters |= dict(adapters_of_tracks=2 * firsts)
         learning = dict(gradients=4 * total, optimizer=8 * total, row=(kept["eager"] + logits) * row)
