@@ -68,7 +68,7 @@ def main() -> None:
         compiled = compile_kernel(kernel, types, constants, target)
         local = re.findall(r"\.local .*?\[(\d+)\]", compiled.asm["ptx"])
         memory = f"shared:{compiled.metadata.shared} local_bytes:{sum(map(int, local))}"
-        print(f"kernel:{name.replace(' ', '_')} sm:{target.arch} {memory} cubin_bytes:{len(compiled.asm['cubin'])}")
+        print(f"kernel:{name.replace(' ', '_')} function:{kernel.__name__} sm:{target.arch} {memory} cubin_bytes:{len(compiled.asm['cubin'])}")
 
 
 if __name__ == "__main__":

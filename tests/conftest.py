@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import multiprocessing
 import os
 import random
 import socket
@@ -28,6 +29,11 @@ import torch
 import train_gpt as tg
 
 torch.set_num_threads(1)  # toy sizes are faster on one thread, and results do not depend on the machine
+# Processes that tests start are forked from one that has imported all this, but never run it.
+multiprocessing.set_forkserver_preload(
+    ["torch", "torch._dynamo", "train_gpt", "brotli", "sentencepiece", "matplotlib.backends.backend_agg"]
+    + ["matplotlib.pyplot", "tqdm", "conftest", "robust_helpers"]
+)
 
 TOY = dict(
     VOCAB_SIZE=64,
@@ -68,6 +74,9 @@ TOY = dict(
     GLOBAL_TTT_CHUNK_TOKENS=128,
 )
 
+# Three visits in place of six: where it is the targets that matter, or the weights, and not what the network is.
+FEW_VISITS = dict(NUM_LAYERS=2, LOOP_START=0, LOOP_END=0, PARALLEL_START_LAYER=0, XSA_LAST_N=1)
+
 
 def toy_env(**changes: Any) -> dict[str, str]:
     """The toy settings as environment variables."""
@@ -102,6 +111,21 @@ def preset_env(preset: str, **changes: Any) -> dict[str, str]:
         SWA_START_FRAC=0.9,
     )
     return {key: str(value) for key, value in (sizes | changes).items()}
+
+
+def shallow_env(preset: str, **changes: Any) -> dict[str, str]:
+    """The same with three layers, among which is every kind of visit that the preset has, and skip into one."""
+    own = tg.load_config({"PRESET": preset})[0]
+    layers = dict(
+        NUM_LAYERS=3,
+        NUM_LOOPS=min(own.num_loops, 1),
+        LOOP_START=1,
+        LOOP_END=1,
+        PARALLEL_START_LAYER=2 if own.parallel_start_layer else 0,
+        PARALLEL_RESIDUAL_START=2 if own.parallel_residual_start >= 0 else -1,
+        XSA_LAST_N=min(own.xsa_last_n, 2),
+    )
+    return preset_env(preset, **layers | changes)
 
 
 def toy_config(**changes: Any) -> tg.Config:
@@ -231,6 +255,13 @@ def exact_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(builder, "cast_impl", exact_cast)
     monkeypatch.setattr(builder, "create_dot", exact_dot)
+
+
+@contextlib.contextmanager
+def short_coder_states() -> Iterator[None]:
+    """COMPRESSOR=rans codes small streams in many states at once, as large ones; in one state a toy takes seconds."""
+    with mock.patch.object(tg, "RANS_RUN", 512):
+        yield
 
 
 @pytest.fixture
@@ -405,7 +436,7 @@ def on_ranks(world_size: int, folder: Path, function: Any, *arguments: Any) -> l
     """What `function(run, *arguments)` returns on each of `world_size` gloo processes."""
     folder.mkdir(parents=True, exist_ok=True)
     job = (world_size, free_port(), function, arguments, str(folder))
-    torch.multiprocessing.spawn(_rank_main, job, nprocs=world_size)
+    torch.multiprocessing.start_processes(_rank_main, job, nprocs=world_size, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 

@@ -279,7 +279,7 @@ class Subjects:
             self.write("trained.bin", data)
             meta, arrays = tg.load_arrays(self.folder / "trained.bin")
             if meta.get("settings") == self.config.of_stage(tg.TRAIN) and dice.random() < 0.05:
-                tg.quantize_stage(self.config, self.run, QUIET, tg.Program(self.config, self.run))  # half a second, for the packed script
+                tg.quantize_stage(self.config, self.run, QUIET, tg.Program(self.config, self.run))
             tg.check_arrays(self.folder / "trained.bin", arrays, tg.trained_shapes(self.config))
             tg.quantize(arrays, self.config, self.run.device)
 

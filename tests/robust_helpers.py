@@ -1,6 +1,7 @@
 """Runs of the real command line in processes of their own, which tests may kill; and what must be equal afterwards."""
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -16,20 +17,26 @@ from typing import Any
 
 from conftest import ROOT, free_port
 
-CHILDREN = multiprocessing.get_context("forkserver")  # forks from a process that has imported torch, but never run it
-CHILDREN.set_forkserver_preload(
-    ["torch", "torch._dynamo", "train_gpt", "brotli", "sentencepiece", "matplotlib.backends.backend_agg"]
-    + ["matplotlib.pyplot", "tqdm", "conftest", "robust_helpers"]
-)
+import train_gpt as tg
+
+CHILDREN = multiprocessing.get_context("forkserver")  # see conftest.py
 
 TIMED = re.compile("second|tokens_per_s|peak_memory|run_id|ranks|hardware|^stages$")
 
 
-def main_in_child(function: Callable, arguments: tuple, output: str | None) -> None:
+@functools.cache
+def packed() -> dict[str, bytes]:
+    """Text of the script -> its packed form, which every child would need a second for."""
+    text = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    return {text: tg.packed_script(text)}
+
+
+def main_in_child(function: Callable, arguments: tuple, output: str | None, packed: dict[str, bytes]) -> None:
     """In a child: `function(*arguments)` is its exit status; standard output and error go to a file."""
     import torch
     from tqdm import tqdm
 
+    tg.packed_script = packed.__getitem__
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own lock is shared between processes, and left over by one that is killed
     if output:
@@ -40,7 +47,7 @@ def main_in_child(function: Callable, arguments: tuple, output: str | None) -> N
 
 
 def start_child(function: Callable, *arguments: Any, output: Path | None = None) -> Any:
-    process = CHILDREN.Process(target=main_in_child, args=(function, arguments, str(output) if output else None))
+    process = CHILDREN.Process(target=main_in_child, args=(function, arguments, output and str(output), packed()))
     process.start()
     return process
 
@@ -107,8 +114,6 @@ def nobody() -> None:
 
 def command(env: dict[str, str], plant: tuple | None = None) -> int:
     """The script's command line with exactly these settings, in this process."""
-    import train_gpt as tg
-
     for name in list(os.environ):
         if name.lower() in tg.FIELDS or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             del os.environ[name]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import evaluation_of, nll_per_target, random_model, toy_config, validation_of_lengths
+from conftest import FEW_VISITS, evaluation_of, nll_per_target, random_model, toy_config, validation_of_lengths
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import train_gpt as tg
@@ -21,7 +21,7 @@ def chunk_config(**changes: Any) -> tg.Config:
     settings = dict(
         TTT_KIND="chunk_sgd", TTT_CHUNK_TOKENS=96, TTT_LR=0.05, TTT_EPOCHS=2, EVAL_STRIDE=8, TTT_BATCH_SEQS=1
     )
-    return toy_config(**settings | changes)
+    return toy_config(**FEW_VISITS | settings | changes)
 
 
 def stretches_of(validation: tg.Validation, config: tg.Config) -> list[tuple[int, int]]:
@@ -118,7 +118,7 @@ def test_learning_rate_falls_along_half_a_cosine_over_the_chunks() -> None:
 
 
 @pytest.mark.parametrize("targets, chunks", [(96, 1), (97, 2), (192, 2), (1, 1)])
-def test_the_last_chunk_teaches_nobody(targets: int, chunks: int) -> None:
+def test_the_last_chunk_is_not_learned_from(targets: int, chunks: int) -> None:
     """A stream of one chunk leaves the weights alone; whatever the length, all chunks but the last one are learned."""
     validation, config = validation_of_lengths([targets]), chunk_config(VARLEN_ATTN=0, TTT_EPOCHS=1)
     tally, rates = watched_updates(validation, config)

@@ -3,7 +3,9 @@
 import dataclasses
 import os
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import check_fuzz
@@ -52,14 +54,12 @@ def test_check_prints_a_line_per_item_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-
-
 def break_attention(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tg, "choose_attention", lambda *_: ("odd", lambda q, k, v, segments: q + k.mean() + v.mean()))
 
 
 def forbid_import(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, name, None)
+    monkeypatch.setitem(sys.modules, name, None)
 
 
 FAULTS = {  # name -> (settings, what is broken, the item that says so, what it says)
@@ -77,7 +77,7 @@ FAULTS = {  # name -> (settings, what is broken, the item that says so, what it 
     "no matplotlib": ({}, lambda d, m: forbid_import("matplotlib", m), "packages", "matplotlib"),
     "no room": (
         {"CHECKPOINT_SECONDS": 9},
-        lambda d, m: m.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 10**7)), "disk",
+        lambda d, m: m.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**7)), "disk",
         "RUNS_DIR=",
     ),
     "no memory": (
@@ -199,7 +199,7 @@ def test_a_kept_row_is_what_autograd_really_keeps(monkeypatch: pytest.MonkeyPatc
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.numel() % tg.PROBE_TOKENS == 0:
-            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

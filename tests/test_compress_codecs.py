@@ -6,19 +6,27 @@ import random
 import shutil
 import sys
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, toy_config
+from conftest import random_model, short_coder_states, toy_config
 
 import train_gpt as tg
 
 CPU = torch.device("cpu")
 CODECS = [name for name in tg.CODECS if name != "lrzip" or shutil.which("lrzip")]  # a stand-in for lrzip: below
 LAYERS = range(4)
+
+
+@pytest.fixture(autouse=True)
+def many_states_of_the_coder() -> Iterator[None]:
+    with short_coder_states():
+        yield
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Row orders

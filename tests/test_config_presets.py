@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 import pytest
-from conftest import ROOT, preset_env, toy_env
+from conftest import ROOT, preset_env, shallow_env, toy_env
 
 import train_gpt as tg
 
@@ -373,4 +373,8 @@ def test_toy_presets_keep_their_mechanisms() -> None:
         for name in ("bigram_vocab_size", "rope_train_seq_len", "warmdown_iters"):
             assert bool(getattr(own, name)) == bool(getattr(small, name)), (preset, name)
         assert (own.rope_dims == own.head_dim) == (small.rope_dims == small.head_dim)
+        plans = [tg.layer_plan(c, True) for c in (own, tg.load_config(shallow_env(preset))[0])]
+        for visits in (plans, [[visit for visit in plan if visit.skip is not None] for plan in plans]):
+            published, shallow = ({visit.wiring for visit in plan} for plan in visits)
+            assert published == shallow, preset
     assert "PRESET" not in toy_env()

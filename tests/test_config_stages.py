@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ToyData, preset_env
+from conftest import ToyData, shallow_env, short_coder_states
 
 import train_gpt as tg
 
@@ -162,8 +162,9 @@ def stage_reads(toy_data: ToyData, tmp_path_factory: pytest.TempPathFactory) -> 
             data = dict(DATA_PATH=toy_data.folder, TOKENIZER_PATH=toy_data.tokenizer, RUN_ID=preset, STAGES=stages)
             short = dict(ITERATIONS=1, TTT_EPOCHS=1, MAX_WALLCLOCK_SECONDS=seconds)
             places = dict(RUNS_DIR=tmp_path_factory.mktemp("reads"))
-            config = tg.load_config(preset_env(preset, **data, **short, **places))[0]
-            tg.main(Watched(**dataclasses.asdict(config)), RUN)
+            config = tg.load_config(shallow_env(preset, **data, **short, **places))[0]
+            with short_coder_states():
+                tg.main(Watched(**dataclasses.asdict(config)), RUN)
     return found
 
 
@@ -182,3 +183,17 @@ def test_quantising_and_scoring_read_the_settings_that_decide_them(stage_reads: 
     assert settings_of(tg.QUANTIZE) <= quantize and settings_of(tg.EVALUATE) <= evaluate
     assert not quantize & (settings_of(tg.DATA) | settings_of(tg.EVALUATE) - settings_of(tg.TRAIN))
     assert not evaluate & (settings_of(tg.QUANTIZE) - settings_of(tg.ARTIFACT))
+
+
+# What these runs do not come to, and the tests that notice whether it is read.
+ELSEWHERE = {
+    "stages": "test_main: test_evaluating_again_needs_no_training_data_and_gives_the_same_scores",
+    "report": "test_records_report: test_a_run_calls_the_report_where_it_is_there",
+    "data_dir": "test_data: test_case_operators_have_their_own_dataset_and_tokenizer",
+    "train_log_every": "test_main: test_log_is_read_by_a_ten_line_parser",
+}
+
+
+def test_every_setting_is_read_by_a_stage_or_elsewhere(stage_reads: dict[str, set[str]]) -> None:
+    """No setting that is checked, logged, and has no effect."""
+    assert tg.FIELDS.keys() - set().union(*stage_reads.values()) == ELSEWHERE.keys()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QUIET, ToyData, preset_env, validation_of_lengths
+from conftest import QUIET, ToyData, shallow_env, validation_of_lengths
 from torch import Tensor
 
 import train_gpt as tg
@@ -44,24 +44,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: tg.Segments | None) -> Ten
 @pytest.fixture(autouse=True)
 def traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch.compile without a compiler, and no variants left from the test before."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     tg.COMPILES.listen()
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest would collect every event
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(tg, "choose_attention", lambda config, device: ("stand-in", attend))
     yield
-    torch._dynamo.reset()
+    torch.compiler.reset()
+
+
+# Where it is the shapes of rows and batches that matter: three visits, or two of a network that is only adapted. Tracing
+# a graph takes a second for each visit.
+FLAT = dict(NUM_LAYERS=2, LOOP_START=0, LOOP_END=0, PARALLEL_START_LAYER=0, XSA_LAST_N=1)
+ADAPTED = FLAT | dict(NUM_LOOPS=0, STAGES="evaluate", SLIDING_WINDOW_ENABLED=0, PHASED_TTT_PREFIX_DOCS=0)
 
 
 def shallow(data: ToyData, preset: str, **changes: Any) -> tg.Config:
-    """A preset at toy size, five layers deep, that compiles; with sliding windows and validation during training."""
-    own = tg.load_config({"PRESET": preset})[0]
+    """A preset of three layers that compiles; with sliding windows and validation during training."""
     sizes = dict(DATA_PATH=data.folder, TOKENIZER_PATH=data.tokenizer, CASEOPS_ENABLED=0, COMPILE=1, WARMUP_STEPS=1)
     sizes |= dict(ITERATIONS=4, SLIDING_WINDOW_ENABLED=1, VAL_LOSS_EVERY=3, VAL_BATCH_TOKENS=2048, ENABLE_LOOPING_AT=0.4)
-    sizes |= dict(NUM_LAYERS=5, LOOP_START=1, LOOP_END=2, XSA_LAST_N=min(own.xsa_last_n, 4), TTT_BATCH_SIZE=2)
-    sizes |= dict(PARALLEL_START_LAYER=4) if own.parallel_start_layer else {}
-    sizes |= dict(PARALLEL_RESIDUAL_START=3) if own.parallel_residual_start >= 0 else {}
-    return tg.load_config(preset_env(preset, **sizes | changes))[0]
+    return tg.load_config(shallow_env(preset, **sizes | {"TTT_BATCH_SIZE": 2} | changes))[0]
 
 
 def compiled_by(work: Any) -> tg.Graphs:
@@ -105,13 +107,13 @@ def test_nothing_is_compiled_after_the_warm_up(preset: str, toy_data: ToyData, t
     """No graph and no fall-back from the first real step to the last document, with one cache for each use."""
     trainer, warm = warmed_up(shallow(toy_data, preset, RUNS_DIR=tmp_path, RUN_ID="a"))
     assert warm["training"].compiled > len(trainer.plans) and warm["evaluation"].compiled >= 1
-    assert run_everything(trainer, 50)[:2] == (0, 0)
+    assert run_everything(trainer, 20)[:2] == (0, 0)
     assert not any(part.fallbacks for part in warm.values()), warm
 
 
 def test_batches_that_are_passed_in_parts_are_warmed_up_too(toy_data: ToyData, tmp_path: Path) -> None:
     """A batch of three documents in windows of 32 tokens, of which two fit into a pass."""
-    changes = dict(TTT_BATCH_SIZE=3, VAL_BATCH_TOKENS=256, STAGES="evaluate")
+    changes = ADAPTED | dict(TTT_BATCH_SIZE=3, VAL_BATCH_TOKENS=256)
     config, run = shallow(toy_data, "pr2135", RUNS_DIR=tmp_path, RUN_ID="a", **changes), PaddedRun()
     assert config.adapt_tokens == 64 and config.ttt_eval_seq_len == 32
     program = tg.Program(config, run)
@@ -131,7 +133,7 @@ def test_planted_warm_up_on_one_tensor_is_noticed(
         return row._replace(targets=row.inputs) if isinstance(stream, tg.NoiseStream) else row
 
     monkeypatch.setattr(tg, "training_row", same)
-    trainer, _ = warmed_up(shallow(toy_data, "default", RUNS_DIR=tmp_path, RUN_ID="a", TTT_ENABLED=0))
+    trainer, _ = warmed_up(shallow(toy_data, "default", RUNS_DIR=tmp_path, RUN_ID="a", TTT_ENABLED=0, **FLAT))
     assert run_everything(trainer, 1).compiled == 2  # one for each plan
 
 
@@ -139,7 +141,7 @@ def test_planted_warm_up_without_a_single_document_is_noticed(
     toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A batch of one document is a graph of its own."""
-    config = shallow(toy_data, "pr2135", RUNS_DIR=tmp_path, RUN_ID="a", STAGES="evaluate")
+    config = shallow(toy_data, "pr2135", RUNS_DIR=tmp_path, RUN_ID="a", **ADAPTED)
     program, run = tg.Program(config, PaddedRun()), PaddedRun()
     real = tg.adapt_batch
     with monkeypatch.context() as planted:
@@ -166,15 +168,17 @@ def test_each_use_has_its_own_cache_and_giving_up_is_counted() -> None:
 def test_a_run_reports_what_it_compiled(toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """log.txt and result.json carry the counts of each stage; a graph inside the clock is a warning."""
     monkeypatch.setattr(tg.Run, "padded", True)
-    config = shallow(toy_data, "pr1941", RUNS_DIR=tmp_path, RUN_ID="a", TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
+    config = shallow(
+        toy_data, "pr1941", RUNS_DIR=tmp_path, RUN_ID="a", TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0, **FLAT
+    )
     result, log = tg.main(config, tg.Run()), config.run_dir / "log.txt"
     stages = result["stage_graphs"]
     assert list(stages) == ["train", "quantize", "evaluate"] and stages["quantize"]["compiled_graphs"] == 0
     assert result["compiled_graphs"] == sum(row["compiled_graphs"] for row in stages.values()) >= 4
     assert result["compiled_in_clock"] == 0 and 0 < result["compile_seconds"] < 500
     assert "\ngraphs stage:train compiled_graphs:" in log.read_text() and "\nwarning" not in log.read_text()
-    torch._dynamo.reset()
+    torch.compiler.reset()
     tg.COMPILES.listen()
-    late = tg.main(tg.dataclasses.replace(config, run_id="b", warmup_steps=0), tg.Run())
+    late = tg.main(dataclasses.replace(config, run_id="b", warmup_steps=0), tg.Run())
     assert late["compiled_in_clock"] >= 2
     assert "\nwarning stage:train" in (tmp_path / "b" / "log.txt").read_text()

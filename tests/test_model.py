@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import dataclasses
 import importlib
 import math
 import sys
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOY, preset_env, random_model, random_tokens, toy_config
+from conftest import preset_env, random_model, random_tokens, toy_config
 from torch import Tensor
 
 import train_gpt as tg
@@ -260,11 +259,9 @@ def open_model(config: tg.Config) -> tg.GPT:
     "changes",
     [
         {},
-        dict(SMEAR_GATE_ENABLED=0, XSA_LAST_N=0),
         dict(PARALLEL_START_LAYER=0, ROPE_DIMS=0),
-        dict(NUM_LOOPS=0, ROPE_DIMS=8),
     ],
-    ids=["all", "no-smear-no-xsa", "no-lanes-no-rope", "no-loops-full-rope"],
+    ids=["all", "no-lanes-no-rope"],
 )
 def test_whole_forward_equals_a_slow_float64_reference(looping: bool, changes: dict) -> None:
     """Every nll of a random model equals the published equations, looped and unlooped."""
@@ -279,42 +276,47 @@ def test_whole_forward_equals_a_slow_float64_reference(looping: bool, changes: d
     np.testing.assert_allclose(fast, slow, atol=1e-4)
 
 
+def slope_of_the_reference(
+    slow: SlowModel, model: tg.GPT, shares: dict[str, float], inputs: Tensor, targets: Tensor, weights: np.ndarray
+) -> float:
+    """How fast the weighted losses of the reference rise in the direction in which each parameter, by its gradient in
+    `model`, adds its share."""
+    start, found, step = slow.p, [], 1e-6
+    for sign in (1, -1):
+        slow.p = dict(start)
+        for name, share in shares.items():
+            gradient = model.get_parameter(name).grad.double().numpy()
+            slow.p[name] = start[name] + sign * step * share * np.sign(gradient) / np.abs(gradient).sum()
+        found.append(float(weights @ slow.nll(inputs[0].numpy(), targets[0].numpy())))
+    slow.p = start
+    return (found[0] - found[1]) / (2 * step)
+
+
 @pytest.mark.parametrize("preset", sorted(tg.PRESETS))
-def test_forward_of_every_preset_equals_the_reference(preset: str) -> None:
-    """The published systems' own embeddings, gates, skips, wirings, activations and rotary bases."""
+def test_losses_and_gradients_of_every_preset_equal_the_reference(preset: str) -> None:
+    """The published systems' own embeddings, gates, skips, wirings, activations and rotary bases. Each parameter has a
+    share of at least 1 in the slope, so one that is left out, by the model or by the reference, or whose gradient is
+    wrong, is noticed."""
     config = tg.load_config(preset_env(preset))[0]
-    model = open_model(config)
+    model, weights = open_model(config), np.random.default_rng(0).normal(size=11)
     inputs, targets = pair(config, 11, bos_every=6)
     assert (inputs[0, 1:] == tg.BOS_ID).any()
-    with torch.no_grad():
-        fast = model(inputs, targets, tg.layer_plan(config, True))[0].numpy()
-    slow = SlowModel(model, config, True).nll(inputs[0].numpy(), targets[0].numpy())
-    assert slow.std() > 0.3
-    np.testing.assert_allclose(fast, slow, atol=3e-5)
+    fast, slow = model(inputs, targets, tg.layer_plan(config, True))[0], SlowModel(model, config, True)
+    expected = slow.nll(inputs[0].numpy(), targets[0].numpy())
+    assert expected.std() > 0.3
+    np.testing.assert_allclose(fast.detach().numpy(), expected, atol=3e-5)
+    (fast * torch.from_numpy(weights)).sum().backward()
+    network = [name for name, _ in model.named_parameters() if name not in model.groups()["fitted"]]  # the tilt's
+    shares = {name: (-1) ** n * (1 + n / 100) for n, name in enumerate(network)}
+    slope = slope_of_the_reference(slow, model, shares, inputs, targets, weights)
+    assert slope == pytest.approx(sum(shares.values()), abs=1e-3)
 
 
-@pytest.mark.parametrize("preset", [None, *sorted(tg.PRESETS)])
-def test_reference_notices_a_changed_parameter(preset: str | None) -> None:
-    """Planted fault: disturbing any single parameter of the network moves the reference away from the model."""
+@pytest.mark.parametrize("preset, looping", [(None, False), (None, True), ("pr489", True), ("pr1880", True)])
+def test_packed_row_equals_each_segment_alone(preset: str | None, looping: bool) -> None:
+    """A packed row gives each segment, also one of a single token, the slow reference's nll of that segment alone; the
+    presets are those that look at the token before in other ways."""
     config = tg.load_config(preset_env(preset))[0] if preset else toy_config(**DEEP)
-    model = open_model(config)
-    inputs, targets = pair(config, 12)
-    plan = tg.layer_plan(config, True)
-    with torch.no_grad():
-        before = model(inputs, targets, plan)
-        for name, parameter in model.named_parameters():
-            if name in model.groups()["fitted"]:
-                continue  # the tilt's, not the network's
-            saved = parameter.clone()
-            parameter.mul_(0.3).add_(0.5)
-            assert (model(inputs, targets, plan) - before).abs().max() > 2e-4, name
-            parameter.copy_(saved)
-
-
-@pytest.mark.parametrize("looping", [False, True])
-def test_packed_row_equals_each_segment_alone(looping: bool) -> None:
-    """A packed row gives each segment, also one of a single token, the slow reference's nll of that segment alone."""
-    config = toy_config(**DEEP)
     model = random_model(config, seed=4)
     lengths = [5, 1, 16, 1, 9]
     inputs, targets = pair(config, sum(lengths), bos_every=7)
@@ -382,21 +384,6 @@ def test_taps_sum_the_inputs_of_every_weight_over_all_visits() -> None:
     for name, matrix in tg.MATRICES.items():  # kinds that share a Hessian really have the same inputs
         for layer in range(5):
             np.testing.assert_array_equal(np.stack(slow.seen[name, layer]), np.stack(slow.seen[matrix.hessian, layer]))
-
-
-def test_looped_layer_shares_its_weights_between_visits() -> None:
-    """The gradient of a layer's weight is the sum of the gradients of its visits, seen through full-rank adapters."""
-    config = toy_config(**DEEP)
-    model, d = random_model(config), config.model_dim
-    plan = tg.layer_plan(config, True)
-    inputs, targets = pair(config, 10)
-    b = [torch.zeros(1, d, d, requires_grad=True) for _ in plan]
-    lora = tg.Lora(1.0, {"attn.q": (torch.eye(d).expand(len(b), 1, d, d), torch.stack(b))})
-    model(inputs, targets, plan, lora=lora).sum().backward()
-    for layer in range(config.num_layers):
-        visits = [b[visit.slot].grad[0] for visit in plan if visit.layer == layer]
-        assert len(visits) == (3 if layer in (1, 2) else 1)
-        torch.testing.assert_close(model.qo_bank.grad[layer], sum(visits), rtol=1e-4, atol=1e-5)
 
 
 def test_no_token_influences_an_earlier_loss() -> None:
@@ -487,18 +474,6 @@ def test_default_visit_orders_and_skip_pairs_are_the_published_ones() -> None:
         assert plan[-1].skip is None
 
 
-def test_skip_sources_are_taken_back_last_first() -> None:
-    """Each connection of the looped plan pairs with the visit that mirrors it, also where a layer repeats."""
-    looped = tg.layer_plan(tg.load_config({})[0], True)
-    stack, pairs = [], []
-    for visit in looped:
-        if visit.skip is not None:
-            pairs.append((visit.skip, visit.slot, stack.pop()))
-        if visit.push:
-            stack.append(visit.slot)
-    assert pairs == [(s, 8 + s, 7 - s) for s in range(8)]
-
-
 PUBLISHED_PARAMETERS = {
     "baseline": 17_059_912,
     "pr489": 17_383_481,
@@ -535,12 +510,10 @@ def test_bigram_table_and_projection_are_in_different_groups() -> None:
 def test_parameter_counts_of_the_published_system() -> None:
     """PR #1941's groups and operations; the SmearGate adds 13 parameters."""
     described = tg.describe(tg.load_config({"PRESET": "pr1941"})[0])
-    assert described["parameters_published_convention"] == 35_989_801
     assert described["parameters_per_group"]["matrix"] == 31_719_424
     assert described["parameters_per_group"]["embed"] == 4_194_304
     unused_lanes = 8 * (4 + 2)  # the published code stores lane factors of all 11 layers, and uses three
     assert described["parameters_per_group"]["scalar"] == 76_073 - unused_lanes
-    assert described["parameters"] == 35_989_801 - unused_lanes
     assert described["matrix_flops_per_token"] == {
         "unlooped": 6 * (31_719_424 + 4_194_304),
         "looped": 6 * (31_719_424 * 17 // 11 + 4_194_304),
@@ -717,16 +690,6 @@ def test_packed_attention_equals_a_naive_softmax(lengths: list[int]) -> None:
         torch.testing.assert_close(tg.attend_sdpa(q, k, v, None), fast, atol=1e-6, rtol=1e-5)
 
 
-def test_query_heads_read_their_group_of_value_heads() -> None:
-    """Query head h reads key/value head h // (H / K), on the packed and on the dense path."""
-    H, K, d = 8, 4, 4
-    q, k = torch.randn(1, 5, H, d), torch.randn(1, 5, K, d)
-    v = torch.arange(K).float().view(1, 1, K, 1).expand(1, 5, K, d).contiguous()
-    for segments in (None, packed([2, 3], 3)):
-        out = tg.attend_sdpa(q, k, v, segments)
-        torch.testing.assert_close(out, (torch.arange(H) // 2).float().view(1, 1, H, 1).expand_as(out))
-
-
 def test_plain_nll_equals_float64_cross_entropy() -> None:
     """Losses and gradients equal cross-entropy of c tanh(z / c) in float64, also for saturated logits."""
     torch.manual_seed(1)
@@ -743,32 +706,6 @@ def test_plain_nll_equals_float64_cross_entropy() -> None:
     saturated = tg.plain_nll(torch.tensor([[[1000.0, -1000.0, 0.0]]]), torch.tensor([[1]]), 30.0)
     assert abs(saturated.item() - 60.0) < 1e-3
     assert fast.dtype == torch.float32 and tg.plain_nll(logits.bfloat16(), targets, 30.0).dtype == torch.float32
-
-
-def test_plain_nll_prices_several_ids_at_once() -> None:
-    """Targets (B, T, n) give the n losses that n separate calls give."""
-    logits, targets = torch.randn(2, 5, 11), torch.randint(0, 11, (2, 5, 3))
-    together = tg.plain_nll(logits, targets, 3.0)
-    for i in range(3):
-        torch.testing.assert_close(together[..., i], tg.plain_nll(logits, targets[..., i], 3.0))
-
-
-@pytest.mark.parametrize(
-    "slope, values, slopes",
-    [
-        (0.5, [2.25, 0.0625, 0.0, 0.0625, 4.0], [-1.5, -0.25, 0.0, 0.5, 4.0]),
-        (0.0, [0.0, 0.0, 0.0, 0.0625, 4.0], [0.0, 0.0, 0.0, 0.5, 4.0]),  # ReLU^2
-        (0.25, [0.5625, 0.015625, 0.0, 0.0625, 4.0], [-0.375, -0.0625, 0.0, 0.5, 4.0]),
-    ],
-)
-def test_leaky_relu_squared_is_its_formula_with_its_slope(slope: float, values: list, slopes: list) -> None:
-    """phi(p) = p^2 above zero and (a p)^2 below; phi'(p) = 2 p above and 2 a^2 p below."""
-    p = torch.tensor([-3.0, -0.5, 0.0, 0.25, 2.0], dtype=torch.float64, requires_grad=True)
-    y = tg.leaky_relu_squared(p, slope)
-    y.sum().backward()
-    assert y.tolist() == values and p.grad.tolist() == slopes
-    around = torch.tensor([-1.7, -0.2, 0.3, 1.1], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: tg.leaky_relu_squared(x, slope), around)
 
 
 def test_bigram_rows_by_hand() -> None:
@@ -794,61 +731,6 @@ def test_own_value_is_removed_and_nothing_else() -> None:
     slow = y - (y * own).sum(-1, keepdim=True) / (own * own).sum(-1, keepdim=True).clamp_min(1e-20) * own
     torch.testing.assert_close(out, slow)
     torch.testing.assert_close(tg.remove_own_value(out, v), out, atol=1e-6, rtol=1e-4)
-
-
-def test_first_token_of_a_segment_has_no_attention_result() -> None:
-    """With exclusive self-attention a token that sees only itself gets exactly nothing, up to rounding."""
-    q, k, v = torch.randn(1, 6, 4, 8), torch.randn(1, 6, 2, 8), torch.randn(1, 6, 2, 8)
-    out = tg.remove_own_value(tg.attend_sdpa(q, k, v, packed([1, 2, 3], 3)), v)[0]
-    firsts = torch.tensor([True, True, False, True, False, False])
-    assert out[firsts].abs().max() < 1e-6 and out[~firsts].abs().amax(-1).min() > 1e-4
-
-
-def test_rotation_is_relative_and_keeps_lengths() -> None:
-    """Rotated products depend on distance alone; lengths and the channels behind the rotated ones do not change."""
-    R, d, T = 4, 8, 12
-    angles = torch.arange(T)[:, None, None] * 100.0 ** -(torch.arange(R // 2) * 2 / R)
-    q, k = torch.randn(d), torch.randn(d)
-    turned_q = tg.rotate(q.expand(1, T, 1, d), angles.cos(), angles.sin())[0, :, 0]
-    turned_k = tg.rotate(k.expand(1, T, 1, d), angles.cos(), angles.sin())[0, :, 0]
-    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(T))
-    assert torch.equal(turned_q[:, R:], q[R:].expand(T, -1))
-    products = turned_q @ turned_k.T
-    for distance in range(-5, 6):
-        diagonal = products.diagonal(distance)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=1e-5)
-    assert (products[0, 1:] - products[0, :1]).abs().min() > 1e-4
-
-
-def test_smear_gate_adds_the_raw_previous_embedding_inside_a_document() -> None:
-    """e_t + lambda sigmoid(w e_t[:12]) e_(t-1), but not at the start of a segment nor at BOS."""
-    config = toy_config()
-    model = random_model(config)
-    ids = torch.tensor([[9, 5, 1, 7, 8, 6, 5]])
-    positions = torch.tensor([0, 1, 2, 3, 0, 1, 2])  # a segment begins at index 4 without BOS
-    table = model.tok_emb.weight.detach()
-    with torch.no_grad():
-        out = model.embed(ids, table, positions)[0]
-    for t in range(7):
-        e = table[ids[0, t]].clone()
-        if t not in (0, 2, 4):
-            gate = torch.sigmoid((model.smear_gate_w[0] * table[ids[0, t], :12]).sum())
-            e += (model.smear_lambda * gate * table[ids[0, t - 1]]).detach()
-        torch.testing.assert_close(out[t], e / (e.square().mean() + 2.0**-23).sqrt())
-
-
-def test_bigram_branch_is_added_to_the_embedding_before_its_norm() -> None:
-    """rms(E[id] + scale P T[h]) with the table's last row at the start of each segment."""
-    config = tg.load_config(preset_env("fork5", SMEAR_PERDIM_ENABLED=0, BIGRAM_VOCAB_SIZE=30))[0]
-    model = random_model(config)
-    ids, positions = torch.tensor([[9, 5, 1, 7, 8]]), torch.tensor([0, 1, 2, 0, 1])
-    with torch.no_grad():
-        out = model.embed(ids, model.tok_emb.weight, positions)[0]
-        for t in range(5):
-            row = 29 if t in (0, 3) else (36313 * int(ids[0, t]) ^ 27191 * int(ids[0, t - 1])) % 29
-            pair_part = model.bigram_bank[0] @ model.bigram_emb.weight[row]
-            e = model.tok_emb.weight[ids[0, t]] + model.bigram_scale * pair_part
-            torch.testing.assert_close(out[t], e / (e.square().mean() + 2.0**-23).sqrt(), atol=1e-5, rtol=1e-5)
 
 
 def bigram_model() -> tuple[tg.GPT, tg.Config]:
@@ -884,34 +766,6 @@ def test_planted_bigram_branch_of_two_zeros_never_trains() -> None:
     for name, parameter in model.named_parameters():
         if name.startswith("bigram"):
             assert not parameter.grad.any(), name
-
-
-def test_smear_gate_behind_the_norm_reads_and_adds_normed_embeddings() -> None:
-    """x_t = e_t + lambda sigmoid(w e_t[:12]) e_(t-1) with e = rms(E[id]), not at a segment's start nor at BOS."""
-    model = random_model(toy_config(SMEAR_GATE_POS="post_norm"))
-    ids, positions = torch.tensor([[9, 5, 1, 7, 8, 6]]), torch.tensor([0, 1, 2, 3, 0, 1])
-    with torch.no_grad():
-        out = model.embed(ids, model.tok_emb.weight, positions)[0]
-        e = model.tok_emb.weight[ids[0]]
-        e = e / (e.square().mean(-1, keepdim=True) + 2.0**-23).sqrt()
-        for t in range(6):
-            gate = model.smear_lambda * torch.sigmoid((model.smear_gate_w[0] * e[t, :12]).sum())
-            torch.testing.assert_close(out[t], e[t] if t in (0, 2, 4) else e[t] + gate * e[t - 1])
-
-
-def test_smear_gate_per_channel_is_a_constant_mixture() -> None:
-    """(1 - g) e_t + g e_(t-1) behind the norm, g = sigmoid(theta) per channel; nothing stands before a segment."""
-    config = toy_config(SMEAR_GATE_ENABLED=0, SMEAR_PERDIM_ENABLED=1)
-    model = random_model(config)
-    assert not tg.GPT(config, tg.Run()).smear_perdim.any()  # both tokens count alike at the start
-    ids, positions = torch.tensor([[9, 5, 1, 7, 8, 6]]), torch.tensor([0, 1, 2, 3, 0, 1])
-    with torch.no_grad():
-        out, g = model.embed(ids, model.tok_emb.weight, positions)[0], torch.sigmoid(model.smear_perdim)
-        e = model.tok_emb.weight[ids[0]]
-        e = e / (e.square().mean(-1, keepdim=True) + 2.0**-23).sqrt()
-        for t in range(6):
-            before = torch.zeros(32) if t in (0, 4) else e[t - 1]
-            torch.testing.assert_close(out[t], (1 - g) * e[t] + g * before)
 
 
 @pytest.mark.parametrize("gate, start", [("two_sigma", 1.0), ("sparse", 0.5), ("dense", 0.5), ("none", 1.0)])
@@ -960,56 +814,6 @@ def test_rotary_base_grows_with_the_training_length() -> None:
     assert base(PRESET="fork5", ROPE_TRAIN_SEQ_LEN=4096) == 10_000  # a shorter training leaves it
     for preset in ("baseline", "pr489", "fork5_10l", "pr1880", "pr1941", "pr1855", "pr2135", "pr2158"):
         assert base(PRESET=preset) == 10_000, preset
-
-
-class FakeBlock:
-    """A block whose sub-layers are easy to recognise in a result."""
-
-    def __init__(self) -> None:
-        self.post_lambdas = torch.tensor([[2.0, 3.0], [5.0, 7.0]])
-        self.resid_lambdas = torch.tensor([11.0, 13.0])
-
-    def mix(self, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
-        m = 0.5 * x + 0.25 * x0
-        return m, 3 * m
-
-    def attention(self, n: Tensor, visit: object, call: object) -> Tensor:
-        return (n / 3).square()
-
-    def mlp(self, r: Tensor, visit: object, call: object) -> Tensor:
-        return r.sin()
-
-
-def test_wirings_equal_their_formulas() -> None:
-    """Serial and parallel: the mixed stream is the base. Two lanes: the lanes are, both read before either is written."""
-    a, b, x0 = torch.randn(3, 1, 4, 6).unbind(0)
-    first, second = tg.serial(FakeBlock(), (a, a), x0, None, None)
-    m = 0.5 * a + 0.25 * x0
-    r = m + m**2
-    torch.testing.assert_close(first, r + torch.sin(r))
-    assert torch.equal(first, second)
-    first, second = tg.parallel(FakeBlock(), (a, a), x0, None, None)
-    torch.testing.assert_close(first, m + m**2 + torch.sin(m))
-    assert torch.equal(first, second)
-    first, second = tg.two_lane(FakeBlock(), (a, b), x0, None, None)
-    m = 0.5 * a + 0.25 * x0
-    torch.testing.assert_close(first, 11 * a + 2 * m**2 + 5 * torch.sin(b))
-    torch.testing.assert_close(second, 13 * b + 3 * m**2 + 7 * torch.sin(b))
-
-
-def test_skip_blends_the_scaled_source_into_the_stream() -> None:
-    """(1 - g) w S + g x with g the sigmoid of the gate, channel by channel; without gates x + w S."""
-    model, plain = random_model(toy_config()), random_model(toy_config(SKIP_GATES_ENABLED=0))
-    source, x = torch.randn(2, 1, 5, 32).unbind(0)
-    assert not any(name.startswith("skip_gates") for name, _ in plain.named_parameters())
-    with torch.no_grad():
-        for skip in range(len(plain.skip_weights)):
-            torch.testing.assert_close(plain.take_skip(skip, source, x), x + plain.skip_weights[skip] * source)
-        for skip in range(len(model.skip_weights)):
-            g = torch.sigmoid(model.skip_gates[skip])
-            torch.testing.assert_close(
-                model.take_skip(skip, source, x), (1 - g) * (model.skip_weights[skip] * source) + g * x
-            )
 
 
 def test_attention_backend_that_cannot_run_is_refused() -> None:
@@ -1126,9 +930,7 @@ def test_toy_configuration_has_every_mechanism_switched_on() -> None:
     assert len(looped) > config.num_layers and any(v.wiring == "two_lane" for v in looped)
     assert any(v.skip is not None and v.wiring == "two_lane" for v in looped)
     assert any(v.skip is not None and v.wiring == "serial" for v in looped)
-    assert (
-        config.smear_gate_enabled and config.rope_dims < config.head_dim and set(TOY) <= {n.upper() for n in tg.FIELDS}
-    )
+    assert config.smear_gate_enabled and config.rope_dims < config.head_dim
 
 
 @pytest.mark.slow

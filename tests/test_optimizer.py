@@ -69,12 +69,12 @@ def test_tall_matrices_share_a_stack_with_wide_ones() -> None:
 
 
 def test_classic_steps_leave_singular_values_in_their_band() -> None:
-    """The published polynomial brings everything in [0.01, 1] into [0.68, 1.21], and 1 itself to 0.7."""
+    """The published polynomial brings everything in [0.01, 1] into [0.68, 1.21], and 1 itself to 0.7, step by step."""
     sigma = torch.logspace(-2, 0, 4000, dtype=torch.float64)
     for a, b, c in tg.CLASSIC:
         sigma = a * sigma + b * sigma**3 + c * sigma**5
     assert 0.67 < sigma.min() < 0.69 and 1.1 < sigma.max() < 1.21 and len(tg.CLASSIC) == 5
-    assert 3.4445 - 4.7750 + 2.0315 == pytest.approx(0.701)
+    assert sum(tg.CLASSIC[0]) == pytest.approx(0.701) and sigma[-1] == pytest.approx(0.696, abs=1e-3)
 
 
 def test_polar_express_maps_singular_values_into_the_published_band() -> None:
@@ -184,20 +184,6 @@ def test_heads_of_q_k_and_v_are_orthogonalised_alone(per_head: int) -> None:
             found = -bank.detach()[number] / math.sqrt(max(1, bank.size(1) / bank.size(2)))
             torch.testing.assert_close(found, blocks if single else whole, atol=1e-4, rtol=0)
             assert (blocks - whole).abs().max() > 0.05  # it does matter
-
-
-def test_which_matrices_have_heads() -> None:
-    """q of qo_bank and all of kv_bank; not o, nor the MLP, nor the bigram bank; none without MUON_PER_HEAD."""
-    for per_head in (0, 1):
-        config = toy_config(MUON_PER_HEAD=per_head, **HEADS)
-        muon = tg.Muon(random_model(config).groups()["matrix"], config, RUN)
-        seen = []
-        for stack in muon.stacks:
-            labels = [(name, number) for name in stack.names for number in range(len(muon.banks[name]))]
-            seen += [labels[i] for i in stack.by_head.tolist()]
-            assert sorted([*stack.by_head.tolist(), *stack.whole.tolist()]) == list(range(len(labels)))
-        wanted = [("qo_bank", n) for n in range(4)] + [("kv_bank", n) for n in range(8)]
-        assert sorted(seen) == sorted(wanted if per_head else [])
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5, 8, 16])

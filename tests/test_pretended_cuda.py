@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ import numpy as np
 import pretended_cuda
 import pytest
 import torch
-from conftest import QUIET, ToyData, preset_env, toy_config
+from conftest import QUIET, ToyData, shallow_env, short_coder_states, toy_config
 from pretended_cuda import CUDA, PretendedTensor, Rules
 from pretended_cuda import pretended_cuda as pretend
 from torch import Tensor
@@ -24,7 +23,7 @@ import train_gpt as tg
 
 PRESETS = [name for name in tg.PRESETS if name != "tiny"]
 SIZES = dict(
-    NUM_LAYERS=4, ITERATIONS=2, ROW_TOKENS=128, VAL_BATCH_TOKENS=2048, GPTQ_CALIBRATION_BATCHES=1, EVAL_STRIDE=16,
+    ITERATIONS=2, ROW_TOKENS=128, VAL_BATCH_TOKENS=2048, GPTQ_CALIBRATION_BATCHES=1, EVAL_STRIDE=16,
     MATRIX_LR=0.3, MIN_LR=1, TTT_BATCH_SIZE=26, TTT_CHUNK_SIZE=32, GLOBAL_TTT_CHUNK_TOKENS=512, TTT_EPOCHS=1,
     TTT_BATCH_SEQS=2, COMPILE=0, KERNELS="plain",
 )  # fmt: skip
@@ -33,20 +32,10 @@ FLAGGED = tg.import_error("torch.nn.attention.varlen") != ""
 
 
 def small_env(preset: str, **changes: Any) -> dict[str, str]:
-    """A preset whose every kind of layer exists among four."""
+    """A preset of three layers for two steps."""
     own = tg.load_config({"PRESET": preset})[0]
-    layers = dict(
-        NUM_LOOPS=min(own.num_loops, 1),
-        LOOP_START=1,
-        LOOP_END=2,
-        PARALLEL_START_LAYER=3 if own.parallel_start_layer else 0,
-        PARALLEL_RESIDUAL_START=3 if own.parallel_residual_start >= 0 else -1,
-        XSA_LAST_N=min(own.xsa_last_n, 3),
-        EMA_DECAY=0.3 if own.ema_decay else 0,
-        TTT_CHUNK_STEPS="64:16" if own.ttt_chunk_steps else "",
-        FIT_ARTIFACT=1,
-    )
-    return preset_env(preset, **(SIZES | layers | changes))
+    rates = dict(EMA_DECAY=0.3 if own.ema_decay else 0, TTT_CHUNK_STEPS="64:16" if own.ttt_chunk_steps else "")
+    return shallow_env(preset, **(SIZES | rates | {"FIT_ARTIFACT": 1} | changes))
 
 
 @dataclasses.dataclass
@@ -105,7 +94,9 @@ def finished(toy_data: ToyData, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
     def main(preset: str, run: tg.Run, run_id: str, **changes: Any) -> tuple[dict[str, Any], np.ndarray]:
         config = tg.load_config(small_env(preset, **paths, RUN_ID=run_id, **changes))[0]
-        return tg.main(config, run), np.loadtxt(runs_dir / run_id / "documents.csv", delimiter=",", skiprows=1)[:, 3:]
+        with short_coder_states():
+            result = tg.main(config, run)
+        return result, np.loadtxt(runs_dir / run_id / "documents.csv", delimiter=",", skiprows=1)[:, 3:]
 
     @functools.cache
     def run(preset: str) -> Finished:
@@ -227,22 +218,6 @@ def test_attention_is_settled_before_training(
             mock.patch.object(tg, "training_row", side_effect=AssertionError),
         ):
             tg.main(config, tg.start_run({}))
-
-
-def test_varlen_attention_of_the_installed_release_is_called_as_it_wants() -> None:
-    """Every argument that attend_varlen passes exists there, and one of them says causal; else it is refused."""
-    config = toy_config(ATTN_BACKEND="varlen")
-    with device():
-        if FLAGGED:  # before 2.10
-            with pytest.raises(tg.UserError, match="varlen cannot be imported"):
-                tg.choose_attention(config, CUDA)
-            return
-        causal = tg.choose_attention(config, CUDA)[1].keywords["causal"]
-    from torch.nn.attention.varlen import varlen_attn
-
-    names = list(inspect.signature(varlen_attn).parameters)
-    assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
-    assert set(causal) <= set(names) and causal in ({"is_causal": True}, {"window_size": (-1, 0)})
 
 
 BACKENDS = [("fa3", False), ("varlen", True)] + [("varlen", False)] * (not FLAGGED)

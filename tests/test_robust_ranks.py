@@ -24,6 +24,7 @@ from robust_helpers import (
     wait_for,
     worker_of,
 )
+from test_main import documents
 
 import train_gpt as tg
 
@@ -120,7 +121,8 @@ def hosts(count: int, static: bool) -> list[list[str]]:
 def test_two_hosts_without_a_shared_folder_give_the_run_of_one(
     static: bool, toy_data: ToyData, tmp_path: Path, alone: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Two torchruns, each in its own working folder with its own runs folder, equal one process and two ranks."""
+    """Two torchruns, each in its own working folder with its own runs folder, equal one process and two ranks; only one
+    of them speaks; and one process gives their artifact the same score, document by document."""
     processes = []
     for number, options in enumerate(hosts(2, static)):
         home = tmp_path / f"host{number}"
@@ -132,17 +134,21 @@ def test_two_hosts_without_a_shared_folder_give_the_run_of_one(
             )
     for number, process in enumerate(processes):
         assert process.wait(60) == 0, text_of(tmp_path / f"host{number}" / "out.txt")[-3000:]
-    folders = [tmp_path / f"host{number}" / "runs" / "toy" for number in (0, 1)]
-    main = [folder for folder in folders if (folder / "result.json").exists()]
-    assert len(main) == 1 and not list(next(f for f in folders if f not in main).iterdir())
+    homes = sorted(tmp_path.glob("host*"), key=lambda home: (home / "runs" / "toy" / "result.json").exists())
+    spoken = [re.findall("^(?:train|score|result) ", text_of(home / "out.txt"), re.MULTILINE) for home in homes]
+    assert [len(lines) for lines in spoken] == [0, 6 + 3 + 1] and not list((homes[0] / "runs" / "toy").iterdir())
+    main = homes[1] / "runs" / "toy"
+    first, apart = outcome(main), documents(main)
+    assert json.loads((main / "result.json").read_text())["ranks"] == 2
     with capsys.disabled():
-        print(f"\ntwo hosts and 1 process: {assert_equal_runs(main[0], alone)}")
+        print(f"\ntwo hosts and 1 process: {assert_equal_runs(main, alone)}")
+    tg.main(toy_data.config(**ENV | {"RUNS_DIR": homes[1] / "runs", "STAGES": "evaluate"}), tg.Run())
+    for kind, nats in documents(main).items():
+        assert nats == pytest.approx(apart[kind], rel=1e-5), kind
     if not static:
         together = run_ranks(2, toy_data.env(**ENV), tmp_path)
-        with capsys.disabled():
-            print(f"two hosts and 2 ranks on one: {assert_equal_runs(main[0], together)}")
-        assert losses(main[0]) == losses(together)
-        assert outcome(main[0]).artifact == outcome(together).artifact
+        assert losses(main) == losses(together)
+        assert first.artifact == outcome(together).artifact
 
 
 # Lost processes -------------------------------------------------------------------------------------------------------

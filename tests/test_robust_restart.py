@@ -171,24 +171,6 @@ def test_stale_partial_files_of_a_killed_run_are_no_obstacle(toy_data: ToyData, 
 # Signals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_signal_in_training_saves_the_step_and_says_so(
-    kind: signal.Signals, toy_data: ToyData, tmp_path: Path, whole: Outcome
-) -> None:
-    """Without periodic checkpoints: status 128 + n, one line, a checkpoint of the last logged step, the same result."""
-    env = toy_data.env(RUNS_DIR=tmp_path, RUN_ID="toy", **ENV | {"CHECKPOINT_SECONDS": 0})
-    log, output = tmp_path / "toy" / "log.txt", tmp_path / "out.txt"
-    process = start_command(env, output)
-    assert wait_for(lambda: re.search("^train step:2/", text_of(log), re.MULTILINE), process)
-    tg.os.kill(process.pid, kind)
-    begin = time.monotonic()
-    assert ended(process) == 128 + kind and time.monotonic() - begin < 5
-    assert text_of(output).splitlines()[-1].startswith(f"stopped by {kind.name}") and "Traceback" not in text_of(output)
-    saved = tg.load_arrays(tmp_path / "toy" / "checkpoint.bin")[0]["step"]
-    assert saved == int(re.findall(r"^train step:(\d+)/", text_of(log), re.MULTILINE)[-1]) < 8
-    finish(env, tmp_path / "toy", whole)
-
-
 def test_signal_in_the_last_step_is_not_forgotten(toy_data: ToyData, tmp_path: Path, monkeypatch: Any) -> None:
     """It ends the run after that step, with a checkpoint, instead of being dropped with the loop."""
     config = toy_data.config(RUNS_DIR=tmp_path, RUN_ID="toy", ITERATIONS=2)

@@ -2,16 +2,14 @@
 
 from pathlib import Path
 
-from conftest import ToyData
+from conftest import FEW_VISITS, ToyData
 from robust_helpers import ended, start_child, text_of
 from robust_soak import soak, summary
 
-import train_gpt as tg
-
 
 def few_runs(data: ToyData, folder: Path, report: Path) -> int:
-    tg.counted_code_bytes = lambda: (40_000, False)  # packing the script takes longer than the rest of such a run
-    samples = soak(data, folder, minutes=0, least_runs=5, settle=1, ITERATIONS=3, SLIDING_WINDOW_ENABLED=0)
+    short = dict(ITERATIONS=3, SLIDING_WINDOW_ENABLED=0, **FEW_VISITS)
+    samples = soak(data, folder, minutes=0, least_runs=5, settle=1, **short)
     first, last = samples[0], samples[-1]
     grown = (last.rss_mib - first.rss_mib, last.handles - first.handles, last.threads - first.threads)
     report.write_text(f"{summary(samples)}\ngrown: {grown}\n")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    FEW_VISITS,
     OneOf,
     evaluation_of,
     make_validation,
@@ -79,7 +80,7 @@ def one_token_at_a_time(model: tg.GPT, validation: tg.Validation, config: tg.Con
 def test_score_equals_a_slow_loop_over_single_tokens(stride: int, varlen: int) -> None:
     """Plain (stride 32 = context) and sliding scores give each target the nll of its own window, bytes included; with
     VARLEN_ATTN=0 windows run over the whole stream and see the documents before."""
-    config = toy_config(VARLEN_ATTN=varlen)
+    config = toy_config(**FEW_VISITS, VARLEN_ATTN=varlen)
     model, validation = random_model(config), validation_of_lengths(LENGTHS)
     slow = one_token_at_a_time(model, validation, config, stride)
     scorer = lambda v: evaluation_of(model, v, config).score(stride)
