@@ -224,13 +224,14 @@ def fresh_text(lengths: list[int], vocab_size: int, seed: int = 0) -> np.ndarray
     dice, total = np.random.default_rng(seed), sum(lengths) + 1
     if 2 * total > (vocab_size - 4) ** 2:
         raise ValueError(f"VOCAB_SIZE={vocab_size}: too few pairs of ids for {total} tokens that repeat none")
-    tokens, begins, used = np.empty(total, np.int64), {0, *np.cumsum(lengths[:-1]).tolist()}, set()
-    for i in range(total):
-        last = int(tokens[i - 1]) if i else -1
-        new = lambda id: (last, id) not in used and ((id, tg.BOS_ID) not in used or i + 1 not in begins)
-        free = [tg.BOS_ID] if i in begins else filter(new, dice.integers(4, vocab_size, 10_000).tolist())
-        tokens[i] = next(iter(free))
-        used.add((last, int(tokens[i])))
+    tokens, begins = np.full(total, tg.BOS_ID), {0, *np.cumsum(lengths[:-1]).tolist()}
+    used: set[tuple[int, int]] = set()
+    for i in (i for i in range(total) if i not in begins):
+        last, id = int(tokens[i - 1]), int(dice.integers(4, vocab_size))
+        while (last, id) in used or (i + 1 in begins and (id, tg.BOS_ID) in used):
+            id = int(dice.integers(4, vocab_size))
+        tokens[i] = id
+        used |= {(last, id), (id, int(tokens[i + 1]) if i + 1 in begins else -1)}
     return tokens
 
 
@@ -262,11 +263,6 @@ def turns(subject: Subject, validation: tg.Validation) -> np.ndarray:
     return turn
 
 
-# Targets of the documents of the probes' stream. With batches of three, two tracks and two pauses the queue is
-# 1040 300 60 | pause | 58 56 54 | pause | 52 50 48, 46 44 42 | 40 3 1, where a comma stands inside a round.
-LENGTHS = [56, 300, 44, 52, 1040, 1, 60, 46, 3, 58, 54, 42, 50, 48, 40]
-
-
 class Text(NamedTuple):
     """A token stream, and positions in it where the score has much to depend on."""
 
@@ -274,25 +270,49 @@ class Text(NamedTuple):
     places: tuple[int, ...]
 
 
-def repeating_text(config: tg.Config) -> Text:
-    """fresh_text of LENGTHS, with phrases that come back."""
-    tokens = fresh_text(LENGTHS, config.vocab_size)
-    begin = dict(zip(LENGTHS, np.cumsum([0, *LENGTHS]).tolist()))  # by length, all of which are different
-    order, size = config.token_order, max(config.token_order, *config.document_orders, 0) + 5
-    phrases = np.random.default_rng(1).integers(4, config.vocab_size, (5, size))
+# Targets of the documents. With batches of three, two tracks and two pauses the queue is
+# 300 250 60 | pause | 58 56 54 | pause | 52 50 48, 46 44 42 | 40 3 1, where a comma stands inside a round.
+LENGTHS = [56, 300, 44, 52, 250, 1, 60, 46, 3, 58, 54, 42, 50, 48, 40]
+LONG_LENGTHS = [70, 1040, 300, 2, 20, 35]
 
-    def put(phrase: np.ndarray, *places: tuple[int, int]) -> None:
-        for length, offset in places:
-            tokens[begin[length] + offset :][: len(phrase)] = phrase
 
-    end = phrases[3][:order]
-    put(phrases[0], (300, 20), (300, 200), (1040, 5), (1040, 700), (1040, 1000), (60, 1), (40, 10))
-    put(phrases[1], (56, 3), (60, 60 - size - 5))  # of these two, the one behind in the stream is scored first
-    put(phrases[2], (44, 3), (52, 25))  # of one round, on two tracks
-    put(end, (56, 56 - order), (44, 44 - order))  # the document behind each of them begins alike, too
-    put(phrases[4][:4], (300, 1), (52, 1))
-    offsets = {60: 60 - 6, 52: 25 + size - 1, 300: 200 + size - 1, 1040: 1000 + size - 1, 40: 10 + size - 1, 56: 30}
-    return Text(tokens, tuple(begin[length] + offset for length, offset in offsets.items()))
+Where = list[tuple[int, int]]  # (number of targets of a document, distance from its begin)
+
+
+def with_phrases(config: tg.Config, lengths: list[int], phrases: list[tuple[int, Where]], places: Where) -> Text:
+    """fresh_text of documents of different lengths, in which phrases come back: (size, where it begins) of each."""
+    tokens, dice = fresh_text(lengths, config.vocab_size), np.random.default_rng(1)
+    begin = dict(zip(lengths, np.cumsum([0, *lengths]).tolist()))
+    for size, where in phrases:
+        phrase = dice.integers(4, config.vocab_size, size)
+        for length, offset in where:
+            tokens[begin[length] + offset :][:size] = phrase
+    return Text(tokens, tuple(begin[length] + offset for length, offset in places))
+
+
+def longest_phrase(config: tg.Config) -> int:
+    """Tokens of a phrase in which hints of every order occur."""
+    return max(config.token_order, *config.document_orders, 0) + 5
+
+
+def short_text(config: tg.Config) -> Text:
+    """Documents of up to five contexts, in which phrases come back in the ways that a hint may or may not count."""
+    order, size = config.token_order, longest_phrase(config)
+    phrases = [
+        (size, [(300, 20), (250, 30), (60, 1), (40, 10)]),  # in documents of one batch, and in one of a later round
+        (size, [(56, 3), (60, 55 - size)]),  # the one that is behind in the stream is scored first
+        (size, [(44, 3), (52, 25)]),  # of one round, on two tracks
+        (order, [(56, 56 - order), (44, 44 - order)]),  # the ends of two documents, behind which two others begin alike
+        (4, [(300, 1), (52, 1)]),
+    ]
+    return with_phrases(config, LENGTHS, phrases, [(60, 54), (52, 24 + size), (40, 9 + size)])
+
+
+def long_text(config: tg.Config) -> Text:
+    """A document of 16 contexts with hints from itself, and some around it."""
+    size = longest_phrase(config)
+    phrases = [(size, [(1040, 5), (1040, 700), (1040, 1000), (300, 20), (300, 200), (35, 5)])]
+    return with_phrases(config, LONG_LENGTHS, phrases, [(1040, 999 + size), (35, 4 + size)])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -325,8 +345,8 @@ def causality(kind: str, subject: Subject, text: Text) -> Outcome:
             return Outcome(name, False, f"the distribution at token {t} moved by {difference:.3g} nats with that token")
         if moved := base.differing(other, np.flatnonzero(~later)):
             return Outcome(name, False, f"changing tokens from {t} on moved the earlier score of token {moved[0]}")
-    if kind == "ttt" and subject.by_document and subject.config.ngram_tilt_enabled and len(base.hinted) < 3:
-        return Outcome(name, False, f"{len(base.hinted)} of {len(text.places)} tokens had a hint: too few to see them")
+    if kind == "ttt" and subject.by_document and subject.config.ngram_tilt_enabled and not base.hinted:
+        return Outcome(name, False, f"none of {len(text.places)} tokens has a hint: nothing is seen of them")
     found = f"{len(text.places)} tokens, {len(base.hinted)} with a hint"
     return Outcome(name, True, f"{found}: distributions and earlier scores are bit-identical")
 
@@ -675,24 +695,29 @@ def probe_config(config: tg.Config) -> tg.Config:
     return dataclasses.replace(config, **sizes, ttt_chunk_steps=steps, compile="0", val_batch_tokens=64 * context)
 
 
+def few_ids() -> Text:
+    """Two documents over six ids, the second one longer than two contexts, and places without and with a hint."""
+    tokens = np.random.default_rng(3).integers(4, 10, 161)
+    tokens[132:161] = tokens[102:131]
+    tokens[[0, 31]] = tg.BOS_ID
+    return Text(tokens, (20, 150))
+
+
 def planned(subject: Subject) -> dict[str, Callable[[], Outcome]]:
     """Every probe that needs no files, by name."""
     config = subject.config
-    text, fresh = repeating_text(config), fresh_text(LENGTHS, config.vocab_size)
-    few = np.random.default_rng(3).integers(4, 10, 161)
-    few[132:161] = few[102:131]  # what comes back is hinted at
-    few[[0, 31]] = tg.BOS_ID  # the second document is longer than two contexts
-    without_longest = np.delete(text.tokens, document_of(as_validation(text.tokens)) == LENGTHS.index(max(LENGTHS)))
-    short = without_longest[: sum(LENGTHS[:4]) + 1]
+    short, long = short_text(config), long_text(config)
     probes: dict[str, Callable[[], Outcome]] = {}
     for kind in KINDS:
-        probes[f"causality, {kind}"] = functools.partial(causality, kind, subject, text)
-        probes[f"single_pass, {kind}"] = functools.partial(single_pass, kind, subject, text.tokens)
-        probes[f"context, {kind}"] = functools.partial(context, kind, subject, text.tokens)
-        probes[f"normalisation, {kind}"] = functools.partial(normalisation, kind, subject, Text(few, (20, 150)))
-        probes[f"ranks, {kind}"] = functools.partial(ranks, kind, subject, without_longest)
+        probes[f"causality, {kind}"] = functools.partial(causality, kind, subject, short)
+        probes[f"long causality, {kind}"] = functools.partial(causality, kind, subject, long)
+        probes[f"single_pass, {kind}"] = functools.partial(single_pass, kind, subject, long.tokens)
+        probes[f"context, {kind}"] = functools.partial(context, kind, subject, long.tokens)
+        probes[f"normalisation, {kind}"] = functools.partial(normalisation, kind, subject, few_ids())
+        probes[f"ranks, {kind}"] = functools.partial(ranks, kind, subject, short.tokens)
         if config.varlen_attn:  # else windows run across documents, and that is what they are there for
-            probes[f"isolation, {kind}"] = functools.partial(isolation, kind, subject, short)
+            probes[f"isolation, {kind}"] = functools.partial(isolation, kind, subject, short.tokens)
+    fresh = fresh_text(LONG_LENGTHS, config.vocab_size)
     probes["score_before_update"] = functools.partial(score_before_update, subject, fresh)
     if subject.by_document and config.varlen_attn:
         probes["fresh_start"] = functools.partial(fresh_start, subject)
