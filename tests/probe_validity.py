@@ -353,12 +353,12 @@ def causality(kind: str, subject: Subject, text: Text) -> Outcome:
 
 def normalisation(kind: str, subject: Subject, text: Text, most: int = 64) -> Outcome:
     """At each of the places, ids take the token's place, and are scored by the real path. All ids (or, in a vocabulary
-    of more than `most`, a sample) must get the nats that the forward pass gives them; all probabilities sum to 1."""
+    of more than `most`, a sample of an eighth as many) must get the nats that the forward pass gives them; all probabilities sum to 1."""
     name, size, worst, tokens = f"normalisation, {kind}", subject.config.vocab_size, 0.0, text.tokens
     documents = as_validation(tokens).documents
     base = trace(kind, subject, as_validation(tokens), text.places)
     others = np.setdiff1d(np.arange(size), [tg.BOS_ID])
-    ids = others if size <= most else np.random.default_rng(0).choice(others, most // 4, replace=False)
+    ids = others if size <= most else np.random.default_rng(0).choice(others, most // 8, replace=False)
     for t in text.places:
         if t not in base.priced:
             return Outcome(name, False, f"the score of token {t} is not what the forward pass returned")
@@ -429,22 +429,23 @@ def context(kind: str, subject: Subject, tokens: np.ndarray) -> Outcome:
         last = first + -(-(np.arange(count) + 1 - first).clip(min=0) // step) * step  # target of a full stretch
         begin_of[start + 1 : start + count + 1] = start + (last - length).clip(min=0)
     edges = [np.unique(begin_of[start + 1 : start + count + 1])[1:] for start, count in stretches.tolist()]
-    probed = [[e[0] for e in edges if len(e)], [e[0] - 1 for e in edges if len(e)]]
-    probed += [[e[-1] for e in edges if len(e)], [e[-1] - 1 for e in edges if len(e)]]
-    for places in filter(len, probed):
-        other = trace(kind, subject, as_validation(replaced(tokens, np.array(places), config.vocab_size)))
+    edges = [windows for windows in edges if len(windows)]
+    for before in (0, 1):  # the first begin and the token before the last one; the one before the first, and the last
+        places = np.unique([(windows[0] - before, windows[-1] - 1 + before) for windows in edges])
+        places = places[tokens[places] != tg.BOS_ID]
+        other = trace(kind, subject, as_validation(replaced(tokens, places, config.vocab_size)))
         moved, touched = np.zeros(len(tokens), bool), np.zeros(len(tokens), bool)
         moved[base.differing(other, np.arange(len(tokens)))] = True
-        for (start, count), place in zip((s for s, e in zip(stretches.tolist(), edges) if len(e)), places):
-            touched[place] = True  # the target itself
-            behind = np.arange(place + 1, start + count + 1)
-            touched[behind[begin_of[behind] <= place]] = True
+        touched[places] = True  # as targets
+        for start, count in stretches.tolist():
+            for place in places[(places > start) & (places < start + count)]:
+                behind = np.arange(place + 1, start + count + 1)
+                touched[behind[begin_of[behind] <= place]] = True
         if (moved & ~touched).any():
             odd = int(np.flatnonzero(moved & ~touched)[0])
             return Outcome(name, False, f"token {odd} depends on one before {begin_of[odd]}, where its window begins")
-        reached = np.unique(begin_of[touched & moved])
-        if missing := np.setdiff1d(begin_of[touched], reached).tolist():
-            return Outcome(name, False, f"the window from {missing[0]} on does not depend on its first tokens")
+        if missing := np.setdiff1d(begin_of[touched], begin_of[touched & moved]).tolist():
+            return Outcome(name, False, f"the window from {missing[0]} on does not depend on its first token")
     return Outcome(name, True, f"{sum(map(len, edges))} windows")
 
 
@@ -648,10 +649,10 @@ def run_settings(folder: Path) -> dict[str, str]:
     return {key: value for key, value in values.items() if key.lower() in tg.FIELDS}
 
 
-def artifact_alone(folder: Path, script: Path = ROOT / "train_gpt.py", places: Path = ROOT) -> Outcome:
-    """Scores the run's artifact in a new process that has the script, the artifact, the tokenizer and the validation
-    shards and nothing else; `places` is where the run's relative paths begin."""
-    settings, expected = run_settings(folder), json.loads((folder / "result.json").read_text())
+def score_alone(folder: Path, script: Path = ROOT / "train_gpt.py", places: Path = ROOT) -> float:
+    """val_bpb of the run's artifact in a new process that has the script, the artifact, the tokenizer and the validation
+    shards and nothing else; `places` is where the run's relative paths begin. Raises ChildProcessError."""
+    settings = run_settings(folder)
     config = tg.load_config(settings)[0]
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
@@ -671,11 +672,20 @@ def artifact_alone(folder: Path, script: Path = ROOT / "train_gpt.py", places: P
         result = home / "runs/alone/result.json"
         if done.returncode or not result.exists():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            return Outcome("artifact_alone", False, f"exit status {done.returncode}: {last}")
-        found = json.loads(result.read_text())
-    if found["val_bpb"] != expected["val_bpb"]:
-        return Outcome("artifact_alone", False, f"val_bpb {found['val_bpb']}, the run has {expected['val_bpb']}")
-    return Outcome("artifact_alone", True, f"val_bpb {found['val_bpb']:.8f} in a new process, bit-identical")
+            raise ChildProcessError(f"exit status {done.returncode}: {last}")
+        return json.loads(result.read_text())["val_bpb"]
+
+
+def artifact_alone(folder: Path, **where: Path) -> Outcome:
+    """A new process scores the run's artifact as the run has done: see score_alone."""
+    expected = json.loads((folder / "result.json").read_text())["val_bpb"]
+    try:
+        found = score_alone(folder, **where)
+    except ChildProcessError as error:
+        return Outcome("artifact_alone", False, str(error))
+    if found != expected:
+        return Outcome("artifact_alone", False, f"val_bpb {found}, the run has {expected}")
+    return Outcome("artifact_alone", True, f"val_bpb {found:.8f} in a new process, bit-identical")
 
 
 # ------------------------------------------------------------------------------------------------------------
