@@ -22,7 +22,7 @@ No two neighbours of the stream stand side by side a second time, so that a forw
 which positions it touches; then phrases are repeated, for hints to occur: inside documents, across documents that are
 scored before, side by side and after, and across the begins of documents. The longest document has more than 1,000
 targets and 16 contexts. Documents that are scored in one round of the queue count as scored at the same time: ranks
-score them side by side. Nothing is exempt.
+score them side by side. Only the begins of documents stay what they are, since documents are dealt by their lengths.
 tests/test_validity.py runs the probes at toy size and shows that each one fails on broken evaluators.
 Exit status: 0 all probes passed, 1 one failed, 2 the run cannot be read.
 """
@@ -291,8 +291,8 @@ def with_phrases(config: tg.Config, lengths: list[int], phrases: list[tuple[int,
 
 
 def longest_phrase(config: tg.Config) -> int:
-    """Tokens of a phrase in which hints of every order occur."""
-    return max(config.token_order, *config.document_orders, 0) + 5
+    """Tokens of a phrase in which hints of every order up to 16 occur; longer ones have no room in short documents."""
+    return min(max(config.token_order, *config.document_orders, 0), 16) + 5
 
 
 def short_text(config: tg.Config) -> Text:
@@ -475,7 +475,7 @@ def isolation(kind: str, subject: Subject, tokens: np.ndarray) -> Outcome:
     """Changing other documents leaves a document's scores bit-identical; scored alone it differs by rounding.
 
     For test-time training with all documents in one batch or chunk; what flows on from there is a matter of `causality`
-    and `fresh_start`. There, a document alone has other random adapters.
+    and `fresh_start`. It is not compared with a document alone, which has other random adapters.
     """
     name, validation = f"isolation, {kind}", as_validation(tokens)
     subject = subject.having(ttt_batch_size=1000, phased_ttt_prefix_docs=0, ttt_chunk_tokens=2**27, ttt_chunk_steps="")
@@ -500,7 +500,8 @@ def fresh_start(subject: Subject) -> Outcome:
     own: its hints and learnt boosts are a matter of itself.
     """
     chunk, vocab_size = subject.config.ttt_chunk_size, subject.config.vocab_size
-    lengths, own = range(2 * chunk, 2 * chunk - 10, -1), np.random.default_rng(2).permutation(np.arange(4, vocab_size))
+    lengths = [max(2 * chunk - i, chunk + 1) for i in range(10)]
+    own = np.random.default_rng(2).permutation(np.arange(4, vocab_size))
     documents = [np.append(tg.BOS_ID, np.tile(own[5 * i : 5 * i + 5], chunk)[: n - 1]) for i, n in enumerate(lengths)]
     tokens = np.append(np.concatenate(documents), own[-1])
     orders = dict(token_order=max(subject.config.token_order, 3))  # a context of BOS alone is in every document
@@ -590,7 +591,9 @@ def scores_of_ranks(
             raise
         return log.values
 
-    clock = types.SimpleNamespace(**vars(time) | dict(monotonic=lambda: float(passes[0] if here.rank == 0 else 0)))
+    clock = types.SimpleNamespace(
+        **vars(time) | dict(monotonic=lambda: float(passes[0] if getattr(here, "rank", 1) == 0 else 0))
+    )
     with (
         patched(tg.GPT, "forward", counted),
         patched(tg.Tally, "add", noted),
@@ -602,8 +605,8 @@ def scores_of_ranks(
 
 
 def ranks(kind: str, subject: Subject, tokens: np.ndarray) -> Outcome:
-    """Two ranks score what one rank scores. In test-time training by document they are short of time, and one rank
-    repeats the chunks that their governor has chosen, from its log."""
+    """Two ranks score what one rank scores. In test-time training by document they are short of time, and the one rank,
+    which has all the time, repeats the chunks that their governor has chosen, from its log."""
     name, validation = f"ranks, {kind}", as_validation(tokens)
     governed = kind == "ttt" and subject.by_document
     hurried = dict(max_wallclock_seconds=1.0, eval_max_seconds=1.0) if governed else {}

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -248,6 +249,10 @@ def adapters_kept(adapters: Any, kept: Any, seed: int) -> None:
             b.copy_(old)
 
 
+def drawn_by_clock(adapters: Any, kept: Any, seed: int) -> None:
+    BEGIN(adapters, kept, time.time_ns() % 2**32)
+
+
 def moments_kept(adapters: Any, kept: Any, seed: int) -> None:
     """The optimizer remembers the gradients of the documents before."""
     before = copy.deepcopy(adapters.optimizer.state_dict()["state"])
@@ -354,8 +359,14 @@ def own_clock(governor: tg.Governor, number: int) -> None:
     REACH(governor, number)
 
 
+def deaf_governor(governor: tg.Governor, number: int) -> None:
+    """EVAL_CHUNK_FACTORS changes nothing."""
+    governor.fixed = {}
+    REACH(governor, number)
+
+
 def forgetful_governor(governor: tg.Governor, number: int) -> None:
-    """The last decision is missing in the log."""
+    """The decisions are missing in the log."""
     REACH(governor, number)
     del governor.decisions[:]
 
@@ -401,6 +412,7 @@ FAULTS = {
         tg, "adapt_batch", learn_long_documents_first, "score_before_update", "learned from before its score"
     ),
     "a hundredth of the neighbours' adapters": Fault(tg.Adapters, "lora", neighbours, "isolation, ttt", "with others"),
+    "adapters drawn by the clock": Fault(tg.Adapters, "begin", drawn_by_clock, "isolation, ttt", "with others"),
     "adapters kept across batches": Fault(tg.Adapters, "begin", adapters_kept, "fresh_start", "off the bare weights"),
     "moments kept across batches": Fault(tg.Adapters, "begin", moments_kept, "fresh_start", "changed with others"),
     "a global phase on all documents": Fault(
@@ -432,6 +444,9 @@ FAULTS = {
     ),
     # what ranks agree on
     "a governor for each rank": Fault(tg.Governor, "reach", own_clock, "ranks, ttt", "nats off what one does"),
+    "a governor that repeats nothing": Fault(
+        tg.Governor, "reach", deaf_governor, "ranks, ttt", "nats off what one does"
+    ),
     "a governor that forgets": Fault(tg.Governor, "reach", forgetful_governor, "ranks, ttt", "does not log it"),
     "adapters drawn by rank": Fault(tg, "adapt_batch", drawn_by_rank, "ranks, ttt", "nats off what one does"),
 }
@@ -448,7 +463,7 @@ def test_planted_faults_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_illegal_order_is_caught() -> None:
-    """TTT_KIND=pre_eval_illegal, which exists to reproduce published figures and is called invalid by the run itself."""
+    """TTT_KIND=pre_eval_illegal, which exists to reproduce published figures; the run itself calls it invalid."""
     outcome = program("the illegal order")["score_before_update"]()
     assert not outcome.ok and "learned from before its score" in outcome.found, outcome
 
@@ -503,7 +518,7 @@ def test_an_evaluation_that_needs_more_than_the_artifact_fails(toy_run: Path, tm
 def test_command_line_says_what_it_cannot_probe(
     toy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder that is no run, and a vocabulary too small for a stream that repeats nothing: one line, exit status 2."""
+    """A folder that is no run, and a vocabulary too small for a stream without repetition: one line, exit status 2."""
     monkeypatch.setattr(probe, "LONG_LENGTHS", [70, 1900])
     for folder, said in ((tmp_path, "log.txt"), (toy_run, "VOCAB_SIZE=64: too few pairs")):
         assert probe.main(["--run", str(folder)]) == 2
