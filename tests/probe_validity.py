@@ -8,7 +8,7 @@ phases, chunks, hints and boosts) on a made-up token stream and looks at what is
 
     causality             a token, and all that is scored after it or at the same time elsewhere, may be anything: the
                           whole distribution at the token, tilted by its hint, and every score before it stay
-                          bit-identical
+                          bit-identical; in documents of all lengths, and (long causality) far inside one
     normalisation         every vocabulary id, BOS too, as the target, through the real path: probabilities sum to 1
     score_before_update   no weight update depends on a target whose score is not final
     single_pass           every target is scored exactly once, and the tally holds these nats, targets and bytes
@@ -320,7 +320,7 @@ def long_text(config: tg.Config) -> Text:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def causality(kind: str, subject: Subject, text: Text) -> Outcome:
+def causality(kind: str, subject: Subject, text: Text, name: str = "causality") -> Outcome:
     """At each of the places: nothing that is known there or was scored before depends on the token or on later ones.
 
     Later means further on in the stream; in test-time training by document further on in the own document, or in any
@@ -328,7 +328,7 @@ def causality(kind: str, subject: Subject, text: Text) -> Outcome:
     warm starts, hints) may flow from what was scored earlier to what is scored later (issue #1017), and in no other
     direction.
     """
-    name, tokens = f"causality, {kind}", text.tokens
+    name, tokens = f"{name}, {kind}", text.tokens
     validation, position = as_validation(tokens), np.arange(len(tokens))
     owner, base = document_of(validation), trace(kind, subject, validation, text.places)
     for t in text.places:
@@ -353,7 +353,8 @@ def causality(kind: str, subject: Subject, text: Text) -> Outcome:
 
 def normalisation(kind: str, subject: Subject, text: Text, most: int = 64) -> Outcome:
     """At each of the places, ids take the token's place, and are scored by the real path. All ids (or, in a vocabulary
-    of more than `most`, a sample of an eighth as many) must get the nats that the forward pass gives them; all probabilities sum to 1."""
+    of more than `most`, a sample of `most` / 8) must get the nats that the forward pass gives them; all probabilities
+    sum to 1."""
     name, size, worst, tokens = f"normalisation, {kind}", subject.config.vocab_size, 0.0, text.tokens
     documents = as_validation(tokens).documents
     base = trace(kind, subject, as_validation(tokens), text.places)
@@ -653,8 +654,8 @@ def run_settings(folder: Path) -> dict[str, str]:
 
 
 def score_alone(folder: Path, script: Path = ROOT / "train_gpt.py", places: Path = ROOT) -> float:
-    """val_bpb of the run's artifact in a new process that has the script, the artifact, the tokenizer and the validation
-    shards and nothing else; `places` is where the run's relative paths begin. Raises ChildProcessError."""
+    """val_bpb of the run's artifact in a new process that has the script, the artifact, the tokenizer and the
+    validation shards and nothing else; `places` is where the run's relative paths begin. Raises ChildProcessError."""
     settings = run_settings(folder)
     config = tg.load_config(settings)[0]
     with tempfile.TemporaryDirectory() as scratch:
@@ -723,7 +724,7 @@ def planned(subject: Subject) -> dict[str, Callable[[], Outcome]]:
     probes: dict[str, Callable[[], Outcome]] = {}
     for kind in KINDS:
         probes[f"causality, {kind}"] = functools.partial(causality, kind, subject, short)
-        probes[f"long causality, {kind}"] = functools.partial(causality, kind, subject, long)
+        probes[f"long causality, {kind}"] = functools.partial(causality, kind, subject, long, "long causality")
         probes[f"single_pass, {kind}"] = functools.partial(single_pass, kind, subject, long.tokens)
         probes[f"context, {kind}"] = functools.partial(context, kind, subject, long.tokens)
         probes[f"normalisation, {kind}"] = functools.partial(normalisation, kind, subject, few_ids())

@@ -458,7 +458,7 @@ def test_planted_faults_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(tg.Tally, "learn_from", lambda *_: None)  # the script's own ledger notices some of them
     monkeypatch.setattr(fault.owner, fault.name, fault.wrong)
     outcome = program(fault.mode)[fault.probe]()
-    assert not outcome.ok and fault.found in outcome.found, outcome
+    assert outcome.probe == fault.probe and not outcome.ok and fault.found in outcome.found, outcome
 
 
 def test_the_illegal_order_is_caught() -> None:
