@@ -305,7 +305,8 @@ def short_text(config: tg.Config) -> Text:
         (order, [(56, 56 - order), (44, 44 - order)]),  # the ends of two documents, behind which two others begin alike
         (4, [(300, 1), (52, 1)]),
     ]
-    return with_phrases(config, LENGTHS, phrases, [(60, 54), (52, 24 + size), (40, 9 + size)])
+    places = [(60, 54), (44, 2 + size), (52, 24 + size), (40, 9 + size)]
+    return with_phrases(config, LENGTHS, phrases, places)
 
 
 def long_text(config: tg.Config) -> Text:

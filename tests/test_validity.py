@@ -305,6 +305,12 @@ def from_the_round(tokens: np.ndarray, document: np.ndarray, turn: np.ndarray, *
     return REAL["hint_table"](tokens, document, turn * len(tokens) + document, *rest)
 
 
+def from_the_queue(evaluation: tg.Evaluation, queue: list[np.ndarray]) -> torch.Tensor:
+    """A hint counts every batch before its own in the queue, also one that another rank may be scoring."""
+    with probe.patched(tg, "TTT_TRACKS", 1):
+        return REAL["stream_hints"](evaluation, queue)
+
+
 def from_the_stream(tokens: np.ndarray, document: np.ndarray, turn: np.ndarray, *rest: Any) -> torch.Tensor:
     """A hint counts what stands before it in the stream, be it scored or not."""
     return REAL["hint_table"](tokens, document, document, *rest)
@@ -429,6 +435,7 @@ FAULTS = {
         tg, "token_hints", gate_on_the_target, "long causality, ttt", "moved", "hints"
     ),
     "hints from the same round": Fault(tg, "hint_table", from_the_round, "causality, ttt", "moved", "hints"),
+    "hints in queue order": Fault(tg, "stream_hints", from_the_queue, "causality, ttt", "moved", "hints"),
     "hints in stream order": Fault(tg, "hint_table", from_the_stream, "causality, ttt", "moved", "hints"),
     "contexts across begins": Fault(tg, "hint_table", across_begins, "causality, ttt", "earlier score", "hints"),
     "boosts taught by the own chunk": Fault(
