@@ -312,8 +312,9 @@ def short_text(config: tg.Config) -> Text:
 def long_text(config: tg.Config) -> Text:
     """A document of 16 contexts with hints from itself, and some around it."""
     size = longest_phrase(config)
-    phrases = [(size, [(1040, 5), (1040, 700), (1040, 1000), (300, 20), (300, 200), (35, 5)])]
-    return with_phrases(config, LONG_LENGTHS, phrases, [(1040, 999 + size), (35, 4 + size)])
+    where = [(1040, 5), (1040, 5 + size), (1040, 700), (1040, 1000), (300, 20), (300, 200), (70, 1), (70, 34), (35, 5)]
+    places = [(1040, 999 + size), (70, 33 + size), (35, 4 + size)]
+    return with_phrases(config, LONG_LENGTHS, [(size, where)], places)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -705,9 +706,10 @@ def probe_config(config: tg.Config) -> tg.Config:
     sizes = dict(eval_seq_len=context, eval_stride=min(config.eval_stride, 16), ttt_eval_seq_len=context)
     sizes |= dict(ttt_chunk_size=chunk, ttt_batch_size=3, phased_ttt_prefix_docs=6, phased_ttt_num_phases=2)
     sizes |= dict(ttt_chunk_tokens=256, ttt_batch_seqs=1, token_order=min(config.token_order, 16))
+    sizes |= dict(val_batch_tokens=min(config.val_batch_tokens, 64 * context))
     sizes |= dict(eval_max_seconds=0.0, global_ttt_chunk_tokens=4 * context)  # no clock decides about chunks
     steps = ",".join(f"{64 * (i + 1)}:{min(step, chunk)}" for i, (_, step) in enumerate(config.chunk_steps))
-    return dataclasses.replace(config, **sizes, ttt_chunk_steps=steps, compile="0", val_batch_tokens=64 * context)
+    return dataclasses.replace(config, **sizes, ttt_chunk_steps=steps, compile="0")
 
 
 def few_ids() -> Text:

@@ -40,6 +40,7 @@ MODES = {
     "hints": SMALL | TILT,
     "gates, loops and lanes": dict(),
     "short documents in shorter chunks": SMALL | TILT | dict(TTT_CHUNK_STEPS="16:8,64:16"),
+    "batches in parts": SMALL | TILT | dict(VAL_BATCH_TOKENS=512),  # of two documents
     "chunks of the stream": SMALL | CHUNKS,
     "chunks of a plain stream": SMALL | CHUNKS | dict(CHUNK_TTT_OPTIMIZER="adamw", TTT_LR=0.002, VARLEN_ATTN=0),
     "the illegal order": SMALL | CHUNKS | dict(TTT_KIND="pre_eval_illegal"),
@@ -68,6 +69,7 @@ def test_the_program_passes(name: str) -> None:
         ("gates, loops and lanes", "isolation, ttt"),
         ("short documents in shorter chunks", "causality, ttt"),
         ("short documents in shorter chunks", "ranks, ttt"),
+        ("batches in parts", "long causality, ttt"),
         ("chunks of the stream", "causality, ttt"),
         ("chunks of the stream", "score_before_update"),
         ("chunks of the stream", "isolation, ttt"),
@@ -334,6 +336,11 @@ def taught_by_the_own_chunk(boosts: tg.Boosts, nll: torch.Tensor, *rest: torch.T
     return BOOST(boosts, nll, *rest) + (0.1 * nll[known].mean() if nll.dim() > 1 and known.any() else 0.0)
 
 
+def of_another_part(boosts: tg.Boosts, nll: torch.Tensor, documents: torch.Tensor, sources: torch.Tensor) -> Any:
+    """The first documents of every part of a batch get the boosts of the batch's first ones."""
+    return BOOST(boosts, nll, documents - documents.min() if nll.dim() > 1 else documents, sources)
+
+
 def taught_by_the_batch(boosts: tg.Boosts, *rest: torch.Tensor) -> None:
     """The documents of a batch learn their boosts together."""
     TEACH(boosts, *rest)
@@ -443,6 +450,9 @@ FAULTS = {
     ),
     "boosts taught by the batch": Fault(
         tg.Boosts, "update", taught_by_the_batch, "long causality, ttt", "earlier score", "hints"
+    ),
+    "boosts of another part": Fault(
+        tg.Boosts, "boost", of_another_part, "long causality, ttt", "moved", "batches in parts"
     ),
     "boosts kept across batches": Fault(tg.Boosts, "__init__", boosts_kept, "fresh_start", "with others", "hints"),
     "a prior from the stream": Fault(
