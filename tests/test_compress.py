@@ -324,15 +324,6 @@ def test_artifact_of_another_configuration_is_refused_naming_the_settings(toy: Q
     tg.load_artifact(toy.path, others)
 
 
-def test_artifact_with_marker_pairs_is_refused_without_them(toy: Quantised, tmp_path: Path) -> None:
-    """The same weights mean another model without MARKER_PAIR_MODE, so the file knows."""
-    config, path = dataclasses.replace(toy.config, marker_pair_mode=True), tmp_path / "fused.bin"
-    tg.save_artifact(path, toy.stored, config)
-    assert tg.load_artifact(path, config).keys() == tg.load_artifact(toy.path, toy.config).keys()
-    with pytest.raises(tg.UserError, match="MARKER_PAIR_MODE=1 .*now 0"):
-        tg.load_artifact(path, toy.config)
-
-
 BASES = [  # toy settings under which a change may show, and the wiring that they exclude
     (dict(ROPE_TRAIN_SEQ_LEN=16, BIGRAM_VOCAB_SIZE=9), "PARALLEL_RESIDUAL_START"),
     (dict(PARALLEL_START_LAYER=0, PARALLEL_RESIDUAL_START=2, ATTN_GATE="sparse"), "PARALLEL_START_LAYER"),
@@ -342,9 +333,9 @@ FORWARD = dict(
     NUM_LOOPS=2, LOOP_START=0, LOOP_END=1, PARALLEL_START_LAYER=4, PARALLEL_RESIDUAL_START=1, LEAKY_RELU_SQ_SLOPE=0.3,
     LN_SCALE=0, ATTN_GATE="two_sigma", SPARSE_ATTN_GATE_SCALE=0.5, MLP_GATE_OUT=0, SMEAR_GATE_ENABLED=0,
     SMEAR_GATE_POS="post_norm", SMEAR_PERDIM_ENABLED=1, BIGRAM_VOCAB_SIZE=8, BIGRAM_DIM=16, SKIP_GATES_ENABLED=0,
-    MARKER_PAIR_MODE=1,
 )  # fmt: skip
 NOT_FORWARD = dict(
+    MARKER_PAIR_MODE=1,
     EVAL_SEQ_LEN=16, QK_GAIN_INIT=1, MLP_GATE_BIAS=0, INIT_SCHEME="default", RESID_SCALE_DEPTH_INIT=1,
     GATED_ATTN_INIT_STD=1, TIED_EMBED_INIT_STD=1, ENABLE_LOOPING_AT=0, VARLEN_ATTN=0, LOADER="coprime",
 )  # fmt: skip
