@@ -11,7 +11,7 @@ Usage: ./run.sh                        train, quantise and score on whatever thi
        ./run.sh --help                 this text
 
 Makes a virtual environment in .venv, installs the pinned requirements, builds the embedded corpus, and starts
-train_gpt.py: with torchrun and one process per GPU, or as two processes that share the cores where there is no GPU.
+train_gpt.py: with torchrun and one process per GPU, or as one process that uses all cores where there is no GPU.
 
 The environment is passed through. What people set most:
   PRESET   frontier, default, tiny, or a published system: baseline, pr489, fork5, fork5_twin, fork5_10l, pr1880,
@@ -22,9 +22,8 @@ The environment is passed through. What people set most:
   STAGES   train,quantize,evaluate or a part of it; describe prints sizes and needs no data; check
            tries what the stages will need and writes nothing
   any other setting of train_gpt.py, for example ITERATIONS=50
-And for this script: NPROC (processes; default one per GPU, or two), PYTHON (python3), VENV (.venv). VENV=none makes and
-installs nothing: PYTHON runs everything with the packages that it has, such as a PyTorch that fits the driver, or
-FlashAttention.
+And for this script: NPROC (processes; default one per GPU), PYTHON (python3), VENV (.venv). VENV=none makes and installs
+nothing: PYTHON runs everything with the packages that it has, such as a PyTorch that fits the driver, or FlashAttention.
 CUDA_VISIBLE_DEVICES= (empty) keeps a run on the CPU.
 TEXT
 }
@@ -55,29 +54,6 @@ die_without_gpus() {
     die "found $found GPU(s) with driver $driver, but $1" "${advice[@]}" \
         "With VENV=none PYTHON=/path/to/python, what is installed there is used, FlashAttention included." \
         "With an empty CUDA_VISIBLE_DEVICES= the run stays on the CPU."
-}
-
-# The exit status of process $1, waited for also through signals, which end a `wait` early.
-ended() {
-    local code
-    while code=0 && { wait "$1" || code=$?; } && kill -0 "$1" 2> /dev/null; do :; done
-    return "$code"
-}
-
-# Runs train_gpt.py as $processes processes that share this machine's cores. torchrun would do, but prints a report of
-# twenty lines below each message of train_gpt.py. A signal ends all of them; the status is that of the first one.
-run_on_cores() {
-    local started=() rank status=0
-    export WORLD_SIZE=$processes LOCAL_WORLD_SIZE=$processes MASTER_ADDR=127.0.0.1 MASTER_PORT=$port
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
-    for ((rank = 0; rank < processes; rank++)); do
-        RANK=$rank LOCAL_RANK=$rank "$python" train_gpt.py &
-        started+=($!)
-    done
-    trap 'kill -TERM "${started[@]}" 2> /dev/null || :' TERM INT
-    ended "${started[0]}" || status=$?
-    for rank in "${started[@]:1}"; do ended "$rank" || :; done
-    exit "$status"
 }
 
 caller=$PWD
@@ -133,11 +109,9 @@ if [ "${1:-}" = test ]; then
 fi
 
 # Not device_count alone: it asks the driver, and counts GPUs that this PyTorch cannot use.
-torch=$("$python" -c 'import torch, socket
-port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
-gpus = torch.cuda.is_available() * torch.cuda.device_count()
-print(gpus, torch.__version__, torch.version.cuda, torch.get_num_threads(), port)')
-read -r gpus version cuda cores port <<< "$torch"
+torch=$("$python" -c 'import torch
+print(torch.cuda.is_available() * torch.cuda.device_count(), torch.__version__, torch.version.cuda)')
+read -r gpus version cuda <<< "$torch"
 if [ "$found" -gt 0 ] && [ "$gpus" -eq 0 ]; then
     case "$cuda" in
         None) die_without_gpus "PyTorch $version is a build without CUDA" ;;
@@ -164,11 +138,7 @@ if [ -z "${PRESET:-}" ]; then
 fi
 if [ "$PRESET" = tiny ] && [ "${1:-}" != --text ] && [ "${STAGES:-}" != describe ]; then "$python" data/embedded.py; fi
 
-# On a CPU two processes with half of the cores each are a quarter faster than one with all of them: small operations
-# hardly run faster on more cores.
-alone=1
-[ "$gpus" -gt 0 ] || [ "$cores" -lt 2 ] || case "${STAGES:-}" in describe | check) ;; *) alone=2 ;; esac
-processes=${NPROC:-$((gpus > 0 ? gpus : alone))}
+processes=${NPROC:-$((gpus > 0 ? gpus : 1))}
+if [ "$gpus" -eq 0 ] && [ "$processes" -gt 1 ]; then export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; fi
 if [ "$processes" -eq 1 ]; then exec "$python" train_gpt.py; fi
-if [ "$gpus" -eq 0 ]; then run_on_cores; fi
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$processes" train_gpt.py

@@ -447,7 +447,7 @@ PRESETS["frontier"] = PRESETS["pr2158"] | dict(
 # where the published ones assume thousands of steps: the average spans 6 % of the steps, the momentum ramp 30 %.
 PRESETS["tiny"] = dict(
     data_path="./data/datasets/embedded_sp1024", tokenizer_path="./data/tokenizers/embedded_1024_bpe.model",
-    vocab_size=1024, model_dim=128, num_heads=4, num_kv_heads=2, train_batch_tokens=1024, row_tokens=512,
+    vocab_size=1024, model_dim=128, num_heads=4, num_kv_heads=2, train_batch_tokens=1024, row_tokens=1024,
     train_seq_len=256, eval_seq_len=256, val_batch_tokens=65_536, iterations=560, max_wallclock_seconds=0.0,
     warmup_steps=0, train_log_every=20, muon_momentum_warmup_steps=170, ema_decay=0.96, gptq_calibration_batches=16,
     sliding_window_enabled=True, ttt_eval_seq_len=256, ttt_chunk_size=64, ttt_batch_size=8, ttt_lora_rank=16,

@@ -4,10 +4,8 @@ import dataclasses
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,20 +21,13 @@ case "$*" in
     "-c import torch"*) echo "$TORCH" ;;
     -c*) ;;
     "-m venv"*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; echo "$*" >> "$CALLS" ;;
-    *) echo "$*" >> "$CALLS"
-       if [ -n "$RANK" ]; then
-           echo "$RANK of $WORLD_SIZE, $OMP_NUM_THREADS thread(s), $MASTER_ADDR:$MASTER_PORT" >> "$RANKS"
-           trap 'echo "rank $RANK stopped" >> "$RANKS"; exit 143' TERM
-           for _ in $(seq "${WORK:-0}"); do sleep 0.05; done
-           exit $((RANK == 0 ? ${STATUS:-0} : 9))
-       fi ;;
+    *) echo "$*" >> "$CALLS" ;;
 esac
 """
 NVIDIA_SMI = '#!/bin/sh\n[ -n "$DRIVER" ] || exit 9\nprintf "$DRIVER\\n$DRIVER\\n"\n'
-JOB = ["data/embedded.py", "train_gpt.py", "train_gpt.py"]  # PRESET=tiny as two processes
+JOB = ["data/embedded.py", "train_gpt.py"]  # PRESET=tiny as one process
 WHEEL = ".venv/bin/python -m pip install torch==2.11.0 --index-url https://download.pytorch.org/whl/cu128"
-CPU = "0 2.13.0+cpu None 4 4711"  # usable GPUs, PyTorch, its CUDA, its threads, a free port
-CUDA_12, CUDA_13 = "2.11.0+cu128 12.8 4 4711", "2.13.0 13.0 4 4711"  # without the number of GPUs
+CPU, CUDA_12, CUDA_13 = "0 2.13.0+cpu None", "2.11.0+cu128 12.8", "2.13.0 13.0"  # usable GPUs (or not yet), versions
 
 
 @dataclasses.dataclass
@@ -67,7 +58,7 @@ class Machine:
         calls = self.folder / "calls"
         calls.unlink(missing_ok=True)
         ours = dict(PATH=f"{self.folder}:/usr/bin:/bin", CALLS=str(calls), VENV=str(self.folder / "new"), TORCH=CPU)
-        env = ours | dict(RANKS=str(self.folder / "ranks")) | env
+        env = ours | env
         done = subprocess.run([str(ROOT / "run.sh"), *words], env=env, capture_output=True, text=True, check=False)
         return done, calls.read_text().splitlines() if calls.exists() else []
 
@@ -77,44 +68,14 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_without_gpus_two_processes_train_tiny(machine: Machine) -> None:
-    """A laptop: environment, packages, corpus, then PRESET=tiny in two processes that share the cores."""
+def test_without_gpus_one_process_trains_tiny(machine: Machine) -> None:
+    """A laptop: environment, packages, corpus, then PRESET=tiny."""
     done, calls = machine.run()
     assert done.returncode == 0 and done.stdout == "run.sh: 0 GPU(s), PRESET=tiny\n" and not done.stderr
     installs = [call for call in calls if "pip install" in call]
-    assert calls[0] == f"-m venv {machine.folder}/new" and calls[-3:] == JOB
+    assert calls[0] == f"-m venv {machine.folder}/new" and calls[-2:] == JOB
     assert installs[0].endswith("-r requirements.txt")
-    ranks = (machine.folder / "ranks").read_text().splitlines()
-    assert sorted(ranks) == [f"{rank} of 2, 2 thread(s), 127.0.0.1:4711" for rank in (0, 1)]
     assert machine.run()[1] == JOB  # the second time everything is in place
-
-
-@pytest.mark.parametrize(
-    "env, processes",
-    [({"NPROC": "1"}, 1), ({"NPROC": "3"}, 3), ({"TORCH": "0 2 None 1 4711"}, 1), ({"STAGES": "check"}, 1)],
-)
-def test_processes_on_a_cpu(machine: Machine, env: dict[str, str], processes: int) -> None:
-    """NPROC says how many; one where there is one core, and for what needs no more."""
-    done, calls = machine.run(VENV=machine.ready(), PRESET="default", **env)
-    assert done.returncode == 0 and calls == ["train_gpt.py"] * processes
-
-
-def test_the_status_is_that_of_the_first_process(machine: Machine) -> None:
-    assert machine.run(VENV=machine.ready(), STATUS="2")[0].returncode == 2
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_all_processes(machine: Machine, number: signal.Signals) -> None:
-    """run.sh waits until both have ended in their own way."""
-    ranks = machine.folder / "ranks"
-    env = dict(PATH=f"{machine.folder}:/usr/bin:/bin", CALLS=os.devnull, VENV=machine.ready(), TORCH=CPU)
-    with subprocess.Popen([str(ROOT / "run.sh")], env=env | dict(RANKS=str(ranks), WORK="200")) as process:
-        while not ranks.exists() or ranks.read_text().count("thread") < 2:
-            time.sleep(0.05)
-        time.sleep(0.2)
-        process.send_signal(number)
-        assert process.wait(20) == 143
-    assert sorted(ranks.read_text().splitlines()[2:]) == ["rank 0 stopped", "rank 1 stopped"]
 
 
 @pytest.mark.parametrize("pytorch, driver", [(f"2 {CUDA_13}", "580.65.06"), (f"2 {CUDA_12}", "570.124.06")])
@@ -180,7 +141,7 @@ def test_venv_none_uses_what_is_installed(machine: Machine) -> None:
     machine.program("python3", "#!/bin/sh\nexit 1\n")
     done, calls = machine.run(VENV="none", PYTHON=str(machine.folder / "other"), TORCH=f"2 {CUDA_12}", DRIVER="570.1")
     assert done.returncode == 0 and calls[-1].startswith("-m torch.distributed.run")
-    assert set(machine.folder.iterdir()) - set(before) == {machine.folder / name for name in ("other", "calls", "ranks")}
+    assert set(machine.folder.iterdir()) - set(before) == {machine.folder / "other", machine.folder / "calls"}
 
 
 def test_venv_none_names_what_is_missing(machine: Machine) -> None:
