@@ -123,6 +123,11 @@ def setting(
     return dataclasses.field(default=default, metadata=dict(stage=stage, low=low, high=high, choices=choices))
 
 
+def number_pairs(text: str) -> list[tuple[int, int]]:
+    """`256:12,1024:24` as pairs of numbers; ValueError for other text."""
+    return [(int(a), int(b)) for a, b in (pair.split(":") for pair in text.replace(" ", "").split(",") if pair)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """All settings of a run. The defaults are PR #1941 plus the BOS-masked SmearGate of PR #1855."""
@@ -344,9 +349,7 @@ class Config:
     @property
     def chunk_factors(self) -> dict[int, int]:
         """Round -> factor of chunks from there on; ValueError for anything else in EVAL_CHUNK_FACTORS."""
-        pairs = [
-            tuple(map(int, pair.split(":"))) for pair in self.eval_chunk_factors.replace(" ", "").split(",") if pair
-        ]
+        pairs = number_pairs(self.eval_chunk_factors)
         factors = dict(pairs)
         if len(factors) < len(pairs) or not all(number >= 0 and factor >= 1 for number, factor in pairs):
             raise ValueError(pairs)
@@ -355,7 +358,7 @@ class Config:
     @property
     def chunk_steps(self) -> list[tuple[int, int]]:
         """(longest document, its chunk), both in targets; ValueError for anything else in TTT_CHUNK_STEPS."""
-        steps = [tuple(map(int, step.split(":"))) for step in self.ttt_chunk_steps.replace(" ", "").split(",") if step]
+        steps = number_pairs(self.ttt_chunk_steps)
         limits = [limit for limit, _ in steps]
         if limits != sorted({*limits}) or min((number for step in steps for number in step), default=1) < 1:
             raise ValueError(steps)
@@ -508,7 +511,7 @@ NAMES |= dict.fromkeys(
 )
 # Of these only the built-in value is accepted. MATRIX_CLIP_SIGMAS is for the matrices of the ATTN and MLP clips.
 NAMES |= {key: Name(built_in=value) for key, value in dict(
-    AGREE_ADD_BOOST="0", ALIAS_PREV_SMEAR_SCALE="0", ATTN_OUT_GATE_SRC="proj", AWQ_LITE_ENABLED="0",
+    AGREE_ADD_BOOST="0", ALIAS_PREV_SMEAR_SCALE="1", ATTN_OUT_GATE_SRC="proj", AWQ_LITE_ENABLED="0",
     EMBEDDING_DIM="512", EVAL_INCLUDE_TAIL="1",
     GLOBAL_TTT_EPOCHS="1", GLOBAL_TTT_OPTIMIZER="sgd", GLOBAL_TTT_RESPECT_DOC_BOUNDARIES="1",
     GLOBAL_TTT_WARMUP_CHUNKS="0", LATE_QAT="0", LOGIT_RESCALE_MODE="tanh", LQER_ASYM_ENABLED="1",
@@ -2599,8 +2602,7 @@ class GPT(nn.Module):
         return e
 
     def smear(self, e: Tensor, inputs: Tensor, positions: Tensor) -> Tensor:
-        """Adds the embedding of the token before, as far as a gate on the own one says; not to a BOS (#1667, #1855),
-        nor of a fused marker (#2109)."""
+        """Adds the embedding of the token before, as far as a gate on the own one says; not to a BOS (#1667, #1855)."""
         window = F.linear(e[..., : self.config.gate_window], self.smear_gate_w.to(e.dtype)).float()
         gate = torch.sigmoid(window) * self.smear_lambda * (inputs != BOS_ID).unsqueeze(-1)  # (B, T, 1)
         return e + gate.to(e.dtype) * previous(e, positions)
@@ -3237,6 +3239,21 @@ def run_starts(*keys: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(np.where(first, np.arange(len(first)), 0))
 
 
+def leaders(
+    start: np.ndarray, count: np.ndarray, least: np.ndarray, first: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each element, from the elements before it in its run: which one has raised the largest count last, and to how
+    much. A run begins with the leader `first` and its count `least`; all (n,), `start` as from run_starts.
+
+    Example, one run with least 0 and first -1: counts 1 1 2 1 3 have the leaders -1 0 0 2 2 with counts 0 1 1 2 2.
+    """
+    index, scale = np.arange(len(count)), len(count) + 1  # one run's heights stay below the next one's
+    height = np.maximum.accumulate(start * scale + np.maximum(count, least))
+    before = np.where(index > start, np.append(0, height[:-1]) - start * scale, least)
+    last = np.append(-1, np.maximum.accumulate(np.where(count > before, index, -1))[:-1])
+    return np.where(last >= start, last, first), before
+
+
 def token_hints(
     ids: np.ndarray, document: np.ndarray, turn: np.ndarray, order: int, threshold: float
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -3249,8 +3266,8 @@ def token_hints(
     counts is what came earlier in the target's own document, and documents of earlier turns, in the order of turns.
 
     A table is never built. Occurrences are sorted by context, then time; counts are places in runs of equal ones, and
-    leaders are running maxima. First as if each occurrence saw all before it: that is right at the begin of a turn.
-    Then once more inside each document, from the state at the begin of its turn on.
+    leaders are running maxima (`leaders`). First as if each occurrence saw all before it: that is right at the begin of
+    a turn. Then once more inside each document, from the state at the begin of its turn on.
     """
     length, share = order - 1, Fraction(str(threshold)).limit_denominator()
     assert order >= 2, order
@@ -3274,16 +3291,8 @@ def token_hints(
 
     first, in_turn, in_document = run_starts(context), run_starts(context, turn), run_starts(context, document)
     contexts = in_turn - first + index - in_document  # occurrences of the context that count
-    scale = len(begin) + 1  # one run's heights stay below the next one's
-    height = first * scale + seen_by_all
-    leads = height > np.append(-1, np.maximum.accumulate(height)[:-1])
-    leader = np.maximum.accumulate(np.where(leads, index, 0))
-    earlier = np.where(in_turn > first, leader[in_turn - 1], -1)  # the leader at the begin of the turn
-    lead = np.where(earlier >= 0, seen_by_all[earlier], 0)
-    height = np.maximum.accumulate(in_document * scale + np.maximum(seen, lead))
-    before = np.where(index > in_document, np.append(0, height[:-1]) - in_document * scale, lead)
-    last = np.append(-1, np.maximum.accumulate(np.where(seen > before, index, -1))[:-1])
-    leader = np.where(last >= in_document, last, earlier)
+    leader, before = leaders(first, seen_by_all, np.zeros_like(index), np.full_like(index, -1))
+    leader, before = leaders(in_document, seen, before[in_turn], leader[in_turn])
     sure = (contexts > 0) & (share.denominator * before >= share.numerator * contexts)
     positions, hints = target[sure], target[leader[sure]]
     ascending = np.argsort(positions)
@@ -3390,8 +3399,7 @@ class Boosts:
     """
 
     def __init__(self, config: Config, model: GPT, documents: int):
-        first = [[config.token_boost, 0.0]]
-        first = model.hint_prior.tolist() + first if config.document_orders else first
+        first = [*(model.hint_prior.tolist() if config.document_orders else []), [config.token_boost, 0.0]]
         self.sources = len(first)
         self.weights = torch.tensor(first, dtype=torch.float64).repeat(documents, 1, 1)  # (documents, sources, 2)
         curvature = PRIOR_HINTS * torch.eye(2, dtype=torch.float64)
@@ -3688,18 +3696,23 @@ class Trainer:
             return {}
         seen = [(torch.zeros(0), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool))]
         for row in self.deal(range(first, first + config.gptq_calibration_batches)):
-            hinted, sources = row_hints(row, config).unbind(-1)
-            several = [row.targets, move(hinted.clamp(min=0)[None], self.run.device)]
-            ids = torch.stack(several, -1) if orders else row.targets
-            nll = self.model(row.inputs, ids, self.plans[True], row.segments, taps=taps)
             if orders:
-                known = hinted >= 0
-                seen.append((nll[0, :, 1].cpu()[known], sources[known], (hinted == row.targets[0].cpu())[known]))
+                seen.append(self.priced_hints(row, taps))
+            else:
+                self.model(row.inputs, row.targets, self.plans[True], row.segments, taps=taps)
         if orders:
             prior = fit_boosts(*map(torch.cat, zip(*seen)), len(orders), self.run)
             self.model.hint_prior.copy_(prior)
             self.log("hint_prior", **{f"order_{order}": w for order, w in zip(orders, prior.tolist())})
         return {key: self.run.sum_(hessian) for key, hessian in taps.hessians.items()} if taps else {}
+
+    def priced_hints(self, row: Row, taps: Taps | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The hints of a row, (n,) each: their nats, their sources, and whether they came true. For fit_boosts."""
+        hinted, sources = row_hints(row, self.config).unbind(-1)
+        ids = torch.stack([row.targets, move(hinted.clamp(min=0)[None], self.run.device)], -1)
+        nll = self.model(row.inputs, ids, self.plans[True], row.segments, taps=taps)[0, :, 1].cpu()
+        known = hinted >= 0
+        return nll[known], sources[known], (hinted == row.targets[0].cpu())[known]
 
     def taps(self) -> Taps:
         """Zeros for every Hessian, also on a rank without rows."""
