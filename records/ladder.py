@@ -63,8 +63,9 @@ from records.paired import (
     with_deviation,
 )
 
-SMALL_DIM = 128  # width of every run; a preset of this width, such as tiny, keeps its sizes
-WIDTH, LENGTH = 4, 8  # by what widths and lengths of the published systems are divided
+SMALL_DIM = 128  # width of every run unless --width; a preset of this width, such as tiny, keeps its sizes
+LENGTH = 8  # by what lengths of the published systems are divided
+HEADS = 2  # by what the number of heads is divided, at every width
 BATCH_TOKENS, ROW_TOKENS = 1024, 512  # targets of a step; a row holds the longest sequence, 4096 / LENGTH
 MOST_CALIBRATION_ROWS = 32
 CHALLENGE_DOCUMENTS = variants.VAL_DOCUMENTS
@@ -120,6 +121,7 @@ class Scale:
     steps: int  # optimizer steps in this budget: measured, or given
     val_documents: int
     val_tokens: int
+    width: int = SMALL_DIM
 
 
 def scaled(preset: tg.Config, scale: Scale) -> dict[str, str]:
@@ -132,7 +134,7 @@ def scaled(preset: tg.Config, scale: Scale) -> dict[str, str]:
     """
     settings = schedule(preset, scale) | averaging(preset, scale)
     if preset.model_dim > SMALL_DIM:
-        settings |= widths(preset) | lengths(preset)
+        settings |= widths(preset, scale.width) | lengths(preset)
         if preset.ttt_enabled:
             chunked = preset.ttt_kind != "lora_phased"
             settings |= chunk_learning(preset, scale) if chunked else document_learning(preset, scale)
@@ -162,18 +164,20 @@ def published_steps(preset: tg.Config) -> int:
     return preset.iterations
 
 
-def widths(preset: tg.Config) -> dict[str, int | str]:
-    """A quarter of the width, as half the heads of half the size; what is measured in channels follows."""
+def widths(preset: tg.Config, width: int) -> dict[str, int | str]:
+    """Sizes at `width` channels, in half the heads; what is measured in channels follows in proportion."""
+    head = width * HEADS // preset.num_heads
     sizes: dict[str, int | str] = {
-        "MODEL_DIM": preset.model_dim // WIDTH,
-        "NUM_HEADS": preset.num_heads // 2,
-        "NUM_KV_HEADS": preset.num_kv_heads // 2,
-        "ROPE_DIMS": preset.rope_dims // 2,  # the same share of a head
+        "MODEL_DIM": width,
+        "NUM_HEADS": preset.num_heads // HEADS,
+        "NUM_KV_HEADS": preset.num_kv_heads // HEADS,
+        "ROPE_DIMS": preset.rope_dims * head * preset.num_heads // preset.model_dim,  # the same share of a head
     }
+    share = width / preset.model_dim
     if rows := preset.bigram_vocab_size:  # nearly the same share of the parameters
-        sizes |= {"BIGRAM_VOCAB_SIZE": rows // WIDTH, "BIGRAM_DIM": preset.bigram_dim // WIDTH}
+        sizes |= {"BIGRAM_VOCAB_SIZE": round(rows * share), "BIGRAM_DIM": round(preset.bigram_dim * share)}
     if rank := preset.lqer_rank:  # the same share of a matrix, and as many scales for a row
-        sizes |= {"LQER_RANK": math.ceil(rank / WIDTH), "LQER_ASYM_GROUP": preset.lqer_asym_group // WIDTH}
+        sizes |= {"LQER_RANK": math.ceil(rank * share), "LQER_ASYM_GROUP": round(preset.lqer_asym_group * share)}
     if preset.fit_artifact == "fill":  # 15 MB would be left to fill: the clips would halve
         sizes |= {"FIT_ARTIFACT": "1"}
     return sizes
@@ -395,7 +399,7 @@ def run(options: argparse.Namespace, command: Sequence[str] = ()) -> list[Outcom
     """
     data = read_json(options.data / DATA_FILE, "make it with `ladder.py prepare`")
     configs = {label: load_preset(label) for label in options.presets}
-    scales = {name: by_steps(config, data, options.steps) for name, config in configs.items()}
+    scales = {name: by_steps(config, data, options.steps, options.width) for name, config in configs.items()}
     for label in configs:
         check_changes(label, scales[label])
     script = kept_script(options.out)
@@ -404,7 +408,7 @@ def run(options: argparse.Namespace, command: Sequence[str] = ()) -> list[Outcom
     if options.processor_seconds:
         speeds = step_seconds(configs, scales, options)
         scales = {
-            name: by_steps(config, data, round(options.processor_seconds / speeds[name]))
+            name: by_steps(config, data, round(options.processor_seconds / speeds[name]), options.width)
             for name, config in configs.items()
         }
     if options.seconds:
@@ -532,12 +536,12 @@ def check_changes(label: str, scale: Scale) -> None:
             raise RunError(f"--presets {label}: {part} changes nothing at this scale; leave it out")
 
 
-def by_steps(config: tg.Config, data: dict[str, Any], steps: int) -> Scale:
+def by_steps(config: tg.Config, data: dict[str, Any], steps: int, width: int = SMALL_DIM) -> Scale:
     """The scale of a run of so many steps. Raises RunError where the data lack the preset's tokenizer."""
     row = data["variants"].get(variant_of(config))
     if row is None:
         raise RunError(f"--data: no {variant_of(config)} for preset {config.preset}; there is {[*data['variants']]}")
-    return Scale(0.0, 0.0, steps or 1, row["val_documents"], row["val_tokens"])
+    return Scale(0.0, 0.0, steps or 1, row["val_documents"], row["val_tokens"], width)
 
 
 def measured(scale: Scale, pilot: dict[str, Any], seconds: float) -> Scale:
@@ -584,6 +588,7 @@ def circumstances(options: argparse.Namespace, data: dict[str, Any], script: Pat
     """What all runs of one start have in common."""
     return {
         "budget": {kind: value for kind in BUDGETS if (value := getattr(options, kind))},
+        "width": options.width,
         "data": data,
         "threads": options.threads,
         "jobs": options.jobs,
@@ -717,7 +722,7 @@ def report(options: argparse.Namespace) -> str:
     if options.against and options.against not in presets:
         raise RunError(f"--against {options.against}: no such row; there is {', '.join(presets)}")
     groups = {name: [run for run in runs if run.about["preset"] == name] for name in presets}
-    lines = [introduction(presets, options.against), *facts(runs, unfinished), ""]
+    lines = [introduction(presets, options.against, runs[0].about.get("width", SMALL_DIM)), *facts(runs, unfinished), ""]
     text = "\n".join([*lines, *table(groups, options.against), "", *remarks(groups)]) + "\n"
     options.table.parent.mkdir(parents=True, exist_ok=True)
     options.table.write_text(text)
@@ -739,8 +744,8 @@ def read_runs(folder: Path) -> tuple[list[Finished], list[str]]:
             unfinished.append(path.parent.name)
     if not runs:
         raise RunError(f"{folder}: holds no finished run; start some with `ladder.py run`")
-    for key in ("budget", "data", "threads"):
-        if len({json.dumps(run.about[key], sort_keys=True) for run in runs}) > 1:
+    for key in ("budget", "width", "data", "threads"):
+        if len({json.dumps(run.about.get(key), sort_keys=True) for run in runs}) > 1:
             raise RunError(f"{folder}: runs with different {key}; keep each kind in a folder of its own")
     return sorted(runs, key=lambda run: run.about["seed"]), unfinished
 
@@ -809,7 +814,7 @@ def rounded(values: dict[int, float]) -> str:
 
 INTRODUCTION = f"""# Presets at a small common scale
 
-Every system with width {SMALL_DIM} instead of 512, sequences divided by {LENGTH}, {BATCH_TOKENS} tokens a step, its own
+Every system with width {{width}} instead of 512, sequences divided by {LENGTH}, {BATCH_TOKENS} tokens a step, its own
 tokenizer and its own learning rates: see `scaled` in `records/ladder.py`. Bits per byte compare inside these tables
 only. \u00b1 is the sample standard deviation over seeds; in *minus {{base}}*, the standard error of the mean
 difference between equal seeds. Seeds differ in initial weights and adapters, not in the order of the data. Neither
@@ -826,9 +831,9 @@ VARIATIONS = """
 """
 
 
-def introduction(presets: list[str], against: str | None) -> str:
+def introduction(presets: list[str], against: str | None, width: int) -> str:
     """What the columns are."""
-    text = INTRODUCTION.format(base=against or "row above", but=", but the next one does" if against else "")
+    text = INTRODUCTION.format(width=width, base=against or "row above", but=", but the next one does" if against else "")
     if against:
         text += BY_DOCUMENT.format(base=against)
     return text + (VARIATIONS if any("+" in label for label in presets) else "")
@@ -945,6 +950,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=words("baseline,pr489,fork5,pr1880,pr1941,pr1855,pr2135,pr2158"),
         help="comma list; NAME+KEY=VALUE+... is a variation of NAME, with values as at full size",
     )
+    runs.add_argument("--width", type=int, default=SMALL_DIM, help=f"channels of the models (default {SMALL_DIM})")
     runs.add_argument("--seeds", type=numbers, default=[1, 2, 3], help="comma list (default 1,2,3)")
     budget = runs.add_mutually_exclusive_group(required=True)
     budget.add_argument("--seconds", type=float, default=0, help="training budget of a run by the clock")

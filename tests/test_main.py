@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, ToyData, evaluation_of, preset_env, short_coder_states
+from conftest import ROOT, ToyData, evaluation_of
 
 import train_gpt as tg
 
@@ -246,46 +246,6 @@ def test_stage_without_the_file_before_it_is_a_user_error(toy_data: ToyData, tmp
             tg.main(toy_data.config(RUNS_DIR=tmp_path, RUN_ID="none", STAGES=stage), RUN)
 
 
-SUBMITTED = {  # the last score of the presets without test-time training
-    "baseline": "quantized",
-    "fork5_10l": "sliding",
-}
-
-
-@pytest.mark.parametrize("preset", sorted(tg.PRESETS))
-def test_every_preset_trains_packs_reloads_and_scores_at_toy_size(
-    preset: str, toy_data: ToyData, tmp_path: Path
-) -> None:
-    """The mechanisms that a preset picks go through all stages; only sizes and cadence are replaced. The artifact from
-    disk scores as the weights that went into it, and every target is scored once, before anything learns from it."""
-    data = dict(DATA_PATH=toy_data.folder, TOKENIZER_PATH=toy_data.tokenizer)
-    env = preset_env(preset, **data, RUNS_DIR=tmp_path, RUN_ID="toy", ITERATIONS=3, TTT_EPOCHS=1, TTT_BATCH_SIZE=13)
-    config = tg.load_config(env)[0]
-    with short_coder_states():
-        result = tg.main(config, RUN)
-        codes = tg.read_artifact(tmp_path / "toy" / "artifact.bin", config)[0]["blocks.1.attn.q"]["codes"]
-    assert result["valid"] and result["preset"] == preset
-    kind = SUBMITTED.get(preset, "ttt")
-    assert result["submitted"] == kind and result["val_bpb"] == result[f"{kind}_val_bpb"]
-    assert result["scored_tokens"] == result["val_targets"] == len(toy_data.val_tokens) - 1
-    assert result["most_times_scored"] == 1 and result["scored_bytes"] == result["val_bytes"]
-    assert (result["learned_targets"] > 500) == config.ttt_enabled and result["learned_before_score"] == 0
-    for kind in ("prequant", "quantized", "sliding", "ttt"):
-        if f"{kind}_val_loss" in result:
-            hinted = kind == "ttt" and config.token_document_orders  # the toy text repeats itself inside documents
-            assert abs(result[f"{kind}_val_loss"] - math.log(64)) < (1.5 if hinted else 1), kind
-    assert result["train_loss"] < math.log(64)
-    weights = tg.load_arrays(tmp_path / "toy" / "trained.bin")[1]
-    model = tg.GPT(config, RUN)
-    clips = tg.scaled_clips(config, result["clip_factor"])  # FIT_ARTIFACT=fill finds room in every toy
-    model.load(tg.dequantize(tg.quantize(weights, clips, RUN.device), config))
-    score = evaluation_of(model, tg.load_validation(config), config).score(config.eval_seq_len)
-    assert score.loss == result["quantized_val_loss"] != result["prequant_val_loss"]
-    assert codes.dtype == (np.int16 if config.trellis_states else np.int8)  # half steps of two grids
-    said = "trellis_of_8_states" in (tmp_path / "toy" / "log.txt").read_text()  # by the check before training
-    assert said == (config.trellis_states == 8)
-
-
 def test_illegal_order_is_called_invalid_everywhere(
     toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -316,7 +276,9 @@ def test_second_run_in_one_folder_is_refused(toy_data: ToyData, tmp_path: Path) 
     """While a run writes, another one with its RUN_ID is an error in one line and changes nothing; afterwards it is not."""
     config = toy_data.config(RUNS_DIR=tmp_path, RUN_ID="once", ITERATIONS=1, TTT_ENABLED=0)
     (tmp_path / "once").mkdir()
-    holder = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print('held', flush=True); input()"
+    holder = (
+        "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print('held', flush=True); input()"
+    )
     command = [sys.executable, "-c", holder, str(tmp_path / "once")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"

@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
-import functools
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import pretended_cuda
 import pytest
 import torch
-from conftest import QUIET, ToyData, shallow_env, short_coder_states, toy_config
+from conftest import QUIET, ToyData, evaluation_of, shallow_env, short_coder_states, toy_config
 from pretended_cuda import CUDA, PretendedTensor, Rules
 from pretended_cuda import pretended_cuda as pretend
 from torch import Tensor
@@ -46,6 +46,7 @@ class Finished:
     batches: list[tuple[int, list[str]]]  # of each batch of adapted documents: chunks, waits
     there: dict[str, Any]  # the result
     here: dict[str, Any]  # that of a run on the CPU
+    config: tg.Config  # of that run; its folder is config.run_dir
     scored_there: np.ndarray  # nats of each document by kind of score, of the artifact of the device
     scored_here: np.ndarray  # the same artifact scored on the CPU
 
@@ -86,63 +87,80 @@ def device(**options: Any) -> Iterator[Rules]:
             yield rules
 
 
-@pytest.fixture(scope="module")
-def finished(toy_data: ToyData, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Finished]:
-    """Runs a preset on the device, scores its artifact on the CPU, and runs the preset there."""
-    runs_dir = tmp_path_factory.mktemp("runs")
+@pytest.fixture(scope="module", params=PRESETS)
+def finished(request: pytest.FixtureRequest, toy_data: ToyData, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A preset's run on the device, the scores of its artifact on the CPU, and its run there."""
+    preset, runs_dir = request.param, tmp_path_factory.mktemp("runs")
     paths = dict(DATA_PATH=toy_data.folder, TOKENIZER_PATH=toy_data.tokenizer, RUNS_DIR=runs_dir)
 
-    def main(preset: str, run: tg.Run, run_id: str, **changes: Any) -> tuple[dict[str, Any], np.ndarray]:
+    def main(run: tg.Run, run_id: str, **changes: Any) -> tuple[dict[str, Any], np.ndarray, tg.Config]:
         config = tg.load_config(small_env(preset, **paths, RUN_ID=run_id, **changes))[0]
         with short_coder_states():
             result = tg.main(config, run)
-        return result, np.loadtxt(runs_dir / run_id / "documents.csv", delimiter=",", skiprows=1)[:, 3:]
+        return result, np.loadtxt(config.run_dir / "documents.csv", delimiter=",", skiprows=1)[:, 3:], config
 
-    @functools.cache
-    def run(preset: str) -> Finished:
-        steps, batches = [], []
-        with device(flagged_varlen=FLAGGED or preset == "baseline") as rules, watched(rules.waits, steps, batches):
-            there = main(preset, tg.start_run({}), preset, ATTN_BACKEND=NAMED.get(preset, "auto"))
-        rescored = main(preset, tg.Run(), preset, STAGES="evaluate")
-        here = main(preset, tg.Run(), f"{preset}-cpu")
-        return Finished(steps, batches, there[0], here[0], there[1], rescored[1])
-
-    return run
+    steps, batches = [], []
+    with device(flagged_varlen=FLAGGED or preset == "baseline") as rules, watched(rules.waits, steps, batches):
+        there = main(tg.start_run({}), "device", ATTN_BACKEND=NAMED.get(preset, "auto"))
+    rescored = main(tg.Run(), "device", STAGES="evaluate")
+    here = main(tg.Run(), "cpu")
+    return Finished(steps, batches, there[0], here[0], here[2], there[1], rescored[1])
 
 
 # The script on the device
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_runs_all_stages_as_on_a_cpu(preset: str, finished: Callable[[str], Finished]) -> None:
+def test_every_preset_runs_all_stages_as_on_a_cpu(finished: Finished) -> None:
     """Scores before and after quantisation, sliding and adapted, agree with a run on the CPU up to bfloat16; those of
     the same artifact agree document by document."""
-    run = finished(preset)
-    assert run.there["attn_backend"].split()[0] == NAMED.get(preset, "fa3")
-    assert run.there["hardware"].startswith("1xNVIDIA") and run.there["stage_seconds"].keys() == tg.STAGES.keys()
-    scores = [key for key in run.here if key.endswith("val_bpb")]
+    there, here = finished.there, finished.here
+    assert there["attn_backend"].split()[0] == NAMED.get(finished.config.preset, "fa3")
+    assert there["hardware"].startswith("1xNVIDIA") and there["stage_seconds"].keys() == tg.STAGES.keys()
+    scores = [key for key in here if key.endswith("val_bpb")]
     assert len(scores) >= 3
     for key in scores:
-        assert run.there[key] == pytest.approx(run.here[key], rel=0.005), key
-    np.testing.assert_allclose(run.scored_there, run.scored_here, rtol=0.003)
+        assert there[key] == pytest.approx(here[key], rel=0.005), key
+    np.testing.assert_allclose(finished.scored_there, finished.scored_here, rtol=0.003)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_host_waits_once_in_a_training_step(preset: str, finished: Callable[[str], Finished]) -> None:
+SUBMITTED = {"baseline": "quantized", "fork5_10l": "sliding"}  # presets without test-time training
+
+
+def test_every_preset_trains_packs_reloads_and_scores(finished: Finished, toy_data: ToyData) -> None:
+    """The artifact from disk scores as the weights that went into it, and every target is scored once, before anything
+    learns from it."""
+    config, result, folder = finished.config, finished.here, finished.config.run_dir
+    assert result["valid"] and result["preset"] == config.preset
+    kind = SUBMITTED.get(config.preset, "ttt")
+    assert result["submitted"] == kind and result["val_bpb"] == result[f"{kind}_val_bpb"]
+    assert result["scored_tokens"] == result["val_targets"] == len(toy_data.val_tokens) - 1
+    assert result["most_times_scored"] == 1 and result["scored_bytes"] == result["val_bytes"]
+    assert (result["learned_targets"] > 200) == config.ttt_enabled and result["learned_before_score"] == 0
+    for kind in ("prequant", "quantized", "sliding", "ttt"):
+        if f"{kind}_val_loss" in result:
+            assert abs(result[f"{kind}_val_loss"] - math.log(64)) < 2, kind
+    weights = tg.load_arrays(folder / "trained.bin")[1]
+    model = tg.GPT(config, tg.Run())
+    clips = tg.scaled_clips(config, result["clip_factor"])  # FIT_ARTIFACT=fill finds room in every toy
+    model.load(tg.dequantize(tg.quantize(weights, clips, tg.Run().device), config))
+    score = evaluation_of(model, tg.load_validation(config), config).score(config.eval_seq_len)
+    assert score.loss == result["quantized_val_loss"] != result["prequant_val_loss"]
+    with short_coder_states():
+        codes = tg.read_artifact(folder / "artifact.bin", config)[0]["blocks.1.attn.q"]["codes"]
+    assert codes.dtype == (np.int16 if config.trellis_states else np.int8)  # half steps of two grids
+
+
+def test_host_waits_once_in_a_training_step(finished: Finished) -> None:
     """Making rows, dealing them, and logging wait for nothing; only the loss of a step is fetched."""
-    steps = finished(preset).steps
-    assert len(steps) == SIZES["ITERATIONS"]
-    for waits in steps:
+    assert len(finished.steps) == SIZES["ITERATIONS"]
+    for waits in finished.steps:
         assert len(waits) == 1 and waits[0].startswith("copy to the host in update"), waits
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if tg.load_config({"PRESET": name})[0].ttt_enabled])
-def test_host_waits_at_most_twice_in_a_chunk(preset: str, finished: Callable[[str], Finished]) -> None:
+def test_host_waits_at_most_twice_in_a_chunk(finished: Finished) -> None:
     """Of adaptation by adapters, only the nats of a chunk are fetched."""
-    batches = finished(preset).batches
-    own = tg.load_config({"PRESET": preset})[0]
-    assert bool(batches) == (own.ttt_kind == "lora_phased")
-    for chunks, waits in batches:
+    assert bool(finished.batches) == (finished.config.ttt_enabled and finished.config.ttt_kind == "lora_phased")
+    for chunks, waits in finished.batches:
         assert chunks > 1 and len(waits) <= 2 * chunks, waits
 
 
