@@ -3,13 +3,14 @@
 
     python records/ladder.py prepare --docs TRAIN.jsonl.xz --val-docs VAL.jsonl.xz --tokenizers DIR --out DATA
     python records/ladder.py run --data DATA --out RUNS --presets baseline,pr1941 --seeds 1,2,3 --seconds 90 --jobs 2
-    python records/ladder.py rescore --runs RUNS --data DATA2 --out RUNS2
+    python records/ladder.py rescore --runs RUNS --data DATA2 --out RUNS2 [--change NGRAM_TILT_ENABLED=0]
     python records/ladder.py report --runs RUNS --table ladder.md --picture ladder.png --against pr1941
 
 prepare exports the same documents with every tokenizer that a preset needs. run starts train_gpt.py once per preset and
 seed, with the preset's own settings made small by `scaled`; a run that is there already is skipped. A variation of a
 preset, such as pr1941+MLP_GATE_OUT=0+EMBED_WD=0.06, runs like a preset; its values are meant at full size. rescore
-scores the artifacts of finished runs on the validation text of another folder. report reads what the runs have written,
+scores the artifacts of finished runs on the validation text of another folder, or, with --change, quantises and scores
+their weights under other settings. report reads what the runs have written,
 with --against as differences from one of the rows, by seed and by document. It shows how the published designs order
 themselves where everything is small, not what they reach on eight H100s: their learning rates, for one, were tuned at
 four times the width and are used as they are.
@@ -73,7 +74,7 @@ FEWEST_CHUNKS = 4  # of chunked test-time training: the last one teaches nobody
 DATA_VARIANTS = ("sp1024", "sp8192", "caseops", "mp3")  # rows of variants.VARIANTS; each becomes a folder of its name
 DATA_FILE, RUN_FILE = "ladder.json", "run.json"
 DOCUMENTS_FILE = "documents.jsonl"  # of the data
-ARTIFACT_FILE = "artifact.bin"  # of a run
+ARTIFACT_FILE, WEIGHTS_FILE = "artifact.bin", "trained.bin"  # of a run
 SCRIPT_FILE = "train_gpt.py"
 LABEL = re.compile(r"\w+(\+[A-Z][A-Z0-9_]*=[\w.,:{}-]*)*", re.ASCII)  # of a preset or variation; names a folder too
 OWN_SETTINGS = {"PRESET", "SEED", "RUN_ID", "RUNS_DIR", "STAGES", "DATA_PATH", "TOKENIZER_PATH"}  # of the ladder
@@ -368,7 +369,7 @@ class Job(NamedTuple):
     settings: dict[str, str]  # PRESET, SEED and what `scaled` says
     places: dict[str, str]  # where data and results are
     about: dict[str, Any]  # what RUN_FILE says besides the settings
-    artifact: Path | None = None  # of an earlier run, which is to be scored
+    source: Path | None = None  # artifact or weights of an earlier run, which are to be scored
 
 
 class Outcome(NamedTuple):
@@ -425,11 +426,13 @@ def run(options: argparse.Namespace, command: Sequence[str] = ()) -> list[Outcom
 
 
 def rescore(options: argparse.Namespace, command: Sequence[str] = ()) -> list[Outcome]:
-    """Scores the artifacts of all finished runs of a folder on the validation text of another prepared folder.
+    """Scores all finished runs of a folder again: on the validation text of another prepared folder, or with the
+    settings of `--change`, which like those of a variation are meant at full size.
 
     Every artifact is copied into a folder of the same name under `--out`, where the script that made it runs with the
-    same settings and nothing but its evaluate stage. Results of training stay behind: bits per byte before quantisation
-    are of the other text. `command` replaces the script in tests. Raises RunError for unusable folders.
+    same settings and nothing but its evaluate stage; after a change of quantisation, the trained weights and both
+    stages. Results of training stay behind: bits per byte before quantisation are of the other text. `command` replaces
+    the script in tests. Raises RunError for unusable folders and changes.
     """
     if options.out.resolve() == options.runs.resolve():
         raise RunError(f"--out {options.out}: holds the runs themselves; choose another folder")
@@ -446,6 +449,7 @@ def rescore(options: argparse.Namespace, command: Sequence[str] = ()) -> list[Ou
         print(f"{name}: not finished, left out")
     now = {"threads": options.threads, "jobs": options.jobs, "machine": machine()}
     now |= {"script_sha256": shards.file_sha256(script), "rescored_from": options.runs.resolve().name}
+    runs = [run for run in runs if not options.presets or run.about["preset"] in options.presets]
     jobs = [rescore_job(run, data, now, options) for run in runs]
     return run_all(jobs, options, command or [sys.executable, str(script)])
 
@@ -454,12 +458,35 @@ def rescore_job(run: Finished, data: dict[str, Any], now: dict[str, Any], option
     """What RUN_FILE says of the training stays true: its text, its settings, its budget."""
     about = {key: value for key, value in run.about.items() if key not in ("settings", "processor_share")}
     about |= now | {"data": data | {"train": about["data"]["train"]}}
+    name, changed, stages, file = run.folder.name, {}, "evaluate", ARTIFACT_FILE
+    if options.change:
+        label = f"{about['preset']}+{options.change}"
+        changed = small_changes(about, label, data)
+        if any(tg.QUANTIZE in tg.FIELDS[key.lower()].metadata["stage"] for key in changed):
+            stages, file = "quantize,evaluate", WEIGHTS_FILE
+        name, about["preset"] = f"{label}-seed{run.seed}", label
     places = data_paths((options.data / about["variant"]).resolve()) | {
         "RUNS_DIR": str(options.out.resolve()),
-        "RUN_ID": run.folder.name,
-        "STAGES": "evaluate",
+        "RUN_ID": name,
+        "STAGES": stages,
     }
-    return Job(run.folder.name, run.about["settings"], places, about, run.folder / ARTIFACT_FILE)
+    return Job(name, run.about["settings"] | changed, places, about, run.folder / file)
+
+
+def small_changes(about: dict[str, Any], label: str, data: dict[str, Any]) -> dict[str, str]:
+    """What `label`, a variation of a finished run, sets otherwise at the scale of that run. Raises RunError where that
+    is nothing, or would have changed the training."""
+    width = about.get("width", SMALL_DIM)
+    before, after = (
+        scaled(config, by_steps(config, data, about["expected_steps"], width))
+        for config in map(load_preset, (about["preset"], label))
+    )
+    changed = {key: value for key, value in after.items() if before.get(key) != value}
+    if not changed:
+        raise RunError(f"--change {label}: changes nothing at this scale; leave it out")
+    if early := [key for key in changed if tg.TRAIN in tg.FIELDS[key.lower()].metadata["stage"]]:
+        raise RunError(f"--change {label}: {', '.join(early)} belongs to the training; use `ladder.py run`")
+    return changed
 
 
 def kept_script(out: Path) -> Path:
@@ -636,8 +663,8 @@ def run_one(job: Job, options: argparse.Namespace, command: Sequence[str], runni
         if earlier := finished(folder, job):
             return Outcome(job, earlier, f"{headline(earlier)} (already there)")
         folder.mkdir(parents=True, exist_ok=True)
-        if job.artifact:
-            shutil.copyfile(job.artifact, folder / ARTIFACT_FILE)
+        if job.source:
+            shutil.copyfile(job.source, folder / job.source.name)
         about = job.about | {"settings": job.settings}
         shards.write_json(folder / RUN_FILE, about)
         status, said, share = start_script(job, options, command, running)
@@ -957,10 +984,12 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     budget.add_argument("--processor-seconds", type=float, default=0, help="the same as steps that take so long")
     budget.add_argument("--steps", type=int, default=0, help="the same in optimizer steps")
     runs.add_argument("--pilot-seconds", type=float, default=10, help="length of a speed measurement (default 10)")
-    again = commands.add_parser("rescore", help="score the artifacts of finished runs on another validation text")
+    again = commands.add_parser("rescore", help="score finished runs on another text, or under other settings")
     again.add_argument("--runs", type=Path, required=True, help="folder of the runs")
-    again.add_argument("--data", type=Path, required=True, help="folder that prepare made, with the other text")
+    again.add_argument("--data", type=Path, required=True, help="folder that prepare made, with the text to score")
     again.add_argument("--out", type=Path, required=True, help="folder for the scores; the same again continues")
+    again.add_argument("--presets", type=split_labels, default=[], help="only these rows of the runs (default all)")
+    again.add_argument("--change", metavar="KEY=VALUE+...", help="settings of quantisation or scoring, as at full size")
     for starting in (runs, again):
         starting.add_argument("--jobs", type=int, default=2, help="runs side by side (default 2)")
         starting.add_argument("--threads", type=int, default=1, help="threads of each run (default 1)")

@@ -37,10 +37,12 @@ result = dict(run_id=env["RUN_ID"], hardware="1xtoy", torch="2", valid=True, vio
 if "train" in stages:
     result |= dict(prequant_val_bpb=bpb - 0.1, steps=40, tokens_per_s=1000.0, train_seconds=11.0,
                    calibration_seconds=1.0)
+    (folder / "trained.bin").write_text("weights of " + env["RUN_ID"])
 if "quantize" in stages:
-    (folder / "artifact.bin").write_text("weights of " + env["RUN_ID"])
+    (folder / "artifact.bin").write_text((folder / "trained.bin").read_text())
     result |= dict(total_bytes=5000 + 300 * tiny)
-assert stages == ["train"] or (folder / "artifact.bin").read_text() == "weights of " + env["RUN_ID"]
+trained = "weights of " + env["PRESET"] + "-seed" + env["SEED"]
+assert stages == ["train"] or (folder / "artifact.bin").read_text() in (trained, "weights of " + env["RUN_ID"])
 result |= dict(val_bpb=bpb, quantized_val_bpb=bpb + 0.1, eval_seconds=2.0 + tiny, submitted="ttt")
 rows = [(size, size * bpb * math.log(2) + more) for size, more in ((100, -3.0 * tiny), (200, 3.0 * tiny), (300, 0.0))]
 lines = ["position,tokens,bytes,quantized,ttt"] + [f"0,9,{size},0.0,{nats}" for size, nats in rows]
@@ -466,6 +468,17 @@ def states(outcomes: list[ladder.Outcome]) -> dict[str, bool]:
     return {outcome.job.name: outcome.result is not None for outcome in outcomes}
 
 
+@pytest.mark.parametrize("width", [64, 96, 256])
+def test_width_keeps_the_shares_of_a_head(width: int) -> None:
+    """Half the heads at every width; rotary dimensions and LQER's ranks and groups in proportion."""
+    for name in ("baseline", "pr489", "pr1941", "frontier"):
+        full, config = ladder.load_preset(name), small(name, dataclasses.replace(SCALE, width=width))
+        assert (config.model_dim, config.num_heads) == (width, full.num_heads // 2)
+        assert config.rope_dims / config.head_dim == full.rope_dims / full.head_dim
+        assert config.lqer_rank == math.ceil(full.lqer_rank * width / full.model_dim)
+        assert config.num_layers == full.num_layers and config.mlp_mult == full.mlp_mult
+
+
 def test_runs_resume_and_failures_stay_alone(
     data: Path, tmp_path: Path, stub: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -573,6 +586,24 @@ def test_artifacts_are_scored_again_on_another_text(data: Path, other: Path, tmp
     text = make_report(out)
     assert "artifacts of the runs in runs, scored again" in text and "not finished" not in text
     assert first["data"]["train"]["text_sha256"][:16] in text and theirs["val"]["text_sha256"][:16] in text
+
+
+def test_finished_runs_are_scored_again_under_other_settings(data: Path, tmp_path: Path, stub: list[str]) -> None:
+    """A change of scoring takes the artifacts, one of quantisation the weights; one of training is refused, and one
+    that changes nothing."""
+    runs, out = tmp_path / "runs", tmp_path / "again"
+    ladder.run(options(data, runs, "--presets", "tiny,default", "--seeds", "1", "--steps", "5"), stub)
+    for change, stages in (("TTT_LORA_LR=0.001", "evaluate"), ("MATRIX_BITS=5+TTT_LORA_LR=0.001", "quantize,evaluate")):
+        (outcome,) = ladder.rescore(again(runs, data, out, "--presets", "tiny", "--change", change), stub)
+        assert outcome.result and outcome.job.name == f"tiny+{change}-seed1"
+        assert outcome.job.places["STAGES"] == stages
+        first, second = (json.loads((folder / ladder.RUN_FILE).read_text()) for folder in
+                         (runs / "tiny-seed1", out / outcome.job.name))  # fmt: skip
+        wanted = dict(part.split("=") for part in change.split("+"))
+        assert second["settings"] == first["settings"] | wanted and second["preset"] == f"tiny+{change}"
+    for change, said in (("MATRIX_LR=1", "MATRIX_LR belongs to the training"), ("EVAL_STRIDE=64", "changes nothing")):
+        with pytest.raises(paired.RunError, match=said):
+            ladder.rescore(again(runs, data, out, "--presets", "tiny", "--change", change), stub)
 
 
 def test_scoring_again_spoils_no_earlier_run(data: Path, other: Path, tmp_path: Path, stub: list[str]) -> None:
