@@ -446,16 +446,16 @@ PRESETS["frontier"] = PRESETS["pr2158"] | dict(
     fit_artifact="fill", ttt_chunk_steps="256:12,1024:24,2048:32", ttt_lora_lr=1e-4, token_threshold=0.5,
     token_document_orders="16,8,6,4,3,2",
 )  # fmt: skip
-# The whole system at a size that two CPU cores train in minutes, on the corpus of data/embedded.py. Its own values
-# where the published ones assume thousands of steps: the average spans 6 % of the steps, the momentum ramp 30 %.
+# The whole system at a size that two CPU cores train in two minutes, on the corpus of data/embedded.py. Its own values
+# where the published ones assume thousands of steps: the average spans 5 % of the steps, the momentum ramp 30 %.
 PRESETS["tiny"] = dict(
     data_path="./data/datasets/embedded_sp1024", tokenizer_path="./data/tokenizers/embedded_1024_bpe.model",
-    vocab_size=1024, model_dim=128, num_heads=4, num_kv_heads=2, train_batch_tokens=1024, row_tokens=1024,
-    train_seq_len=256, eval_seq_len=256, val_batch_tokens=65_536, iterations=560, max_wallclock_seconds=0.0,
-    warmup_steps=0, train_log_every=20, muon_momentum_warmup_steps=170, ema_decay=0.96, gptq_calibration_batches=16,
-    sliding_window_enabled=True, ttt_eval_seq_len=256, ttt_chunk_size=64, ttt_batch_size=8, ttt_lora_rank=16,
-    ttt_lora_alpha=18.0, ttt_lora_lr=3e-3, phased_ttt_prefix_docs=16, phased_ttt_num_phases=2, global_ttt_lr=1e-2,
-    global_ttt_chunk_tokens=2048,
+    vocab_size=1024, model_dim=128, num_heads=4, num_kv_heads=2, num_layers=7, loop_start=2, loop_end=3,
+    parallel_start_layer=5, xsa_last_n=7, train_batch_tokens=1024, row_tokens=1024, train_seq_len=256, eval_seq_len=256,
+    val_batch_tokens=65_536, iterations=420, max_wallclock_seconds=0.0, warmup_steps=0, train_log_every=20,
+    muon_momentum_warmup_steps=125, ema_decay=0.95, gptq_calibration_batches=16, ttt_eval_seq_len=256,
+    ttt_chunk_size=64, ttt_batch_size=8, ttt_lora_rank=16, ttt_lora_alpha=18.0, ttt_lora_lr=3e-3,
+    phased_ttt_prefix_docs=16, phased_ttt_num_phases=2, global_ttt_lr=1e-2, global_ttt_chunk_tokens=2048,
 )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ OWN_KNOBS = {"eval_chunk_factors", "eval_max_seconds", "eval_stride"}
 # Published names of tuned values, which published commands and sweeps set; no two published systems differ in them.
 PUBLISHED_KNOBS = {
     "adam_eps", "beta1", "bigram_dim", "enable_looping_at", "gate_window", "gated_attn_init_std",
-    "global_ttt_grad_clip", "global_ttt_momentum", "loop_end", "loop_start", "lqer_top_k", "mlp_gate_bias",
+    "global_ttt_grad_clip", "global_ttt_momentum", "lqer_top_k", "mlp_gate_bias",
     "muon_backend_steps", "rope_base", "swa_every", "swa_start_frac", "tied_embed_init_std", "token_boost",
     "token_order", "ttt_beta1", "ttt_momentum",
 }  # fmt: skip
