@@ -5392,12 +5392,8 @@ class Governor:
     def __init__(self, evaluation: Evaluation, queue: list[np.ndarray]):
         config, work = evaluation.config, [batch_work(batch, evaluation.config) for batch in queue]
         self.work = [sum(work[first : first + TTT_TRACKS]) for first in range(0, len(work), TTT_TRACKS)]
-        self.run, self.log, self.fixed, self.start = (
-            evaluation.run,
-            evaluation.log,
-            config.chunk_factors,
-            time.monotonic(),
-        )
+        self.run, self.log, self.fixed = evaluation.run, evaluation.log, config.chunk_factors
+        self.start = time.monotonic()
         self.limit = config.eval_max_seconds if config.max_wallclock_seconds and config.eval_max_seconds else math.inf
         self.round, self.factor, self.decisions = -1, 1, []
 
@@ -5573,6 +5569,8 @@ def adapt_documents(evaluation: Evaluation) -> Tally:
             log("global_ttt", phase=f"{phase + 1}/{len(pauses)}", batches=end, steps=steps, seconds=seconds)
     if governor.decisions:
         log("warning", reason="longer chunks", EVAL_CHUNK_FACTORS=",".join(governor.decisions))
+    elif governor.limit < math.inf:
+        log("governor", chunk_factor=1, EVAL_CHUNK_FACTORS="0:1")  # what repeats this run on a slower machine
     return evaluation.tally.over_ranks(run)
 
 

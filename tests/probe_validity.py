@@ -615,7 +615,7 @@ def ranks(kind: str, subject: Subject, tokens: np.ndarray) -> Outcome:
     hurried = dict(max_wallclock_seconds=1.0, eval_max_seconds=1.0) if governed else {}
     together, log = scores_of_ranks(kind, subject.having(**hurried), validation, 2)
     decisions = log.get("EVAL_CHUNK_FACTORS", "")
-    if governed and not decisions:
+    if governed and decisions in ("", "0:1"):
         return Outcome(name, False, "the governor has decided nothing, or does not log it")
     alone, _ = scores_of_ranks(kind, subject.having(eval_chunk_factors=decisions), validation, 1)
     gaps = {place: abs(value - together.get(place, math.inf)) for place, value in alone.items()}
