@@ -61,6 +61,7 @@ SUM_TOLERANCE = 1e-4  # of the probabilities of all ids
 SAME_SCORE = 1e-4  # nats: a document alone and in a packed row differ by rounding only
 KINDS = ("plain", "sliding", "ttt")
 TRACKS = 2  # of test-time training, so that a short queue has several rounds
+ROUND = 2  # batches of a round of it
 
 
 class Outcome(NamedTuple):
@@ -193,6 +194,7 @@ def trace(kind: str, subject: Subject, validation: tg.Validation, price: tuple[i
         patched(tg.Tally, "add", watched_add),
         patched(tg, "tilt", watched_tilt),
         patched(tg, "TTT_TRACKS", TRACKS),
+        patched(tg, "ROUND_BATCHES", ROUND),
     ):
         handle = register_optimizer_step_pre_hook(before_step)
         try:
@@ -253,13 +255,14 @@ def document_of(validation: tg.Validation) -> np.ndarray:
 
 def turns(subject: Subject, validation: tg.Validation) -> np.ndarray:
     """For each document a number that grows with the time at which test-time training by document scores it. It is the
-    same for documents that may be scored side by side: those of a round, unless a global update lies between them."""
+    same for documents that may be scored side by side: those of a round, which ends before a global update."""
     config, starts = subject.config, validation.documents[:, 0]
     queue = tg.document_queue(validation.documents, config.ttt_batch_size, [limit for limit, _ in config.chunk_steps])
     pauses, turn = tg.phase_pauses(queue, config), np.empty(len(starts), np.int64)
     for number, batch in enumerate(queue):
-        phase = np.searchsorted(pauses, number, side="right")
-        turn[np.searchsorted(starts, batch[:, 0])] = phase * len(queue) + number // TRACKS
+        phase = int(np.searchsorted(pauses, number, side="right"))
+        begin = pauses[phase - 1] if phase else 0
+        turn[np.searchsorted(starts, batch[:, 0])] = phase * len(queue) + (number - begin) // ROUND
     return turn
 
 
@@ -271,7 +274,7 @@ class Text(NamedTuple):
 
 
 # Targets of the documents. With batches of three, two tracks and two pauses the queue is
-# 300 250 60 | pause | 58 56 54 | pause | 52 50 48, 46 44 42 | 40 3 1, where a comma stands inside a round.
+# 300 250 60, 58 56 54 | pause | 52 50 48, 46 44 42 | pause | 40 3 1, where a comma stands inside a round.
 LENGTHS = [56, 300, 44, 52, 250, 1, 60, 46, 3, 58, 54, 42, 50, 48, 40]
 LONG_LENGTHS = [70, 1040, 300, 2, 20, 35]
 
@@ -602,6 +605,7 @@ def scores_of_ranks(
         patched(tg.Tally, "add", noted),
         patched(tg, "time", clock),
         patched(tg, "TTT_TRACKS", TRACKS),
+        patched(tg, "ROUND_BATCHES", ROUND),
         ThreadPoolExecutor(count) as pool,
     ):
         return scores, list(pool.map(work, range(count)))[0]
@@ -704,7 +708,7 @@ def probe_config(config: tg.Config) -> tg.Config:
     contexts, several batches and two global phases; what a token's score may depend on does not follow from sizes."""
     context, chunk = min(config.eval_seq_len, 64), min(config.ttt_chunk_size, 32)
     sizes = dict(eval_seq_len=context, eval_stride=min(config.eval_stride, 16), ttt_eval_seq_len=context)
-    sizes |= dict(ttt_chunk_size=chunk, ttt_batch_size=3, phased_ttt_prefix_docs=6, phased_ttt_num_phases=2)
+    sizes |= dict(ttt_chunk_size=chunk, ttt_batch_size=3, phased_ttt_prefix_docs=12, phased_ttt_num_phases=2)
     sizes |= dict(ttt_chunk_tokens=256, ttt_batch_seqs=1, token_order=min(config.token_order, 16))
     sizes |= dict(val_batch_tokens=min(config.val_batch_tokens, 64 * context))
     sizes |= dict(eval_max_seconds=0.0, global_ttt_chunk_tokens=4 * context)  # no clock decides about chunks

@@ -4,6 +4,7 @@ import math
 import threading
 import time
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -423,7 +424,10 @@ def test_beginning_again_leaves_nothing_of_earlier_documents_but_a() -> None:
 def test_a_is_drawn_where_none_of_this_size_is_kept() -> None:
     """The seed alone decides it then, whatever the adapters have been used for."""
     config, model = toy_config(), random_model(toy_config())
-    other, expected = new_adapters(config, model, 3, seed=5), new_adapters(config, model, 2, seed=7).first_factors(torch.float32)
+    other, expected = (
+        new_adapters(config, model, 3, seed=5),
+        new_adapters(config, model, 2, seed=7).first_factors(torch.float32),
+    )
     for kept in (None, other.first_factors(torch.float32)):
         adapters = new_adapters(config, model, 2, seed=8)
         assert not any(map(torch.equal, adapters.first_factors(torch.float32), expected))
@@ -432,22 +436,20 @@ def test_a_is_drawn_where_none_of_this_size_is_kept() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_every_batch_begins_without_memory_but_its_tracks_a(
-    world_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_batch_begins_without_memory_but_its_tracks_a(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """B and the optimizer start empty for each batch; A is that of the track's last batch, over all batches of other
     tracks between, or drawn anew: at first, behind a pause, and for another number of documents."""
     config = toy_config(TTT_BATCH_SIZE=2, PHASED_TTT_PREFIX_DOCS=6, PHASED_TTT_NUM_PHASES=1)
     validation = validation_of_lengths([*LENGTHS, 90, 50, 51] + [6] * 18)
     real, left, kept, drawn = tg.adapt_batch, {}, [], []
     queue = tg.document_queue(validation.documents, 2)
-    pauses = tg.phase_pauses(queue, config)
+    pauses, tracks = tg.phase_pauses(queue, config), tg.deal_rounds(queue, config).track
 
     def spy(evaluation: tg.Evaluation, adapters: tg.Adapters, batch: np.ndarray, *rest: Any) -> None:
         assert all(not b.any() for _, b in adapters.factors.values())
         assert all(not buffer.any() for state in adapters.optimizer.state.values() for buffer in state.values())
         number = next(i for i, part in enumerate(queue) if np.array_equal(part, batch))
-        place = (sum(number >= pause for pause in pauses), number % tg.TTT_TRACKS, len(batch))
+        place = (sum(number >= pause for pause in pauses), tracks[number], len(batch))
         a = adapters.factors["attn.q"][0].detach().clone()
         if place in left:
             assert torch.equal(a, left[place])
@@ -481,7 +483,10 @@ def test_adapters_have_the_published_shapes_and_start() -> None:
 @pytest.mark.parametrize("world_size", [2, 9])
 def test_ranks_share_the_work_without_changing_the_sums(world_size: int) -> None:
     """With phases off, all ranks get the sums of one (with phases: test_train, real processes)."""
-    config, validation = toy_config(**FEW_VISITS, PHASED_TTT_PREFIX_DOCS=0, TTT_BATCH_SIZE=2), validation_of_lengths(LENGTHS)
+    config, validation = (
+        toy_config(**FEW_VISITS, PHASED_TTT_PREFIX_DOCS=0, TTT_BATCH_SIZE=2),
+        validation_of_lengths(LENGTHS),
+    )
     whole = tg.adapt_documents(evaluation_of(random_model(config), validation, config))
     job = lambda run: tg.adapt_documents(evaluation_of(random_model(config), validation, config, run))
     for tally in on_peers(world_size, job):
@@ -505,16 +510,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def governor_of(config: tg.Config, rounds: int = 10, run: tg.Run = RUN) -> tg.Governor:
-    """A governor of so many rounds of equal work; the last round has one batch."""
-    queue = [np.array([[0, 8]])] * (tg.TTT_TRACKS * (rounds - 1)) + [np.array([[0, 8]] * tg.TTT_TRACKS)]
-    return tg.Governor(evaluation_of(None, validation_of_lengths([8]), config, run), queue)
+    """A governor of so many rounds of equal work."""
+    return tg.Governor(evaluation_of(None, validation_of_lengths([8]), config, run), [64] * rounds)
 
 
 def test_chunks_grow_by_what_the_clock_forecasts(clock: list[float]) -> None:
     """The least power of two with which elapsed * (1 + left / factor / done) is within EVAL_MAX_SECONDS, up to 64."""
     governor = governor_of(toy_config(**HURRY))
     governor.reach(0)
-    assert len(set(governor.work)) == 1 and len(governor.work) == 10
     assert governor.forecast(90) == 1  # nothing is done yet: too early to tell
     governor.reach(4)
     for elapsed, factor in (
@@ -620,6 +623,7 @@ def test_an_evaluation_in_a_hurry_scores_every_target_once_and_can_be_repeated(
     """Longer chunks, at most as long as the context, change how often adapters learn, and not what is scored. The
     decisions that were logged give the same scores to the last bit without a clock; 0:1 those of a run in no hurry."""
     monkeypatch.setattr(tg, "TTT_TRACKS", 2)
+    monkeypatch.setattr(tg, "ROUND_BATCHES", 2)
     validation, sizes, real, said = validation_of_lengths(LENGTHS[:9]), [], tg.adapt_batch, []
 
     def slow(evaluation: tg.Evaluation, adapters: tg.Adapters, batch: np.ndarray, chunk: int, hints: Any) -> None:
@@ -654,31 +658,73 @@ def test_an_evaluation_in_a_hurry_scores_every_target_once_and_can_be_repeated(
     assert np.array_equal(calm[1:], scored(MAX_WALLCLOCK_SECONDS=0)[1:]) and not np.array_equal(calm[1:], hurried[1:])
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=60),
+    batch=st.integers(1, 4),
+    tracks=st.integers(1, 4),
+    size=st.integers(1, 9),
+    prefix=st.integers(0, 60),
+)
+def test_rounds_are_dealt_to_the_track_with_the_least_work(
+    lengths: list[int], batch: int, tracks: int, size: int, prefix: int
+) -> None:
+    """Against a slow reference: a round ends after so many batches and at each pause; no track has more than the mean
+    of its round and one batch; without room for two batches on a track every batch has its own."""
+    config = toy_config(TTT_BATCH_SIZE=batch, PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=2)
+    queue = tg.document_queue(np.array([[0, length] for length in lengths]), batch)
+    with mock.patch.object(tg, "TTT_TRACKS", tracks), mock.patch.object(tg, "ROUND_BATCHES", size):
+        rounds = tg.deal_rounds(queue, config)
+    ends = [pause for pause in tg.phase_pauses(queue, config) if pause < len(queue)] + [len(queue)]
+    assert rounds.phases == list(zip([0, *ends], ends))
+    expected, number = [], -1
+    for begin, end in rounds.phases:
+        for place in range(begin, end):
+            number += (place - begin) % size == 0
+            expected.append(number)
+        assert rounds.last_of(rounds.phases.index((begin, end))) == number
+    assert rounds.number == expected and len(rounds.work) == number + 1
+    for one in range(number + 1):
+        mine = [place for place in range(len(queue)) if rounds.number[place] == one]
+        loads = dict.fromkeys(range(tracks), 0)
+        for place in mine:
+            assert loads[rounds.track[place]] == min(loads.values())
+            loads[rounds.track[place]] += tg.batch_work(queue[place], config)
+        assert rounds.work[one] == sum(loads.values())
+        if len(mine) <= tracks:
+            assert [rounds.track[place] for place in mine] == list(range(len(mine)))
+
+
 @pytest.mark.parametrize("prefix", [0, 5], ids=["one phase", "a pause inside a round"])
-def test_all_ranks_finish_a_round_before_the_next_begins(prefix: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [4, 6])
+def test_all_ranks_finish_a_round_before_the_next_begins(
+    size: int, prefix: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One rank is slow, another has no batch in some rounds; nobody begins a round while anybody is in one before."""
     monkeypatch.setattr(tg, "TTT_TRACKS", 4)
+    monkeypatch.setattr(tg, "ROUND_BATCHES", size)
     config = toy_config(TTT_BATCH_SIZE=1, PHASED_TTT_PREFIX_DOCS=prefix, PHASED_TTT_NUM_PHASES=1)
     validation, events = validation_of_lengths(LENGTHS[:13]), []
     queue = tg.document_queue(validation.documents, 1)
+    rounds = tg.deal_rounds(queue, config)
     number_of = {int(batch[0, 0]): number for number, batch in enumerate(queue)}
 
     def score(e: tg.Evaluation, adapters: tg.Adapters, batch: np.ndarray, *_: Any) -> None:
         (start, count), number = batch[0].tolist(), number_of[int(batch[0, 0])]
-        assert number % 4 % 3 == e.run.rank
-        events.append(("begin", number // 4))
+        assert rounds.track[number] % 3 == e.run.rank
+        events.append(("begin", rounds.number[number]))
         time.sleep(0.03 if e.run.rank == 1 else 0)
         e.tally.add(torch.zeros(count), torch.arange(start + 1, start + count + 1))
-        events.append(("end", number // 4))
+        events.append(("end", rounds.number[number]))
 
     monkeypatch.setattr(tg, "adapt_batch", score)
     on_peers(3, lambda run: tg.adapt_documents(evaluation_of(random_model(config), validation, config, run)))
     assert len(events) == 26
-    running = [0] * 4
+    running = [0] * len(rounds.work)
     for kind, number in events:
         assert not any(running[:number]) and not any(running[number + 1 :])
         running[number] += 1 if kind == "begin" else -1
-    assert [number for kind, number in events if kind == "begin"] == sorted(list(range(4)) * 4)[:13]
+    assert [number for kind, number in events if kind == "begin"] == rounds.number
 
 
 # ---------------------------------------------------------------------------------------------------------------

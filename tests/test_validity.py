@@ -282,9 +282,9 @@ def greedy_chunk(evaluation: tg.Evaluation, optimizer: Any, span: tuple[int, int
 # What a hint has seen
 
 
-def own_target(evaluation: tg.Evaluation, queue: list[np.ndarray]) -> torch.Tensor:
+def own_target(evaluation: tg.Evaluation, *rest: Any) -> torch.Tensor:
     """The table is read one token too late: a hint is the answer."""
-    hints = REAL["stream_hints"](evaluation, queue)
+    hints = REAL["stream_hints"](evaluation, *rest)
     hints[:, 0] = torch.where(hints[:, 0] >= 0, evaluation.validation.tokens.int(), hints[:, 0])
     return hints
 
@@ -307,10 +307,9 @@ def from_the_round(tokens: np.ndarray, document: np.ndarray, turn: np.ndarray, *
     return REAL["hint_table"](tokens, document, turn * len(tokens) + document, *rest)
 
 
-def from_the_queue(evaluation: tg.Evaluation, queue: list[np.ndarray]) -> torch.Tensor:
+def from_the_queue(evaluation: tg.Evaluation, queue: list[np.ndarray], rounds: tg.Rounds) -> torch.Tensor:
     """A hint counts every batch before its own in the queue, also one that another rank may be scoring."""
-    with probe.patched(tg, "TTT_TRACKS", 1):
-        return REAL["stream_hints"](evaluation, queue)
+    return REAL["stream_hints"](evaluation, queue, rounds._replace(number=list(range(len(queue)))))
 
 
 def from_the_stream(tokens: np.ndarray, document: np.ndarray, turn: np.ndarray, *rest: Any) -> torch.Tensor:
