@@ -117,7 +117,8 @@ def hosts(count: int, static: bool) -> list[list[str]]:
     return [[*shared, "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=toy"]] * count
 
 
-@pytest.mark.parametrize("static", [pytest.param(False, marks=pytest.mark.slow), True], ids=["c10d", "static"])
+@pytest.mark.slow
+@pytest.mark.parametrize("static", [False, True], ids=["c10d", "static"])
 def test_two_hosts_without_a_shared_folder_give_the_run_of_one(
     static: bool, toy_data: ToyData, tmp_path: Path, alone: Path, capsys: pytest.CaptureFixture
 ) -> None:
