@@ -87,7 +87,7 @@ LARGEST_NUMBER = 10**9  # of settings without a limit of their own: no product o
 SPACE_ID = 8133  # the piece of a lone space in the CaseOps tokenizer (#1729)
 FUSED_MARKERS = {8: 4, 9: 5, 10: 6}  # MP3 data (#2109): id of a space with a case marker behind it -> id of the marker
 TTT_TRACKS = 8  # test-time training is dealt to this many tracks, whatever the number of ranks
-ROUND_BATCHES = 32  # batches of documents in a round of it; with 8, ranks would wait for a quarter of the time
+ROUND_BATCHES = 32  # batches of documents in a round of it; with 8, scoring would take a quarter longer
 
 
 class UserError(ValueError):
@@ -5401,8 +5401,8 @@ def deal_rounds(queue: list[np.ndarray], config: Config) -> Rounds:
     least work in that round so far.
 
     The first batches are much longer than the others: 50,000 documents with lengths as in FineWeb's training text have
-    2 to 5 % of all work in each of the first three. With rounds of 8 batches, one on each track, ranks wait for 28 % of
-    the time (PRESET=frontier); with 32, for 3 %.
+    2 to 5 % of all work in each of the first three. With rounds of 8 batches, one on each track, scoring takes 28 %
+    longer than with equal shares (PRESET=frontier, eight ranks); with 32, 3 %.
     """
     pauses = [pause for pause in phase_pauses(queue, config) if pause < len(queue)]
     phases = list(zip([0, *pauses], [*pauses, len(queue)]))
