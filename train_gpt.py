@@ -5376,11 +5376,10 @@ def phase_pauses(queue: list[np.ndarray], config: Config) -> list[int]:
 
 def batch_work(batch: np.ndarray, config: Config) -> int:
     """Tokens that adapting to a batch of documents (n, 2) pushes through the model: much more than it scores."""
-    longest = int(batch[0, 1])
+    counts, longest = batch[:, 1], int(batch[0, 1])
     chunk = chunk_of(longest, config)
-    return len(batch) * sum(
-        first + chunk - begin for begin, first, _ in plan_windows(longest, config.ttt_eval_seq_len, chunk, chunk)
-    )
+    windows = plan_windows(longest, config.ttt_eval_seq_len, chunk, chunk)
+    return sum(int((counts > first).sum()) * (first + chunk - begin) for begin, first, _ in windows)
 
 
 class Rounds(NamedTuple):
@@ -5483,14 +5482,16 @@ def adapt_batch(
 
     One forward pass serves both: its losses are tallied first, and only then differentiated. With `hints`, what is
     tallied is the loss under the tilted distribution (`tilt`). A chunk's window begins and ends at the same distance
-    into every document, so the chunk is the last columns of the batch; documents that have ended, and the rest of a
-    last chunk, are padding behind the real tokens. A batch with too many tokens goes through the model in parts.
+    into every document, so the chunk is the last columns of the batch; the rest of a document's last chunk is padding
+    behind the real tokens. Lengths fall within a batch, so documents that have ended are its last rows and leave it: the
+    longest batches would be mostly padding. A batch with too many tokens goes through the model in parts.
     """
     e, config, device = evaluation, evaluation.config, evaluation.run.device
     stream, last = e.validation.tokens, len(e.validation.tokens) - 1
     starts, counts = torch.from_numpy(batch[:, :1].copy()), torch.from_numpy(batch[:, 1].copy())
-    rows = torch.arange(len(batch))[:, None]
     for begin, first, _ in plan_windows(int(counts.max()), config.ttt_eval_seq_len, chunk, first=chunk):
+        left = int((counts > first).sum())  # documents that go on
+        starts, counts, rows = starts[:left], counts[:left], torch.arange(left)[:, None]
         columns = torch.arange(begin, first + chunk)
         inputs = (starts + columns).clamp(max=last)  # (B, T) stream positions
         targets = (starts + columns[-chunk:] + 1).clamp(max=last)  # (B, chunk)
@@ -5503,7 +5504,7 @@ def adapt_batch(
             wanted = torch.stack([wanted, hinted], -1)  # (B, chunk, 2)
         ids, weights, raw = move(wanted.clamp(min=0), device), move(learns, device), []
         size = max(config.adapt_tokens // len(columns), 1)  # of a part; memory depends on it, results do not
-        for part in (slice(start, min(start + size, len(batch))) for start in range(0, len(batch), size)):
+        for part in (slice(start, min(start + size, left)) for start in range(0, left, size)):
             nll = e.program.adapt(tokens[part], ids[part], e.plan, None, adapters.lora(part))
             scored = nll.detach().cpu()
             raw.append(scored)
@@ -5670,17 +5671,19 @@ TTT_KINDS = {"lora_phased": adapt_documents, "chunk_sgd": adapt_chunks, "pre_eva
 
 
 def warm_up_adapt(program: Program) -> None:
-    """Compiles the adaptive pass: first chunks, where the window is the chunk, and later ones; for a batch of documents
-    and for a single one. Chunks and batches of other sizes run the same graphs."""
+    """Compiles the adaptive pass: first chunks, where the window is the chunk, and later ones; for a batch of documents,
+    for two and one that are left of it, and for a single one. Chunks and batches of other sizes run the same graphs."""
     config, chunk = program.config, program.config.ttt_chunk_size
     program.model.requires_grad_(False)
     for batch in sorted({1, config.ttt_batch_size}):
-        noise, adapters = noise_validation(config, batch, 3 * chunk), Adapters(config, program.model, batch)
+        noise, adapters = noise_validation(config, batch, 5 * chunk), Adapters(config, program.model, batch)
+        chunks = np.array([5, 3] + [2] * batch)[:batch]  # also alone a document learns from a chunk
+        documents = np.stack([noise.documents[:, 0], chunk * chunks], 1)
         adapters.begin(None, 0)
         no_hints = torch.full((len(noise.tokens), 2), -1, dtype=torch.int32)
         boosts = Boosts(config, program.model, batch)
         hints = Hints(no_hints, boosts) if config.ngram_tilt_enabled else None
-        adapt_batch(Evaluation(program, noise, Log(None)), adapters, noise.documents, chunk, hints)
+        adapt_batch(Evaluation(program, noise, Log(None)), adapters, documents, chunk, hints)
     program.model.requires_grad_(True)
 
 

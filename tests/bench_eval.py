@@ -11,8 +11,10 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import bench_helpers
+import numpy as np
 import torch
 
 import train_gpt as tg
@@ -29,6 +31,20 @@ def timed(name: str, work: Callable[[], tg.Tally], run: tg.Run) -> float:
     spent = time.perf_counter() - start
     print(f"{name}_s:{spent:.1f} {name}_scored_tokens_per_s:{tally.tokens / spent:.0f}", flush=True)
     return spent
+
+
+def slowest_ranks(config: tg.Config, size: int) -> float:
+    """Tokens of the slowest rank of each round, over those of equal shares, for the challenge's targets in documents of
+    FineWeb's lengths, on eight ranks."""
+    lengths = bench_helpers.document_lengths(CHALLENGE_TARGETS, np.random.default_rng(0))
+    documents = np.stack([np.cumsum(lengths) - lengths, lengths], 1)
+    queue = tg.document_queue(documents, config.ttt_batch_size, [limit for limit, _ in config.chunk_steps])
+    with mock.patch.object(tg, "ROUND_BATCHES", size):
+        rounds = tg.deal_rounds(queue, config)
+    loads = np.zeros((len(rounds.work), tg.TTT_TRACKS))
+    for batch, place in zip(queue, zip(rounds.number, rounds.track)):
+        loads[place] += tg.batch_work(batch, config)
+    return float(loads.max(1).sum() / loads.sum() * tg.TTT_TRACKS)
 
 
 def main() -> None:
@@ -49,6 +65,8 @@ def main() -> None:
     pushed = sum(tg.batch_work(batch, config) for batch in queue) / (len(validation.tokens) - 1)
     spent = timed("ttt", lambda: tg.TTT_KINDS[config.ttt_kind](tg.Evaluation(program, validation, log)), run)
     if config.ttt_kind == "lora_phased":
+        for size in (tg.TTT_TRACKS, tg.ROUND_BATCHES):
+            print(f"ttt_slowest_of_8_ranks_in_rounds_of_{size}_batches:{slowest_ranks(config, size):.3f}")
         real = sum(int(batch[:, 1].sum()) for batch in queue)
         padded = sum(len(batch) * int(batch[0, 1]) for batch in queue)
         print(f"ttt_pushed_per_scored:{pushed:.1f} ttt_padding_share:{1 - real / padded:.3f}")

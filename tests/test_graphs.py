@@ -62,7 +62,9 @@ ADAPTED = FLAT | dict(NUM_LOOPS=0, STAGES="evaluate", SLIDING_WINDOW_ENABLED=0, 
 def shallow(data: ToyData, preset: str, **changes: Any) -> tg.Config:
     """A preset of three layers that compiles; with sliding windows and validation during training."""
     sizes = dict(DATA_PATH=data.folder, TOKENIZER_PATH=data.tokenizer, CASEOPS_ENABLED=0, COMPILE=1, WARMUP_STEPS=1)
-    sizes |= dict(ITERATIONS=4, SLIDING_WINDOW_ENABLED=1, VAL_LOSS_EVERY=3, VAL_BATCH_TOKENS=2048, ENABLE_LOOPING_AT=0.4)
+    sizes |= dict(
+        ITERATIONS=4, SLIDING_WINDOW_ENABLED=1, VAL_LOSS_EVERY=3, VAL_BATCH_TOKENS=2048, ENABLE_LOOPING_AT=0.4
+    )
     return tg.load_config(shallow_env(preset, **sizes | {"TTT_BATCH_SIZE": 2} | changes))[0]
 
 
@@ -122,6 +124,21 @@ def test_batches_that_are_passed_in_parts_are_warmed_up_too(toy_data: ToyData, t
     assert found[:2] == (0, 0)
 
 
+def test_batches_that_documents_leave_are_warmed_up_too(toy_data: ToyData, tmp_path: Path) -> None:
+    """Batches of six, of which five to one are left at one time or another."""
+    config, run = (
+        shallow(toy_data, "pr2135", RUNS_DIR=tmp_path, RUN_ID="a", **ADAPTED | dict(TTT_BATCH_SIZE=6)),
+        PaddedRun(),
+    )
+    program = tg.Program(config, run)
+    tg.warm_up_evaluation(program, config, run, QUIET)
+    validation = varied_validation(24)
+    chunks = -(-validation.documents[:, 1] // config.ttt_chunk_size)
+    assert len(set(chunks)) > 2
+    found = compiled_by(lambda: tg.adapt_documents(tg.Evaluation(program, validation, QUIET)))
+    assert found[:2] == (0, 0)
+
+
 def test_planted_warm_up_on_one_tensor_is_noticed(
     toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,9 +185,7 @@ def test_each_use_has_its_own_cache_and_giving_up_is_counted() -> None:
 def test_a_run_reports_what_it_compiled(toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """log.txt and result.json carry the counts of each stage; a graph inside the clock is a warning."""
     monkeypatch.setattr(tg.Run, "padded", True)
-    config = shallow(
-        toy_data, "pr1941", RUNS_DIR=tmp_path, RUN_ID="a", TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0, **FLAT
-    )
+    config = shallow(toy_data, "pr1941", RUNS_DIR=tmp_path, RUN_ID="a", TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0, **FLAT)
     result, log = tg.main(config, tg.Run()), config.run_dir / "log.txt"
     stages = result["stage_graphs"]
     assert list(stages) == ["train", "quantize", "evaluate"] and stages["quantize"]["compiled_graphs"] == 0
