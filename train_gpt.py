@@ -5399,9 +5399,9 @@ def deal_rounds(queue: list[np.ndarray], config: Config) -> Rounds:
     """Cuts the phases of a queue into rounds, and deals each round: every batch, in order, to the track that has the
     least work in that round so far.
 
-    The first batches are much longer than the others: 50,000 documents with lengths as in FineWeb's training text have
-    2 to 5 % of all work in each of the first three. With rounds of 8 batches, one on each track, scoring takes 28 %
-    longer than with equal shares (PRESET=frontier, eight ranks); with 32, 3 %.
+    The first batches take much longer than the others. With rounds of 8 batches, one on each track, eight ranks would
+    push a third more tokens than with equal shares (PRESET=frontier, 50,000 documents of lengths like FineWeb's:
+    tests/bench_eval.py); with 32 it is a twentieth.
     """
     pauses = [pause for pause in phase_pauses(queue, config) if pause < len(queue)]
     phases = list(zip([0, *pauses], [*pauses, len(queue)]))

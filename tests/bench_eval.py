@@ -33,9 +33,9 @@ def timed(name: str, work: Callable[[], tg.Tally], run: tg.Run) -> float:
     return spent
 
 
-def slowest_ranks(config: tg.Config, size: int) -> float:
-    """Tokens of the slowest rank of each round, over those of equal shares, for the challenge's targets in documents of
-    FineWeb's lengths, on eight ranks."""
+def slowest_ranks(config: tg.Config, size: int) -> tuple[int, float]:
+    """Tokens of the slowest rank of each round, in all and over those of equal shares, for the challenge's targets in
+    documents of FineWeb's lengths, on eight ranks, in rounds of `size` batches."""
     lengths = bench_helpers.document_lengths(CHALLENGE_TARGETS, np.random.default_rng(0))
     documents = np.stack([np.cumsum(lengths) - lengths, lengths], 1)
     queue = tg.document_queue(documents, config.ttt_batch_size, [limit for limit, _ in config.chunk_steps])
@@ -44,7 +44,8 @@ def slowest_ranks(config: tg.Config, size: int) -> float:
     loads = np.zeros((len(rounds.work), tg.TTT_TRACKS))
     for batch, place in zip(queue, zip(rounds.number, rounds.track)):
         loads[place] += tg.batch_work(batch, config)
-    return float(loads.max(1).sum() / loads.sum() * tg.TTT_TRACKS)
+    slowest = loads.max(1).sum()
+    return int(slowest), float(slowest / loads.sum() * tg.TTT_TRACKS)
 
 
 def main() -> None:
@@ -66,7 +67,8 @@ def main() -> None:
     spent = timed("ttt", lambda: tg.TTT_KINDS[config.ttt_kind](tg.Evaluation(program, validation, log)), run)
     if config.ttt_kind == "lora_phased":
         for size in (tg.TTT_TRACKS, tg.ROUND_BATCHES):
-            print(f"ttt_slowest_of_8_ranks_in_rounds_of_{size}_batches:{slowest_ranks(config, size):.3f}")
+            tokens, share = slowest_ranks(config, size)
+            print(f"ttt_rounds_of_{size}_batches_on_8_ranks slowest_tokens:{tokens} of_equal_shares:{share:.3f}")
         real = sum(int(batch[:, 1].sum()) for batch in queue)
         padded = sum(len(batch) * int(batch[0, 1]) for batch in queue)
         print(f"ttt_pushed_per_scored:{pushed:.1f} ttt_padding_share:{1 - real / padded:.3f}")
