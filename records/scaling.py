@@ -153,12 +153,12 @@ class Forecast(NamedTuple):
 
 
 def line_forecast(x: Sequence[float], y: Sequence[float], there: float) -> Forecast | None:
-    """Least squares through points (x, y), at `there`; None for fewer than three points or two places.
+    """Least squares through points (x, y), at `there`; None for fewer than three places.
 
     Error: that of a mean response, s sqrt(1 / n + (there - mean)^2 / sum((x - mean)^2)). It knows the scatter of the
     points; whether the law is a line outside of them, it cannot know.
     """
-    if len(x) < 3 or len(set(x)) < 2:
+    if len(set(x)) < 3:
         return None
     fit = scipy.stats.linregress(x, y)
     residual = np.asarray(y) - fit.intercept - fit.slope * np.asarray(x)
@@ -255,6 +255,7 @@ BACK_TEST = """## What a forecast from these scales would have been worth
 Each quantity is forecast at full size in two ways, as if nothing were known there: by a line over the bits per byte of
 {against} before quantisation, to its published ones, and by a power law in compute (6 x parameters x tokens). Units: mB,
 0.001 bits per byte; \u00b1 is the standard error of the fit, which does not know whether its law holds so far outside.
+What was measured at fewer than three scales, or changes its sign (power law), has no forecast.
 *error* is forecast minus published; *carried over* is published over measured at the largest scale.
 """
 

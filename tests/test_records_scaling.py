@@ -57,7 +57,7 @@ def rows(lines: list[str], first: str) -> list[dict[str, str]]:
 def test_line_forecast_against_a_slow_reference() -> None:
     """The mean response of the textbook: with many draws of noise, the forecast scatters as its error says."""
     assert scaling.line_forecast([1, 2, 3, 3], [5, 7, 9, 9], 10) == pytest.approx((23, 0))
-    assert scaling.line_forecast([1, 2], [5, 7], 10) is None and scaling.line_forecast([1, 1, 1], [5, 7, 8], 2) is None
+    assert scaling.line_forecast([1, 2], [5, 7], 10) is None and scaling.line_forecast([1, 1, 2], [5, 7, 8], 2) is None
     x, generator = [1.0, 1.0, 2.0, 2.0, 4.0, 4.0], np.random.default_rng(3)
     found = [scaling.line_forecast(x, [2 - v + e for v, e in zip(x, generator.normal(0, 0.1, 6))], 0.0)
              for _ in range(2000)]  # fmt: skip
