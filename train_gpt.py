@@ -5390,10 +5390,6 @@ class Rounds(NamedTuple):
     track: list[int]  # of each batch; a rank has every world_size-th track
     work: list[int]  # of each round, in tokens
 
-    def last_of(self, phase: int) -> int:
-        """Number of the last round of a phase."""
-        return self.number[self.phases[phase][1] - 1]
-
 
 def deal_rounds(queue: list[np.ndarray], config: Config) -> Rounds:
     """Cuts the phases of a queue into rounds, and deals each round: every batch, in order, to the track that has the
@@ -5599,7 +5595,7 @@ def adapt_documents(evaluation: Evaluation) -> Tally:
             hints = None if table is None else Hints(table, Boosts(config, model, len(batch)))
             adapt_batch(evaluation, adapters, batch, chunk, hints)
             kept[track] = adapters.first_factors(run.dtype)
-        governor.reach(rounds.last_of(phase))  # also without a batch in it
+        governor.reach(rounds.number[end - 1])  # also without a batch in it
         model.requires_grad_(True)
         if end < len(queue):
             steps, seconds = global_update(evaluation, np.concatenate(queue[:end])), time.monotonic() - governor.start

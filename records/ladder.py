@@ -10,10 +10,10 @@ prepare exports the same documents with every tokenizer that a preset needs. run
 seed, with the preset's own settings made small by `scaled`; a run that is there already is skipped. A variation of a
 preset, such as pr1941+MLP_GATE_OUT=0+EMBED_WD=0.06, runs like a preset; its values are meant at full size. rescore
 scores the artifacts of finished runs on the validation text of another folder, or, with --change, quantises and scores
-their weights under other settings. report reads what the runs have written,
-with --against as differences from one of the rows, by seed and by document. It shows how the published designs order
-themselves where everything is small, not what they reach on eight H100s: their learning rates, for one, were tuned at
-four times the width and are used as they are.
+their weights under other settings. report reads what the runs have written, with --against as differences from one of
+the rows, by seed and by document. It shows how the published designs order themselves where everything is small, not
+what they reach on eight H100s: their learning rates, for one, were tuned at four times the width and are used as they
+are.
 
 Exit status: 0 done, 1 a run failed, 2 a mistake in the arguments or files, 130 interrupted.
 """
@@ -389,6 +389,10 @@ class Finished(NamedTuple):
     def seed(self) -> int:
         return self.about["seed"]
 
+    @property
+    def width(self) -> int:
+        return self.about.get("width", SMALL_DIM)  # series from before --width do not say it
+
 
 def run(options: argparse.Namespace, command: Sequence[str] = ()) -> list[Outcome]:
     """Runs every preset with every seed, `--jobs` at a time; a failure is an outcome like any other.
@@ -461,7 +465,7 @@ def rescore_job(run: Finished, data: dict[str, Any], now: dict[str, Any], option
     name, changed, stages, file = run.folder.name, {}, "evaluate", ARTIFACT_FILE
     if options.change:
         label = f"{about['preset']}+{options.change}"
-        changed = small_changes(about, label, data)
+        changed = small_changes(run, label, data)
         if any(tg.QUANTIZE in tg.FIELDS[key.lower()].metadata["stage"] for key in changed):
             stages, file = "quantize,evaluate", WEIGHTS_FILE
         name, about["preset"] = f"{label}-seed{run.seed}", label
@@ -473,13 +477,12 @@ def rescore_job(run: Finished, data: dict[str, Any], now: dict[str, Any], option
     return Job(name, run.about["settings"] | changed, places, about, run.folder / file)
 
 
-def small_changes(about: dict[str, Any], label: str, data: dict[str, Any]) -> dict[str, str]:
+def small_changes(run: Finished, label: str, data: dict[str, Any]) -> dict[str, str]:
     """What `label`, a variation of a finished run, sets otherwise at the scale of that run. Raises RunError where that
     is nothing, or would have changed the training."""
-    width = about.get("width", SMALL_DIM)
     before, after = (
-        scaled(config, by_steps(config, data, about["expected_steps"], width))
-        for config in map(load_preset, (about["preset"], label))
+        scaled(config, by_steps(config, data, run.about["expected_steps"], run.width))
+        for config in map(load_preset, (run.about["preset"], label))
     )
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     if not changed:
@@ -749,7 +752,7 @@ def report(options: argparse.Namespace) -> str:
     if options.against and options.against not in presets:
         raise RunError(f"--against {options.against}: no such row; there is {', '.join(presets)}")
     groups = {name: [run for run in runs if run.about["preset"] == name] for name in presets}
-    lines = [introduction(presets, options.against, runs[0].about.get("width", SMALL_DIM)), *facts(runs, unfinished), ""]
+    lines = [introduction(presets, options.against, runs[0].width), *facts(runs, unfinished), ""]
     text = "\n".join([*lines, *table(groups, options.against), "", *remarks(groups)]) + "\n"
     options.table.parent.mkdir(parents=True, exist_ok=True)
     options.table.write_text(text)
@@ -772,7 +775,7 @@ def read_runs(folder: Path) -> tuple[list[Finished], list[str]]:
     if not runs:
         raise RunError(f"{folder}: holds no finished run; start some with `ladder.py run`")
     for key in ("budget", "width", "data", "threads"):
-        if len({json.dumps(run.about.get(key), sort_keys=True) for run in runs}) > 1:
+        if len({json.dumps((run.about | {"width": run.width})[key], sort_keys=True) for run in runs}) > 1:
             raise RunError(f"{folder}: runs with different {key}; keep each kind in a folder of its own")
     return sorted(runs, key=lambda run: run.about["seed"]), unfinished
 

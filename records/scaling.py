@@ -31,7 +31,6 @@ import scipy.stats
 import train_gpt as tg
 from records.ladder import (
     BATCH_TOKENS,
-    SMALL_DIM,
     SPEEDS_FILE,
     Finished,
     as_markdown,
@@ -84,7 +83,7 @@ def read_points(folders: Sequence[Path]) -> Points:
         if data is not None and about["data"] != data:
             raise RunError(f"{folder}: its runs read other data than those of {folders[0]}; leave it out")
         data = about["data"]
-        scale = about.get("width", SMALL_DIM), about["expected_steps"]
+        scale = runs[0].width, about["expected_steps"]
         if any(run.about["expected_steps"] != scale[1] for run in runs):
             raise RunError(f"{folder}: presets of different lengths; make it with `ladder.py run --steps`")
         if scale in points:
@@ -228,7 +227,7 @@ the validation text is in neither.
 """
 
 
-def write_table(points: Points, against: str, tests: Sequence[Tested]) -> str:
+def table_text(points: Points, against: str, tests: Sequence[Tested]) -> str:
     scores = [("width", "steps", "preset", "seeds", "parameters", "processor s", *STAGES, f"final minus {against}",
                "% of it", "before quantisation")]  # fmt: skip
     for (width, steps), presets in points.items():
@@ -340,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = ladder_order({name for presets in points.values() for name in presets})
         if options.against not in names:
             raise RunError(f"--against {options.against}: no such preset; there is {', '.join(names)}")
-        text = write_table(points, options.against, back_test(points, names, options.against))
+        text = table_text(points, options.against, back_test(points, names, options.against))
         options.table.parent.mkdir(parents=True, exist_ok=True)
         options.table.write_text(text)
         draw(points, options.against, options.picture)
