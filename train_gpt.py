@@ -1318,6 +1318,11 @@ def target_bytes(tokens: np.ndarray, table: ByteTable) -> np.ndarray:
     return counts.astype(np.int32)
 
 
+def has_case_markers(tokenizer: Any) -> bool:
+    """Whether it is one of CaseOps."""
+    return not tokenizer.is_unknown(tokenizer.piece_to_id("\ue001"))
+
+
 def decoded_bytes(tokens: np.ndarray, tokenizer: Any) -> int:
     """UTF-8 bytes of the text that the targets of these tokens (n,) spell, by the tokenizer's own decoder: a count that
     shares nothing with `byte_table`. The space before the first word of a document costs nothing, case markers neither.
@@ -1326,7 +1331,8 @@ def decoded_bytes(tokens: np.ndarray, tokenizer: Any) -> int:
     plain = np.array([not any(kind(token) for kind in kinds) for token in range(tokenizer.vocab_size())])[tokens]
     letter = next(t for t in range(tokenizer.vocab_size()) if tokenizer.id_to_piece(t).isalnum())
     length = len(tokenizer.id_to_piece(letter))
-    ignored = {0x2581: " "} | dict.fromkeys(range(0xE001, 0xE005), "")  # the space marker; case markers
+    # The space marker; the case markers of CaseOps, which are letters like others (for private use) anywhere else.
+    ignored = {0x2581: " "} | dict.fromkeys(range(0xE001, 0xE005) if has_case_markers(tokenizer) else (), "")
 
     def size(rows: list[np.ndarray]) -> int:
         for fused, marker in FUSED_MARKERS.items() if tokenizer.vocab_size() > SPACE_ID else ():
@@ -1382,17 +1388,17 @@ def load_validation(config: Config) -> Validation:
             f"{folder}: the validation stream has {len(tokens)} token(s), it needs 2 or more; export it again"
         )
     tokenizer = load_tokenizer(config)
-    has_case_markers = not tokenizer.is_unknown(tokenizer.piece_to_id("\ue001"))
+    caseops = tokenizer if has_case_markers(tokenizer) else None
     if sorted(folder.glob("fineweb_val_bytes_[0-9]*.bin")):
         sidecar = TokenStream(folder, "val_bytes", 65536)
         if len(sidecar) != len(tokens):
             raise UserError(f"{folder}: {len(sidecar)} side-car entries for {len(tokens)} tokens; export both again")
         counts = sidecar.read(0, len(sidecar))
-    elif has_case_markers:
+    elif caseops:
         raise UserError(f"{folder}: CaseOps tokenizer without fineweb_val_bytes_*.bin; fetch or export the side-car")
     else:
         counts = target_bytes(tokens, byte_table(tokenizer))
-    check_fusion(tokens, tokenizer if has_case_markers else None, config)
+    check_fusion(tokens, caseops, config)
     starts = np.union1d([0], np.flatnonzero(tokens == BOS_ID))
     ends = np.append(starts[1:], len(tokens) - 1)
     documents = np.stack([starts, ends - starts], 1)

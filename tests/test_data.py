@@ -395,6 +395,7 @@ WORDS = st.lists(
 @given(documents=st.lists(UNICODE | WORDS, min_size=1, max_size=4))
 @example(documents=["hello world", "", "é 漢字  x", " leading", "trailing "])
 @example(documents=["â", "\u2582 \u2580", "▂", "€ 5"])  # share bytes with the space marker
+@example(documents=["\ue001", "a\ue004b"])  # case markers only where the tokenizer has them
 def test_counted_bytes_are_those_of_the_text(tokenizers: dict, name: str, documents: list[str]) -> None:
     """Any Unicode text: the bytes of all targets sum to the UTF-8 length of the normalised documents."""
     tokenizer = tokenizers[name]
