@@ -75,6 +75,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
+from torch.optim.adamw import adamw
 
 ARTIFACT_LIMIT_BYTES = 16_000_000  # decimal megabytes: compressed weights + counted code (challenge README)
 TIME_LIMIT_S = 600.0  # for training, and again for evaluation, on 8xH100
@@ -2273,11 +2274,11 @@ class Lora(NamedTuple):
     """Low-rank deltas for a batch of B rows: delta(x) = scale * (x A^T) B^T, one A and B per row, weight and visit."""
 
     scale: float
-    factors: dict[str, tuple[Tensor, Tensor]]  # kind of weight -> A (slots, B, R, in), B (slots, B, out, R), float32
+    factors: dict[str, tuple[Tensor, Tensor]]  # kind of weight -> A (B, slots, R, in), B (B, slots, out, R), float32
 
     def by_slot(self, dtype: torch.dtype) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """The factors of each visit, cast once per forward call: kind of weight -> per slot (A, B)."""
-        return {name: list(zip(a.to(dtype).unbind(0), b.to(dtype).unbind(0))) for name, (a, b) in self.factors.items()}
+        return {name: list(zip(a.to(dtype).unbind(1), b.to(dtype).unbind(1))) for name, (a, b) in self.factors.items()}
 
 
 class Taps:
@@ -2731,7 +2732,7 @@ class Program:
                 for tensor in (inputs, targets):
                     any_size(tensor, 0, 1)
                 for factor in itertools.chain(*lora.factors.values()):
-                    any_size(factor, 1)
+                    any_size(factor, 0)
             return forward(self.model, inputs, targets, plan, segments, lora)
 
         return call
@@ -5308,53 +5309,57 @@ def adapter_shapes(config: Config, model: GPT) -> dict[str, tuple[int, int, int]
 
 
 class Adapters:
-    """LoRA factors for a batch of documents, and their optimizer."""
+    """LoRA factors for a batch of documents, and the moments of their AdamW. Rows belong to documents: a part of the
+    batch is a view, goes through the model and learns alone, and needs no more memory than itself."""
 
     def __init__(self, config: Config, model: GPT, batch: int):
         c, device = config, model.tok_emb.weight.device
-        self.size = batch
-        self.scale, self.factors = c.ttt_lora_alpha / c.ttt_lora_rank, {}
-        for name, (n, out, width) in adapter_shapes(c, model).items():
-            a = torch.zeros(n, batch, c.ttt_lora_rank, width, device=device)
-            b = torch.zeros(n, batch, out, c.ttt_lora_rank, device=device)
-            self.factors[name] = (a.requires_grad_(), b.requires_grad_())
-        everything = [factor for pair in self.factors.values() for factor in pair]
-        betas = (c.ttt_beta1, c.ttt_beta2)
-        self.optimizer = torch.optim.AdamW(
-            everything, c.ttt_lora_lr, betas, eps=1e-10, weight_decay=c.ttt_weight_decay, fused=True
-        )
+        self.config, self.size, self.scale = config, batch, c.ttt_lora_alpha / c.ttt_lora_rank
+        self.factors = {
+            name: (
+                torch.zeros(batch, n, c.ttt_lora_rank, width, device=device),
+                torch.zeros(batch, n, out, c.ttt_lora_rank, device=device),
+            )
+            for name, (n, out, width) in adapter_shapes(c, model).items()
+        }
+        everything = list(itertools.chain(*self.factors.values()))
+        self.moments = [[torch.zeros_like(factor) for factor in everything] for _ in range(2)]
+        self.steps = [torch.zeros((), device=device) for _ in everything]
 
-    @torch.no_grad()
     def begin(self, kept: list[Tensor] | None, seed: int) -> None:
         """Ready for other documents: no delta and no optimizer history. A is the one that an earlier batch has left
         (warm start, #1886), or where there is none of this size, drawn."""
         random = torch.Generator(self.factors["head"][0].device).manual_seed(seed)
-        fits = kept is not None and kept[0].size(1) == self.size
+        fits = kept is not None and kept[0].size(0) == self.size
         for number, (a, b) in enumerate(self.factors.values()):
             if fits:
                 a.copy_(kept[number])
             else:
                 a.uniform_(-1, 1, generator=random).div_(math.sqrt(a.size(-1)))
             b.zero_()
-        for state in self.optimizer.state.values():
-            for buffer in state.values():
-                buffer.zero_()
+        for moment in itertools.chain(*self.moments):
+            moment.zero_()
 
     def first_factors(self, dtype: torch.dtype) -> list[Tensor]:
         """A copy of every A, for `begin`. On a GPU in bfloat16: where one rank has all tracks they would fill it."""
-        return [a.detach().to(dtype, copy=True) for a, _ in self.factors.values()]
+        return [a.to(dtype, copy=True) for a, _ in self.factors.values()]
 
     def lora(self, part: slice) -> Lora:
-        """The adapters of some documents of the batch."""
-        if len(range(self.size)[part]) == self.size:
-            return Lora(self.scale, self.factors)
-        parts = {name: (a[:, part].contiguous(), b[:, part].contiguous()) for name, (a, b) in self.factors.items()}
-        return Lora(self.scale, parts)
+        """The adapters of some documents of the batch: leaves of autograd that share memory with `factors`."""
+        leaf = lambda factor: factor[part].requires_grad_()
+        return Lora(self.scale, {name: (leaf(a), leaf(b)) for name, (a, b) in self.factors.items()})
 
-    def step(self) -> None:
-        """One step on the gradients of a chunk that has been tallied."""
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    @torch.no_grad()
+    def step(self, lora: Lora, part: slice, number: int) -> None:
+        """Step `number`, from 0, of `lora(part)`, on its gradients of a chunk that has been tallied."""
+        leaves, c = list(itertools.chain(*lora.factors.values())), self.config
+        first, second = ([moment[part] for moment in moments] for moments in self.moments)
+        for steps in self.steps:
+            steps.fill_(number)
+        adamw(
+            leaves, [leaf.grad for leaf in leaves], first, second, [], self.steps, fused=True, amsgrad=False, maximize=False,
+            lr=c.ttt_lora_lr, beta1=c.ttt_beta1, beta2=c.ttt_beta2, eps=1e-10, weight_decay=c.ttt_weight_decay,
+        )  # fmt: skip
 
 
 def chunk_of(count: int, config: Config) -> int:
@@ -5491,7 +5496,8 @@ def adapt_batch(
     e, config, device = evaluation, evaluation.config, evaluation.run.device
     stream, last = e.validation.tokens, len(e.validation.tokens) - 1
     starts, counts = torch.from_numpy(batch[:, :1].copy()), torch.from_numpy(batch[:, 1].copy())
-    for begin, first, _ in plan_windows(int(counts.max()), config.ttt_eval_seq_len, chunk, first=chunk):
+    windows = plan_windows(int(counts.max()), config.ttt_eval_seq_len, chunk, first=chunk)
+    for number, (begin, first, _) in enumerate(windows):
         left = int((counts > first).sum())  # documents that go on
         starts, counts, rows = starts[:left], counts[:left], torch.arange(left)[:, None]
         columns = torch.arange(begin, first + chunk)
@@ -5507,7 +5513,8 @@ def adapt_batch(
         ids, weights, raw = move(wanted.clamp(min=0), device), move(learns, device), []
         size = max(config.adapt_tokens // len(columns), 1)  # of a part; memory depends on it, results do not
         for part in (slice(start, min(start + size, left)) for start in range(0, left, size)):
-            nll = e.program.adapt(tokens[part], ids[part], e.plan, None, adapters.lora(part))
+            lora = adapters.lora(part)
+            nll = e.program.adapt(tokens[part], ids[part], e.plan, None, lora)
             scored = nll.detach().cpu()
             raw.append(scored)
             if hints:
@@ -5517,12 +5524,11 @@ def adapt_batch(
             if learns[part].any():
                 e.tally.learn_from(targets[part][learns[part]], e.tally.times)
                 (nll.mean(1) * weights[part]).sum().backward()
+                adapters.step(lora, part, number)
         if hints and (known := real & hints.boosts.learnt(sources)).any():
             e.tally.learn_from(targets[known], e.tally.times)
             hit = (wanted[..., 0] == hinted)[known]
             hints.boosts.update(torch.cat(raw)[..., 1][known], rows.expand_as(known)[known], sources[known], hit)
-        if learns.any():
-            adapters.step()
 
 
 def update_weights(
@@ -5673,19 +5679,17 @@ TTT_KINDS = {"lora_phased": adapt_documents, "chunk_sgd": adapt_chunks, "pre_eva
 
 
 def warm_up_adapt(program: Program) -> None:
-    """Compiles the adaptive pass: first chunks, where the window is the chunk, and later ones; for a batch of documents,
-    for two and one that are left of it, and for a single one. Chunks and batches of other sizes run the same graphs."""
-    config, chunk = program.config, program.config.ttt_chunk_size
+    """Compiles the adaptive pass: first chunks, where the window is the chunk, and later ones, for a batch of documents
+    and for the one that is left of it. Chunks and batches of other sizes run the same graphs."""
+    config, chunk, batch = program.config, program.config.ttt_chunk_size, program.config.ttt_batch_size
     program.model.requires_grad_(False)
-    for batch in sorted({1, config.ttt_batch_size}):
-        noise, adapters = noise_validation(config, batch, 5 * chunk), Adapters(config, program.model, batch)
-        chunks = np.array([5, 3] + [2] * batch)[:batch]  # also alone a document learns from a chunk
-        documents = np.stack([noise.documents[:, 0], chunk * chunks], 1)
-        adapters.begin(None, 0)
-        no_hints = torch.full((len(noise.tokens), 2), -1, dtype=torch.int32)
-        boosts = Boosts(config, program.model, batch)
-        hints = Hints(no_hints, boosts) if config.ngram_tilt_enabled else None
-        adapt_batch(Evaluation(program, noise, Log(None)), adapters, documents, chunk, hints)
+    noise, adapters = noise_validation(config, batch, 4 * chunk), Adapters(config, program.model, batch)
+    chunks = np.array([4] + [2] * (batch - 1))  # a document learns from all but its last one
+    documents = np.stack([noise.documents[:, 0], chunk * chunks], 1)
+    adapters.begin(None, 0)
+    no_hints = torch.full((len(noise.tokens), 2), -1, dtype=torch.int32)
+    hints = Hints(no_hints, Boosts(config, program.model, batch)) if config.ngram_tilt_enabled else None
+    adapt_batch(Evaluation(program, noise, Log(None)), adapters, documents, chunk, hints)
     program.model.requires_grad_(True)
 
 
@@ -5873,7 +5877,7 @@ def kept_per_token(config: Config, plan: tuple[Visit, ...], compiled: bool = Tru
         inputs, R = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64), config.ttt_lora_rank
         targets = inputs[:, :1] if adapting else inputs
         pairs = {
-            name: (torch.empty(n, 1, R, width, requires_grad=True), torch.empty(n, 1, out, R, requires_grad=True))
+            name: (torch.empty(1, n, R, width, requires_grad=True), torch.empty(1, n, out, R, requires_grad=True))
             for name, (n, out, width) in adapter_shapes(config, model).items()
         }
 
@@ -5938,12 +5942,14 @@ def memory_forecast(config: Config, ranks: int = 1, kept: Mapping | None = None)
         columns = config.ttt_lora_rank * config.ttt_batch_size * (config.ttt_kind == "lora_phased")
         numbers = columns * sum(n * (out + width) for n, out, width in shapes)
         firsts = columns * sum(n * width for n, _, width in shapes) * -(-TTT_TRACKS // ranks)
-        adapters = dict(adapters=4 * numbers, adapter_gradients=4 * numbers, adapter_moments=8 * numbers)
-        adapters |= dict(adapters_of_tracks=2 * firsts)
+        adapters = dict(adapters=4 * numbers, adapter_moments=8 * numbers, adapters_of_tracks=2 * firsts)
         learning = dict(gradients=4 * total, optimizer=8 * total, row=(kept["eager"] + logits) * row)
         forecast["learn"] = weights | adapters | learning
-        tokens = min(config.ttt_batch_size * config.ttt_eval_seq_len, config.adapt_tokens) if numbers else 0
-        forecast["adapt"] = weights | adapters | dict(adapters_in_bfloat16=2 * numbers, batch=kept["adapt"] * tokens)
+        whole = config.ttt_batch_size * config.ttt_eval_seq_len
+        tokens = min(whole, config.adapt_tokens) if numbers else 0
+        part = numbers * tokens // whole  # of the adapters, in one pass
+        passing = dict(adapter_gradients=4 * part, adapters_in_bfloat16=2 * part, batch=kept["adapt"] * tokens)
+        forecast["adapt"] = weights | adapters | passing
     return {stage: {what: round(size) for what, size in parts.items()} for stage, parts in forecast.items()}
 
 

@@ -145,7 +145,7 @@ def trace(kind: str, subject: Subject, validation: tg.Validation, price: tuple[i
     wanted = stream[np.array(price, np.int64) - 1]
     pending: list[np.ndarray] = []
     last_call: dict[str, torch.Tensor] = {}
-    forward, add, tilt = tg.GPT.forward, tg.Tally.add, tg.tilt
+    forward, add, tilt, adamw = tg.GPT.forward, tg.Tally.add, tg.tilt, tg.adamw
 
     def watched_forward(model: tg.GPT, inputs: torch.Tensor, targets: torch.Tensor, *more: Any, **named: Any) -> Any:
         nll = forward(model, inputs, targets, *more, **named)
@@ -189,10 +189,15 @@ def trace(kind: str, subject: Subject, validation: tg.Validation, price: tuple[i
         result.updates.append(used)
         result.early += [int(place) for place in used if place not in result.scores]
 
+    def watched_adamw(*arguments: Any, **named: Any) -> None:  # the step of adapters, which no optimizer object takes
+        before_step()
+        adamw(*arguments, **named)
+
     with (
         patched(tg.GPT, "forward", watched_forward),
         patched(tg.Tally, "add", watched_add),
         patched(tg, "tilt", watched_tilt),
+        patched(tg, "adamw", watched_adamw),
         patched(tg, "TTT_TRACKS", TRACKS),
         patched(tg, "ROUND_BATCHES", ROUND),
     ):

@@ -1,5 +1,6 @@
 """ADAPT: score first, learn afterwards; every target once; results that no batching or rank decides."""
 
+import copy
 import math
 import threading
 import time
@@ -75,7 +76,7 @@ class NoAdapters:
     def lora(self, part: slice) -> None:
         return None
 
-    def step(self) -> None:
+    def step(self, lora: None, part: slice, number: int) -> None:
         pass
 
 
@@ -242,7 +243,7 @@ def test_adaptation_equals_decoupled_adam_by_hand(length: int, beta1: float) -> 
     config = toy_config(TTT_BETA1=beta1, TTT_BETA2=0.9, TTT_WEIGHT_DECAY=2, TTT_LORA_LR=0.003)
     model, validation = random_model(config), validation_of_lengths([length])
     adapters = new_adapters(config, model, 1, seed=1)
-    weights = {name: [t.detach().clone().requires_grad_() for t in pair] for name, pair in adapters.factors.items()}
+    weights = {name: [t.clone().requires_grad_() for t in pair] for name, pair in adapters.factors.items()}
     fast = adapt_batch(model, validation, config, adapters)
     flat = [t for pair in weights.values() for t in pair]
     first, second = ([torch.zeros_like(t) for t in flat] for _ in range(2))
@@ -301,7 +302,7 @@ def test_planted_update_before_the_tally_is_noticed() -> None:
             if not torch.is_grad_enabled():
                 return model(tokens, wanted, plan, segments, lora)
             model(tokens, wanted, plan, segments, lora).mean(1).sum().backward()
-            adapters.step()
+            adapters.step(lora, slice(len(tokens)), 0)
             return model(tokens, wanted, plan, segments, adapters.lora(slice(len(tokens))))
 
         return forward
@@ -417,7 +418,7 @@ def test_beginning_again_leaves_nothing_of_earlier_documents_but_a() -> None:
         adapters.begin(kept, seed=99)
         assert all(map(torch.equal, adapters.first_factors(torch.float32), kept))
         assert all(not b.any() for _, b in adapters.factors.values())
-        assert all(not buffer.any() for state in adapters.optimizer.state.values() for buffer in state.values())
+        assert not any(moment.any() for moments in adapters.moments for moment in moments)
     again, anew = adapt_batch(model, second, config, used), adapt_batch(model, second, config, fresh)
     assert np.array_equal(again[1:], anew[1:])
     assert not any(map(torch.equal, used.first_factors(torch.float32), kept))  # what is kept is a copy
@@ -449,10 +450,10 @@ def test_every_batch_begins_without_memory_but_its_tracks_a(world_size: int, mon
 
     def spy(evaluation: tg.Evaluation, adapters: tg.Adapters, batch: np.ndarray, *rest: Any) -> None:
         assert all(not b.any() for _, b in adapters.factors.values())
-        assert all(not buffer.any() for state in adapters.optimizer.state.values() for buffer in state.values())
+        assert not any(moment.any() for moments in adapters.moments for moment in moments)
         number = next(i for i, part in enumerate(queue) if np.array_equal(part, batch))
         place = (sum(number >= pause for pause in pauses), tracks[number], len(batch))
-        a = adapters.factors["attn.q"][0].detach().clone()
+        a = adapters.factors["attn.q"][0].clone()
         if place in left:
             assert torch.equal(a, left[place])
             kept.append(number)
@@ -460,7 +461,7 @@ def test_every_batch_begins_without_memory_but_its_tracks_a(world_size: int, mon
             assert not any(torch.equal(a, other) for other in drawn)
             drawn.append(a)
         real(evaluation, adapters, batch, *rest)
-        left[place] = adapters.factors["attn.q"][0].detach().clone()
+        left[place] = adapters.factors["attn.q"][0].clone()
 
     monkeypatch.setattr(tg, "adapt_batch", spy)
     on_peers(world_size, lambda run: tg.adapt_documents(evaluation_of(random_model(config), validation, config, run)))
@@ -477,9 +478,33 @@ def test_adapters_have_the_published_shapes_and_start() -> None:
     assert adapters.factors.keys() == outs.keys()
     for name, (a, b) in adapters.factors.items():
         n = 1 if name == "head" else slots
-        assert a.shape == (n, 3, 4, 32) and b.shape == (n, 3, outs[name], 4)
+        assert a.shape == (3, n, 4, 32) and b.shape == (3, n, outs[name], 4)
         assert not b.any() and 0.9 < a.abs().max() * math.sqrt(32) <= 1 and a.unique().numel() > 0.99 * a.numel()
     assert adapters.lora(slice(None)).scale == config.ttt_lora_alpha / config.ttt_lora_rank
+
+
+def test_a_part_of_a_batch_learns_alone_and_in_place() -> None:
+    """Its adapters are no copies; a step moves its own rows and moments, as if there were no other documents."""
+    config = toy_config(TTT_LORA_LR=0.01, TTT_BETA1=0.9)
+    model = random_model(config)
+    whole, alone, part = new_adapters(config, model, 5, seed=1), new_adapters(config, model, 2, seed=2), slice(1, 3)
+    alone.begin([a[part] for a in whole.first_factors(torch.float32)], 0)
+    before = copy.deepcopy(whole.factors)
+    for number in range(3):
+        for adapters, rows in ((whole, part), (alone, slice(None))):
+            lora = adapters.lora(rows)
+            random = torch.Generator().manual_seed(number)
+            for name, pair in lora.factors.items():
+                for leaf, factor in zip(pair, adapters.factors[name]):
+                    assert leaf.data_ptr() == factor[rows].data_ptr() and leaf.is_contiguous()
+                    leaf.grad = torch.randn(leaf.shape, generator=random)
+            adapters.step(lora, rows, number)
+    for name, pair in whole.factors.items():
+        for factor, same, old in zip(pair, alone.factors[name], before[name]):
+            assert torch.equal(factor[part], same) and (factor[part] != old[part]).float().mean() > 0.99
+            assert torch.equal(factor[[0, 3, 4]], old[[0, 3, 4]])
+    for moments, same in zip(whole.moments, alone.moments):
+        assert all(torch.equal(m[part], s) and not m[[0, 3, 4]].any() for m, s in zip(moments, same))
 
 
 @pytest.mark.parametrize("world_size", [2, 9])

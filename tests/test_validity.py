@@ -235,19 +235,21 @@ def learn_long_documents_first(evaluation: tg.Evaluation, adapters: Any, batch: 
 
 
 def neighbours(adapters: Any, part: slice) -> tg.Lora:
-    """Each document's adapters, and a hundredth of the batch's mean."""
-    mix = lambda x: x + 0.01 * x.mean(1, keepdim=True)
-    factors = LORA(adapters, part).factors
-    return tg.Lora(adapters.scale, {name: (mix(a), mix(b)) for name, (a, b) in factors.items()})
+    """Each document's adapters take a hundredth of the batch's mean."""
+    lora = LORA(adapters, part)
+    with torch.no_grad():
+        for pair in lora.factors.values():
+            for factor in pair:
+                factor.add_(factor.mean(0, keepdim=True), alpha=0.01)
+    return lora
 
 
 def adapters_kept(adapters: Any, kept: Any, seed: int) -> None:
     """A batch begins with what the one before has learnt."""
-    before = [b.detach().clone() for _, b in adapters.factors.values()]
+    before = [b.clone() for _, b in adapters.factors.values()]
     BEGIN(adapters, kept, seed)
-    with torch.no_grad():
-        for (_, b), old in zip(adapters.factors.values(), before):
-            b.copy_(old)
+    for (_, b), old in zip(adapters.factors.values(), before):
+        b.copy_(old)
 
 
 def drawn_by_clock(adapters: Any, kept: Any, seed: int) -> None:
@@ -256,11 +258,9 @@ def drawn_by_clock(adapters: Any, kept: Any, seed: int) -> None:
 
 def moments_kept(adapters: Any, kept: Any, seed: int) -> None:
     """The optimizer remembers the gradients of the documents before."""
-    before = copy.deepcopy(adapters.optimizer.state_dict()["state"])
+    before = copy.deepcopy(adapters.moments)
     BEGIN(adapters, kept, seed)
-    for number, state in adapters.optimizer.state_dict()["state"].items():
-        for name, buffer in state.items():
-            buffer.copy_(before[number][name])
+    adapters.moments = before
 
 
 def global_phase_on_all(evaluation: tg.Evaluation, documents: np.ndarray) -> int:
