@@ -815,8 +815,25 @@ class Run:
             torch.cuda.synchronize(self.device)
 
 
+# What PyTorch leaves to MKL on a CPU (aten/src/ATen/cpu/vml.h)
+VECTOR_MATH = "acos asin atan cos erf erfc exp expm1 log log10 log1p log2 sin sqrt tan tanh".split()
+
+
+def settle_vector_math() -> None:
+    """Calls each function of VECTOR_MATH once, on one number.
+
+    MKL looks up its code for such a function in the first call. Where several threads share that call, one of them may
+    run code with errors of 1e-4 (pytorch/pytorch #188792; MKL 2024.2): 3 of 30 runs began with such cosines in their
+    rotary tables, and such a run ends with another score.
+    """
+    for name in VECTOR_MATH:
+        for dtype in (torch.float32, torch.float64):
+            getattr(torch, name)(torch.ones(1, dtype=dtype))
+
+
 def start_run(env: Mapping[str, str]) -> Run:
     """Joins the process group that torchrun's variables describe; without them, a run of one process."""
+    settle_vector_math()
     try:
         rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         cuda, local_rank = torch.cuda.is_available(), int(env.get("LOCAL_RANK", 0))

@@ -404,8 +404,10 @@ def build_toy_data(root: Path) -> ToyData:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def packed_once() -> Iterator[None]:
-    """Packs the script once for all runs of a session, since it is the same each time and takes a second."""
+def prepared() -> Iterator[None]:
+    """Packs the script once for all runs of a session, since it is the same each time and takes a second; and begins as
+    every process of the script does."""
+    tg.settle_vector_math()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tg, "packed_script", functools.cache(tg.packed_script))
         yield

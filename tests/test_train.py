@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import math
 import os
 import signal
@@ -24,6 +25,7 @@ from conftest import (
     train_tokenizer,
     write_shard,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as tg
 
@@ -321,6 +323,24 @@ def test_prefetch_keeps_the_order_and_passes_errors_on() -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # Repeating, resuming, stopping
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_process_begins_with_one_number_for_each_vector_function() -> None:
+    """MKL's, in both precisions, before anything that threads may share."""
+    first: list[tuple[str, torch.dtype]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            name = func._schema.name.removeprefix("aten::")
+            if name not in ("ones", "empty", "fill_"):
+                assert args[0].numel() == 1 and args[0].device.type == "cpu"
+                first.append((name, args[0].dtype))
+            return func(*args, **kwargs or {})
+
+    with Watch():
+        tg.start_run({})
+    assert sorted(first, key=str) == sorted(itertools.product(tg.VECTOR_MATH, (torch.float32, torch.float64)), key=str)
+    assert {"cos", "sin", "exp", "log", "sqrt", "tanh", "erf"} <= set(tg.VECTOR_MATH)
 
 
 def test_same_seed_gives_the_same_artifact_byte_for_byte(toy_data: ToyData, tmp_path: Path) -> None:
