@@ -5178,6 +5178,7 @@ def without_docstrings(tree: ast.AST) -> ast.AST:
     return tree
 
 
+@functools.cache  # half a second each time
 def packed_script(source: str) -> bytes:
     """The script as it counts and runs: without comments and docstrings, compressed, in a wrapper of four lines.
 

@@ -23,9 +23,10 @@ def defined_names(node: ast.stmt) -> set[str]:
 
 
 def definitions(*names: str) -> dict[str, Any]:
-    """Constants and functions by name. They may use each other, the module `ast`, and what they import themselves."""
+    """Constants and functions by name. They may use each other, the modules `ast` and `functools`, and what they import
+    themselves."""
     chosen = [node for node in statements() if defined_names(node) & set(names)]
-    scope: dict[str, Any] = {"ast": ast}
+    scope: dict[str, Any] = {"ast": ast, "functools": functools}
     exec(compile(ast.Module(chosen, []), SCRIPT.name, "exec"), scope)
     return {name: scope[name] for name in names}
 

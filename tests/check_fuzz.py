@@ -8,7 +8,6 @@ A run that diverges after silly learning rates is a result; one that takes too l
 
 import collections
 import contextlib
-import functools
 import os
 import random
 import signal
@@ -176,7 +175,6 @@ def main() -> int:
     settings, runs, seed = given + [2000, 150, 1][len(given) :]
     torch.set_num_threads(1)
     np.seterr(all="ignore")
-    tg.packed_script = functools.cache(tg.packed_script)  # a second each time
     with tempfile.TemporaryDirectory() as folder:
         report = campaign(Path(folder), settings, runs, seed)
     for kind, count in report["counts"].items():

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import multiprocessing
 import os
 import random
@@ -404,13 +403,8 @@ def build_toy_data(root: Path) -> ToyData:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def prepared() -> Iterator[None]:
-    """Packs the script once for all runs of a session, since it is the same each time and takes a second; and begins as
-    every process of the script does."""
+def begin_as_the_script_does() -> None:
     tg.settle_vector_math()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tg, "packed_script", functools.cache(tg.packed_script))
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -181,6 +181,7 @@ def small() -> tg.Config:
     return tg.load_config({key: str(value) for key, value in env.items()})[0]
 
 
+@pytest.mark.slow
 def test_visits_counted_by_kind_add_up_to_the_whole_plan(small: tg.Config) -> None:
     """What a row keeps, from a few visits, is within 10 % of the cut of the whole graph; eager keeps more."""
     kept, plan = tg.row_bytes_per_token(small), tg.layer_plan(small, looping=True)

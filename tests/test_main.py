@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, ToyData, evaluation_of
+from conftest import ROOT, ToyData
 
 import train_gpt as tg
 

@@ -235,7 +235,7 @@ def random_lora(config: tg.Config, B: int, seed: int = 5, zero_b: bool = False) 
     factors = {}
     for kind, out in outs.items():
         count = 1 if kind == "head" else slots
-        a, b = (torch.randn(count, B, *shape, generator=generator) * 0.3 for shape in ((rank, d), (out, rank)))
+        a, b = (torch.randn(B, count, *shape, generator=generator) * 0.3 for shape in ((rank, d), (out, rank)))
         factors[kind] = (a, b * 0 if zero_b else b)
     return tg.Lora(1.5, factors)
 
@@ -342,7 +342,7 @@ def test_lora_equals_a_slow_computation_per_row_and_visit() -> None:
     assert np.abs(fast - bare).mean() > 0.1
     for row in range(B):
         low_rank = {
-            kind: [(a.double().numpy(), b.double().numpy()) for a, b in zip(A[:, row], B[:, row])]
+            kind: [(a.double().numpy(), b.double().numpy()) for a, b in zip(A[row], B[row])]
             for kind, (A, B) in lora.factors.items()
         }
         slow = SlowModel(model, config, True, low_rank, lora.scale).nll(

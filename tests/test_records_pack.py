@@ -1,6 +1,5 @@
 """records/pack.py: three toy seeds become a folder that passes its check and whose packed script repeats its score."""
 
-import functools
 import json
 import os
 import re
@@ -226,12 +225,10 @@ def test_comparison_with_a_reference_is_in_the_folder(record: Path, runs: list[P
 
 @pytest.fixture(scope="module")
 def checked(record: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy to tamper with; the packed form of an unchanged script is made once."""
+    """A copy to tamper with."""
     folder = tmp_path_factory.mktemp("tampered") / record.name
     shutil.copytree(record, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(check.SCRIPT, "packed_script", functools.cache(check.SCRIPT["packed_script"]))
-        yield folder
+    return folder
 
 
 def alarms(folder: Path, wanted: str = "") -> set[tuple[str, str]]:

@@ -141,7 +141,7 @@ def some_fast(cases: list[tuple], fast: list[tuple]) -> list[Any]:
 
 
 FILES = ["checkpoint.bin", "trained.bin", "artifact.bin", "result.json"]
-FAST_FILES = [("checkpoint.bin", True), ("artifact.bin", True), ("trained.bin", False)]
+FAST_FILES = [("checkpoint.bin", True), ("trained.bin", False)]
 
 
 @pytest.mark.parametrize("name, half_written", some_fast([(n, h) for n in FILES for h in (True, False)], FAST_FILES))

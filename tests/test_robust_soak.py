@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from conftest import FEW_VISITS, ToyData
 from robust_helpers import ended, start_child, text_of
 from robust_soak import soak, summary
@@ -16,6 +17,7 @@ def few_runs(data: ToyData, folder: Path, report: Path) -> int:
     return int(not (len(samples) == 5 and grown[0] < 15 and grown[1] == grown[2] == 0))
 
 
+@pytest.mark.slow
 def test_repeated_runs_in_one_process_leave_no_memory_handle_or_thread(toy_data: ToyData, tmp_path: Path) -> None:
     """Five whole runs, two of them continued: file handles and threads do not grow, memory by less than 15 MiB."""
     report, output = tmp_path / "soak.txt", tmp_path / "out.txt"

@@ -607,7 +607,11 @@ def close(first: dict, second: dict, atol: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "world_size, rows, resumed", [(2, 4, False), (3, 2, True)], ids=["two", "three-resumed-few-rows"]
+    "world_size, rows, resumed",
+    [
+        pytest.param(2, 4, False, id="two", marks=pytest.mark.slow),
+        pytest.param(3, 2, True, id="three-resumed-few-rows"),
+    ],
 )
 def test_number_of_ranks_changes_no_result(
     world_size: int, rows: int, resumed: bool, toy_data: ToyData, tmp_path: Path

@@ -7,8 +7,6 @@ rare way, and the probe that is meant for it must notice.
 import copy
 import dataclasses
 import functools
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
