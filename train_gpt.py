@@ -445,7 +445,7 @@ PRESETS["pr2158"] = PRESETS["pr2135"] | dict(marker_pair_mode=True)  # opened af
 PRESETS["frontier"] = PRESETS["pr2158"] | dict(
     muon_per_head=True, attn_clip_sigmas=11.5, mlp_clip_sigmas=12.25, embed_clip_sigmas=25.0, embed_bits=8,
     embed_damping=0.04, embed_freq_power=0.25, lqer_left_bits=4, trellis_states=16, compressor="rans",
-    fit_artifact="fill", ttt_chunk_steps="256:12,1024:24,2048:32", ttt_lora_lr=1e-4, token_threshold=0.5,
+    fit_artifact="fill", ttt_chunk_steps="256:12,2048:16", ttt_lora_lr=1e-4, token_threshold=0.5,
     token_document_orders="16,8,6,4,3,2",
 )  # fmt: skip
 # The whole system at a size that two CPU cores train in two minutes, on the corpus of data/embedded.py. Its own values
