@@ -127,6 +127,7 @@ def test_parts_of_batches_are_warmed_up_too(toy_data: ToyData, tmp_path: Path) -
     assert found[:2] == (0, 0)
 
 
+@pytest.mark.slow
 def test_planted_warm_up_on_one_tensor_is_noticed(
     toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +143,7 @@ def test_planted_warm_up_on_one_tensor_is_noticed(
     assert run_everything(trainer, 1).compiled == 2  # one for each plan
 
 
+@pytest.mark.slow
 def test_planted_warm_up_without_a_document_alone_is_noticed(
     toy_data: ToyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

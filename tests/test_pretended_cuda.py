@@ -21,7 +21,8 @@ from torch import Tensor
 
 import train_gpt as tg
 
-PRESETS = [name for name in tg.PRESETS if name != "tiny"]
+ALIKE = ("fork5_twin", "pr1941", "pr1855", "pr2158")  # every part of these is in another one too
+PRESETS = [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in tg.PRESETS if name != "tiny"]
 SIZES = dict(
     ITERATIONS=2, ROW_TOKENS=128, VAL_BATCH_TOKENS=2048, GPTQ_CALIBRATION_BATCHES=1, EVAL_STRIDE=16,
     MATRIX_LR=0.3, MIN_LR=1, TTT_BATCH_SIZE=26, TTT_CHUNK_SIZE=32, GLOBAL_TTT_CHUNK_TOKENS=512, TTT_EPOCHS=1,

@@ -360,7 +360,7 @@ def tamper(checked: Path, edit: tuple[str, str, int, str, str], usual: set[tuple
     )
 
 
-QUICK = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 THOROUGH = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 
 
