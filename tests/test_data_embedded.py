@@ -43,6 +43,7 @@ def test_summary_and_time(built):
     ]
 
 
+@pytest.mark.slow
 def test_the_same_python_gives_the_same_bytes(built, tmp_path):
     result = build_in_another_process(tmp_path, "2")
     assert result.returncode == 0

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import train_gpt as tg
 
-QUICK = ("pr1880", "frontier")  # the others are among the slow tests
+QUICK = ("frontier",)  # the others are among the slow tests
 
 
 @dataclasses.dataclass(frozen=True)

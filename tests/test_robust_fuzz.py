@@ -90,8 +90,8 @@ def test_mutated_tokenizers_are_refused_or_used(
 ) -> None:
     """Damaged SentencePiece models end in a UserError or in a byte table of the right size."""
     with capsys.disabled():
-        counts = hostile_tokenizers(tmp_path, toy_data, 150, 3)
-    assert set(counts) <= {"refused", "ran"} and counts["refused"] > 10
+        counts = hostile_tokenizers(tmp_path, toy_data, 60, 3)
+    assert set(counts) <= {"refused", "ran"} and counts["refused"] > 5
 
 
 @pytest.mark.slow

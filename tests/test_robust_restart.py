@@ -158,6 +158,7 @@ def test_kill_while_a_file_is_written_leaves_the_earlier_one(
         finish(env, folder, whole)
 
 
+@pytest.mark.slow
 def test_stale_partial_files_of_a_killed_run_are_no_obstacle(toy_data: ToyData, tmp_path: Path, whole: Outcome) -> None:
     """Left-overs under every temporary name, garbage or empty, are overwritten and gone afterwards."""
     folder = tmp_path / "toy"
