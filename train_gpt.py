@@ -88,7 +88,7 @@ LARGEST_NUMBER = 10**9  # of settings without a limit of their own: no product o
 SPACE_ID = 8133  # the piece of a lone space in the CaseOps tokenizer (#1729)
 FUSED_MARKERS = {8: 4, 9: 5, 10: 6}  # MP3 data (#2109): id of a space with a case marker behind it -> id of the marker
 TTT_TRACKS = 8  # test-time training is dealt to this many tracks, whatever the number of ranks
-ROUND_BATCHES = 32  # batches of documents in a round of it; with 8, scoring would take a quarter longer
+ROUND_BATCHES = 32  # batches of documents in a round of it; with 8, scoring would take a fifth longer
 
 
 class UserError(ValueError):
@@ -5340,9 +5340,7 @@ class Adapters:
             )
             for name, (n, out, width) in adapter_shapes(c, model).items()
         }
-        everything = list(itertools.chain(*self.factors.values()))
-        self.moments = [[torch.zeros_like(factor) for factor in everything] for _ in range(2)]
-        self.steps = [torch.zeros((), device=device) for _ in everything]
+        self.moments = [[torch.zeros_like(x) for x in itertools.chain(*self.factors.values())] for _ in range(2)]
 
     def begin(self, kept: list[Tensor] | None, seed: int) -> None:
         """Ready for other documents: no delta and no optimizer history. A is the one that an earlier batch has left
@@ -5372,10 +5370,9 @@ class Adapters:
         """Step `number`, from 0, of `lora(part)`, on its gradients of a chunk that has been tallied."""
         leaves, c = list(itertools.chain(*lora.factors.values())), self.config
         first, second = ([moment[part] for moment in moments] for moments in self.moments)
-        for steps in self.steps:
-            steps.fill_(number)
+        steps = [torch.full((), float(number), device=leaf.device) for leaf in leaves]
         adamw(
-            leaves, [leaf.grad for leaf in leaves], first, second, [], self.steps, fused=True, amsgrad=False, maximize=False,
+            leaves, [leaf.grad for leaf in leaves], first, second, [], steps, fused=True, amsgrad=False, maximize=False,
             lr=c.ttt_lora_lr, beta1=c.ttt_beta1, beta2=c.ttt_beta2, eps=1e-10, weight_decay=c.ttt_weight_decay,
         )  # fmt: skip
 
@@ -5425,8 +5422,8 @@ def deal_rounds(queue: list[np.ndarray], config: Config) -> Rounds:
     least work in that round so far.
 
     The first batches take much longer than the others. With rounds of 8 batches, one on each track, eight ranks would
-    push a third more tokens than with equal shares (PRESET=frontier, 50,000 documents of lengths like FineWeb's:
-    tests/bench_eval.py); with 32 it is a twentieth.
+    push a quarter more tokens than with equal shares (PRESET=frontier, 50,000 documents of lengths like FineWeb's:
+    tests/bench_eval.py); with 32 it is 4 %.
     """
     pauses = [pause for pause in phase_pauses(queue, config) if pause < len(queue)]
     phases = list(zip([0, *pauses], [*pauses, len(queue)]))

@@ -36,7 +36,7 @@ def run_campaign(root: Path, counts: dict[str, int], seed: int, seconds: float) 
 
 
 def test_mutated_files_and_settings_are_refused_or_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A hundred or two shards, artifacts, checkpoints, weights, results, settings: no crash, hang or unexplained error."""
+    """Some dozens of shards, artifacts, checkpoints, weights, results, settings: no crash, hang or unexplained error."""
     with capsys.disabled():
         report = run_campaign(tmp_path, FAST, 1, 120)
     assert {kind: sum(count.values()) for kind, count in report["counts"].items()} == FAST
